@@ -1,0 +1,58 @@
+"""How are metrics named? In one project, paths such as `training/loss` become the sections of its dashboard.
+
+    pipeline    project     run name          keys
+    training    rl-agent    training-<ID>     training/loss, training/grads/grad_norm_0, …
+    inference   rl-agent    inference-<ID>    inference/reward/mean, inference/e2e/speed, …
+
+Choose it when one team wants all of an experiment on one page. It costs longer names, and a project in which every
+experiment is two runs. `--one-run` puts both pipelines into one run called <ID>, each on its own step axis, as most RL
+systems do: fewer runs to keep track of, but one that ends, resumes and fails as a whole.
+
+    uv run python demo3_hierarchical_metrics.py --steps 20 --experiment my-third --one-run
+"""
+
+import sys
+
+from common import (
+    Args,
+    InferencePipelineActor,
+    TrainingPipelineActor,
+    WandbRun,
+    parse_args,
+    ray_session,
+    run_pipelines,
+)
+
+
+def strategy(args: Args) -> tuple[WandbRun, WandbRun]:
+    """One project; each pipeline's keys begin with its own path, in a run each or both in one."""
+    training = WandbRun(
+        "rl-agent",
+        args.experiment if args.one_run else f"training-{args.experiment}",
+        pipeline=TrainingPipelineActor,
+        workers=args.training_workers,
+        prefix="training/",
+        id=f"demo3-training-{args.experiment}",
+        **args.init,
+    )
+    own_run = {"id": f"demo3-inference-{args.experiment}", **args.init}
+    inference = WandbRun(
+        "rl-agent",
+        f"inference-{args.experiment}",
+        pipeline=InferencePipelineActor,
+        workers=args.inference_workers,
+        prefix="inference/",
+        **{"share": training} if args.one_run else own_run,
+    )
+    return training, inference
+
+
+def main() -> int:
+    args = parse_args(__doc__)
+    with ray_session(args):
+        training, inference = strategy(args)
+        return run_pipelines(args, training, inference)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
