@@ -13,7 +13,6 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
-import inspect
 import json
 import logging
 import math
@@ -35,19 +34,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 # Under `uv run` Ray would move every worker into a copy of this folder and build a second environment there.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # read when ray is imported
 
 import numpy as np
 import ray
-import wandb
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
-from wandb.sdk.data_types.base_types.wb_value import WBValue
-from wandb.sdk.lib import wbauth
-from wandb.util import get_core_path
+
+if TYPE_CHECKING:  # wandb is imported where it is used: that takes a second of a core, and workers don't need it
+    import wandb
 
 logger = logging.getLogger("wandb_run")
 
@@ -126,6 +124,9 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
     if args.mode not in (None, "", "online", "offline", "disabled"):
         parser.error(f"WANDB_MODE is {args.mode!r}: use online, offline or disabled")
     if args.mode in (None, "", "online"):
+        import wandb
+        from wandb.sdk.lib import wbauth
+
         settings = wandb.setup().settings
         key = os.environ.get("WANDB_API_KEY") or settings.api_key
         key_file = os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
@@ -290,64 +291,67 @@ class RunFinishedError(RuntimeError):
     """Something was logged to a run after `finish`."""
 
 
+Sender = tuple[str, int, str]  # node, process, a name of its own
+
+
 @dataclasses.dataclass(frozen=True)
 class RunReport:
     """The ledger of a pipeline: what came in and what is on disk. `reports` = reports in rows + `lost`."""
 
     name: str
     id: str
-    mode: str  # online | offline | disabled
+    mode: str  # online, offline or disabled
     url: str | None
     paths: tuple[Path, ...]  # the run's folders: one, and one more for each restart
     reports: int  # received
     rows: int  # in the transaction logs, counted there; a row stands on one or more reports
-    late: int  # reports that came after their step's row, and got a row of their own
-    lost: int  # reports that are in no row on disk
-    restarts: int  # of the pipeline actor, after it died
-    repeats: int  # reports that were sent again after a restart, and recognised
-    uploaded: bool  # the server has it all (online only)
-    warnings: tuple[str, ...]
+    late: int = 0  # reports that came after their step's row, and got a row of their own
+    lost: int = 0  # reports that are in no row on disk
+    restarts: int = 0  # of the pipeline actor, after it died
+    lost_artifacts: int = 0
+    repeats: int = 0  # reports that were sent again after a restart, and recognised
+    uploaded: bool = False  # online: the server has it all
+    warnings: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path | None:
-        """The run's folder, the one to give to `wandb leet` and `wandb sync`."""
         return self.paths[-1] if self.paths else None
 
     @property
     def ok(self) -> bool:
-        return not self.lost and (self.uploaded or self.mode != "online")
+        return not (self.lost or self.lost_artifacts) and (self.uploaded or self.mode != "online")
 
 
 @dataclasses.dataclass
 class _State:
     """All that a pipeline knows. The same calls in the same order lead to the same state and the same rows."""
 
-    workers: int
+    workers: int  # reports that make a step complete
     reports: int = 0
-    rows: int = 0  # logged, own ones
-    in_rows: int = 0  # reports in own rows
-    guest_rows: int = 0  # logged for the pipelines that share the run
+    rows: int = 0
+    in_rows: int = 0  # reports in them
+    guest_rows: int = 0  # logged for pipelines that share the run
     late: int = 0
     repeats: int = 0
-    restarts: int = 0
-    starting_step: int = 0
-    paths: list[Path] = dataclasses.field(default_factory=list)
-    received: dict[str, int] = dataclasses.field(default_factory=dict)  # sender -> reports
-    left: set[str] = dataclasses.field(default_factory=set)  # senders that have sent their last
-    open: OrderedDict[int, list[bytes]] = dataclasses.field(default_factory=OrderedDict)  # step -> its reports so far
+    restarts: int = -1
+    starting_step: int = 0  # rows that a resumed run had already
+    paths: list[Path] = dataclasses.field(default_factory=list)  # one for each life of the actor
+    guests: list[str] = dataclasses.field(default_factory=list)  # prefixes of the pipelines that share the run
+    received: dict[Sender, int] = dataclasses.field(default_factory=dict)  # how many reports of each sender
+    left: set[Sender] = dataclasses.field(default_factory=set)  # senders that have sent their last
+    open: OrderedDict[int, list[bytes]] = dataclasses.field(default_factory=OrderedDict)  # step -> reports so far
     held: int = 0  # reports in `open`
     closed: set[int] = dataclasses.field(default_factory=set)  # steps that have their row,
     floor: int = 0  # as have all below this one
-    totals: dict[str, float] = dataclasses.field(default_factory=dict)
-    guests: list[str] = dataclasses.field(default_factory=list)  # prefixes of the pipelines that share the run
-    tasks: dict[str, tuple[str, tuple]] = dataclasses.field(default_factory=dict)  # artifacts to log or use
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)  # running sums
+    tasks: dict[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)  # artifacts to log or use
 
 
 class _Journal:
-    """Calls on a pipeline, written down before they take effect, so that a SIGKILL of its actor loses nothing.
+    """Calls on a pipeline, written down before they take effect, so that a SIGKILL of its actor undoes none.
 
-    Two files, each a pickled `_State` and the calls since. What is written is safe from the death of the process at
-    once (the kernel has it); `rotate` drops what is older than any row that wandb could still hold in memory.
+    Two files, each a pickled `_State` and the calls since. What is written outlives the process at once, being with the
+    kernel; `rotate` forgets only what is older than any row that wandb could still hold in memory.
     """
 
     ROTATE_BYTES, ROTATE_SECONDS = 1 << 20, 5.0  # ten times the flush interval of the transaction log
@@ -355,38 +359,34 @@ class _Journal:
     def __init__(self, path: Path):
         self.path, self.previous = path, path.with_name(path.name + ".previous")
 
-    def exists(self) -> bool:
-        return self.path.exists() or self.previous.exists()
-
     def replay(self) -> Iterator[Any]:
-        """The oldest state there is, then each call since, as (method, arguments); a torn last entry is cut off."""
+        """The oldest state that is kept, then each call since as (method, *arguments); nothing if there is no journal."""
         started = False
-        for path in (self.previous, self.path):
-            if not path.exists():
-                continue
-            with path.open("r+b") as file:
-                end = 0
-                with contextlib.suppress(EOFError, pickle.UnpicklingError):
-                    while True:
+        for path in filter(Path.exists, (self.previous, self.path)):
+            with path.open("r+b") as file, contextlib.suppress(EOFError, pickle.UnpicklingError):
+                while True:
+                    end = file.tell()
+                    try:
                         entry = pickle.load(file)
-                        end = file.tell()
-                        if not (started and isinstance(entry, _State)):
-                            started = True
-                            yield entry
-                file.truncate(end)
+                    except Exception:  # the end, or an entry that was being written: its sender sends it again
+                        file.truncate(end)
+                        break
+                    if not (started and isinstance(entry, _State)):
+                        started = True
+                        yield entry
 
     def open(self, state: _State) -> None:
-        self.file, self.since = self.path.open("ab", buffering=0), time.monotonic()
+        self.file, self.opened = self.path.open("ab", buffering=0), time.monotonic()
         if not self.file.tell():
             self.append(state)
 
     def append(self, entry: Any) -> None:
         data = pickle.dumps(entry, pickle.HIGHEST_PROTOCOL)
         if self.file.write(data) < len(data):
-            raise OSError("the disk is full")
+            raise OSError("No space left on device")
 
-    def due(self) -> bool:
-        return self.file.tell() > self.ROTATE_BYTES and time.monotonic() - self.since > self.ROTATE_SECONDS
+    def is_due(self) -> bool:
+        return self.file.tell() > self.ROTATE_BYTES and time.monotonic() - self.opened > self.ROTATE_SECONDS
 
     def rotate(self, state: _State) -> None:
         self.file.close()
@@ -394,9 +394,25 @@ class _Journal:
         self.open(state)
 
     def remove(self) -> None:
-        self.file.close()
         self.path.unlink(missing_ok=True)
         self.previous.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _inspect(path: Path, *flags: str) -> Iterator[Iterator[str]]:
+    """`wandb leet inspect --json`, by its binary: the command in front of it takes a second to start."""
+    from wandb.util import get_core_path
+
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *flags]
+    command += ["--run-file", *map(str, path.glob("*.wandb")), str(path.parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        yield iter(process.stdout)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What a run folder's transaction log ends with: `state`, `step` (the last row's number, from 0), `summary`, …"""
+    with _inspect(path, "--summary") as lines:
+        return json.loads("".join(lines) or "{}")
 
 
 def read_log(path: Path, prefix: str) -> dict[int, int]:
@@ -411,22 +427,7 @@ def read_log(path: Path, prefix: str) -> dict[int, int]:
     return found
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """State, `step` (the last row's number, from 0) and last values of a run folder's transaction log; {} if empty."""
-    with _inspect(path, "--summary") as lines:
-        return json.loads("".join(lines) or "{}")
-
-
-@contextlib.contextmanager
-def _inspect(path: Path, *flags: str) -> Iterator[Iterator[str]]:
-    """The output of `wandb leet inspect --json`, by its binary: the command in front of it takes a second to start."""
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *flags]
-    command += ["--run-file", *map(str, path.glob("*.wandb")), str(path.parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        yield iter(process.stdout)
-
-
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
@@ -436,23 +437,11 @@ def _alive(pid: int) -> bool:
         return True
 
 
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """What a pipeline actor is made from; `environ` may hold the API key, so it is kept out of `repr`."""
-
-    init: dict[str, Any]  # for wandb.init
-    workers: int
-    prefix: str
-    owner: int  # process that constructed the run, on this node
-    share: WandbRun | None = None
-    environ: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
-
-
 class PipelineActor:
     """Owns the W&B run of a pipeline and reduces its workers' reports to one row per step.
 
-    Undecorated, because Ray can't inherit from a decorated class; so it also works, and is tested, without Ray. To make
-    one of your own, derive a class, set the attributes and decorate it with `pipeline_actor`.
+    Undecorated, because Ray can't inherit from a decorated class; so it also works, and is tested, without Ray. To make a
+    pipeline of your own derive a class, set the attributes and decorate it with `pipeline_actor`.
     """
 
     prefix = ""  # of a pipeline that shares a run and is given none
@@ -460,28 +449,37 @@ class PipelineActor:
     sums: Sequence[str] = ()
     totals: Sequence[str] = ()  # summed keys whose running sum is logged too, as `<key>_total`
     largest: Sequence[str] = ()
-    statistics: Mapping[str, Sequence[str]] = {}
+    statistics: ClassVar[Mapping[str, Sequence[str]]] = {}
 
-    MAX_HELD = 16_384  # reports that wait for the rest of their step; the oldest step is closed beyond that
+    MAX_HELD = 16_384  # reports that wait for the rest of their step; beyond that the oldest step is closed
     MAX_CLOSED = 32_768  # steps remembered as closed
-    GRACE = 5.0  # seconds that finish waits for a sender of which it can't tell whether it lives
+    GRACE = 5.0  # seconds that `finish` waits for the last words of a sender that may be alive
 
-    def __init__(self, spec: _Spec):
-        self._spec, self._lock = spec, threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._run: Any = None
+    def __init__(
+        self,
+        init: dict[str, Any],  # for wandb.init
+        workers: int,
+        prefix: str,
+        owner: int,  # the process on this node that constructed the run
+        share: ray.actor.ActorHandle | None = None,  # pipeline actor whose run gets the rows
+        environ: Mapping[str, str]
+        | None = None,  # the owner's WANDB_…; an argument, because Ray's state API lists none
+    ):
+        os.environ.update(environ or {})
+        self._init, self._prefix, self._owner, self._share = init, prefix, owner, share
+        self._lock = threading.RLock()
+        self._changed, self._closing = threading.Condition(self._lock), threading.Event()
+        self._state = _State(workers)
+        self._run: wandb.Run | None = None
         self._report: RunReport | None = None
+        self._outbox: _Outbox | None = None  # to `share`
+        self._threads, self._futures = dict(log=ThreadPoolExecutor(1), use=ThreadPoolExecutor(1)), dict[str, Future]()
         self._last_row: dict[str, Any] = {}
         self._warnings: list[str] = []
-        self._state = _State(spec.workers)
-        self._closing = threading.Event()
-        self._logged = 0  # rows that a replay need not log again
-        self._outbox: _Outbox | None = None  # where rows go if the run is another pipeline's
-        self._threads, self._futures = dict(log=ThreadPoolExecutor(1), use=ThreadPoolExecutor(1)), dict[str, Future]()
-        folder = Path(spec.init["dir"], "wandb")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._journal: _Journal | None = _Journal(folder / f".journal-{spec.init['id']}{spec.prefix.replace('/', '-')}")
-        if self._journal.exists():  # this is a restart: nobody will call `start`
+        self._skip = 0  # rows that a replay need not log again
+        self._journal = _Journal(Path(init["dir"], "wandb", f".{init['id']}{prefix.replace('/', '-')}.journal"))
+        self._journaling = init.get("mode") != "disabled"
+        if any(self._journal.replay()):  # a restart: nobody will call `start`
             self.start()
         threading.Thread(target=self._watch_owner, daemon=True).start()
 
@@ -495,63 +493,72 @@ class PipelineActor:
             return dict(url=self._url, path=self._state.paths[-1], mode=self._mode, warnings=list(self._warnings))
 
     def _start(self) -> None:
-        entries = list(self._journal.replay()) if self._journal and self._journal.exists() else []
-        if entries:
-            self._state = entries.pop(0)
-        if share := self._spec.share:
-            run, self._mode, self._url, opened = share, share.mode, share.url, (share.path, 0)
-            ray.get(share._actor.call.remote("_add_guest", self._spec.prefix))
-            self._outbox = _Outbox(share._actor, f"guest:{self._spec.prefix}", "_push_rows", self._state.rows)
+        self._state, *calls = list(self._journal.replay()) or [self._state]
+        state = self._state
+        if self._share:
+            shared = ray.get(self._share.start.remote())
+            ray.get(self._share.call.remote("_add_guest", self._prefix))
+            self._url, self._mode, path, starting_step = shared["url"], shared["mode"], shared["path"], 0
+            self._outbox = _Outbox(self._share, ("", 0, self._prefix), "_push_rows", first=state.rows)
         else:
-            os.environ.update(self._spec.environ)
-            os.environ.pop("WANDB_SERVICE", None)  # of the driver's own wandb: this process needs a service of its own
-            run, self._mode = self._wandb_init()
+            folders = [*state.paths, *(call[1] for call in calls if call[0] == "_open")]
+            earlier = sorted(
+                Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}"), key=lambda p: p.name[-60:]
+            )
+            run = self._run = self._wandb_init(resume=bool(folders))
+            self._mode = "disabled" if run.disabled else "offline" if run.offline else "online"
             self._url = run.url if self._mode == "online" else None
-            opened = (Path(run.sync_dir) if self._mode != "disabled" else None, run.starting_step)
-            if self._mode == "online" and entries:  # the rows that the server has
-                self._logged = run.starting_step - self._state.starting_step
-            elif entries:  # the rows that the dead actors' wandb had written
-                paths = self._state.paths + [entry[1] for entry in entries if entry[0] == "_open"]
-                self._logged = sum(read_summary(path).get("step", -1) + 1 for path in paths)
-        self._run = run
-        for prefix in (self._spec.prefix, *self._state.guests):
-            self._define_axis(prefix)
-        for key in self._state.tasks:
-            self._submit(key)
-        for method, *arguments in entries:
+            path, starting_step = None if run.disabled else Path(run.sync_dir), run.starting_step
+            if folders and self._mode == "online":  # the rows that the server has
+                self._skip = starting_step - state.starting_step
+            elif folders:  # the rows that the dead actors' wandb had written
+                self._skip = sum(read_summary(folder).get("step", -1) + 1 for folder in folders) - state.starting_step
+            elif self._init.get("resume"):
+                summary = dict(run.summary) or (read_summary(earlier[-1]).get("summary", {}) if earlier else {})
+                totals = {key: summary.get(f"{self._prefix}{key}_total") for key in self.totals}
+                state.totals = {key: total for key, total in totals.items() if total is not None}
+            for prefix in (self._prefix, *state.guests):
+                self._define_axis(prefix)
+            for key in state.tasks:
+                self._submit(key)
+        self._run = self._run or self._share
+        for method, *arguments in calls:
             getattr(self, method)(*arguments)
-        if self._journal:
-            self._journal.open(self._state)
-        self.call("_open", *opened)
+        if self._journaling:
+            self._journal.open(state)
+        self.call("_open", path, starting_step)
 
-    def _wandb_init(self) -> tuple[wandb.Run, str]:
-        settings = self._spec.init.get("settings") or {}
+    def _wandb_init(self, resume: bool) -> wandb.Run:
+        import wandb
+
+        os.environ.pop("WANDB_SERVICE", None)  # of the owner's own wandb: this process needs a service of its own
+        settings = self._init.get("settings") or {}
         if isinstance(settings, wandb.Settings):
             settings = settings.model_dump(exclude_unset=True)
-        timeout = settings.get("finish_timeout", 60)
-        self._timeout = timeout / 2  # for the artifacts, then for the rows
+        self._timeout = settings.get("finish_timeout", 60) / 2  # for the artifacts, and again for the rows
         ours = dict(silent=True, console="off", init_timeout=20, x_transaction_log_flush_interval=0.5)
-        ours |= settings | dict(finish_timeout=self._timeout, finish_timeout_raises=True)
-        init = self._spec.init | dict(settings=wandb.Settings(**ours), reinit="create_new")
-        if self._state.paths:  # a restart
+        settings = ours | settings | dict(finish_timeout=self._timeout, finish_timeout_raises=True)
+        init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
+        if resume:
             init["resume"] = "allow"
         try:
             run = wandb.init(**init)
         except wandb.errors.CommError as error:
-            if "init_timeout" not in str(error):
+            if "init_timeout" not in str(error):  # the server answers, and says no
                 raise
-            self._warn(f"The W&B server does not answer, so the run is kept here (offline): {error}".splitlines()[0])
+            self._warn(f"the W&B server does not answer, so the run stays on this machine (offline): {_line(error)}")
             run = wandb.init(**init | dict(mode="offline"))
-        # Files of offline artifacts would be staged in the home folder and be gone when `wandb sync` needs them.
-        os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = run.dir.removesuffix("files") + "artifacts"
-        return run, "disabled" if run.disabled else "offline" if run.offline else "online"
+        if (
+            not run.disabled
+        ):  # or artifacts would be staged in the home folder, and be gone when `wandb sync` needs them
+            os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = f"{run.sync_dir}/artifacts"
+        return run
 
     def _open(self, path: Path | None, starting_step: int) -> None:
-        if self._state.paths:
-            self._state.restarts += 1
-        else:
+        if not self._state.paths:
             self._state.starting_step = starting_step
         self._state.paths.append(path)
+        self._state.restarts += 1
 
     def _add_guest(self, prefix: str) -> None:
         if prefix not in self._state.guests:
@@ -559,41 +566,40 @@ class PipelineActor:
             self._define_axis(prefix)
 
     def _define_axis(self, prefix: str) -> None:
-        if not self._spec.share:
-            self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
-            self._run.define_metric(f"{prefix}step", hidden=True)
-            self._run.define_metric(f"{prefix}workers", step_metric=f"{prefix}step", hidden=True)
+        self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
+        self._run.define_metric(f"{prefix}step", hidden=True)
+        self._run.define_metric(f"{prefix}workers", step_metric=f"{prefix}step", hidden=True)
 
-    # Receiving: each call is written down, then done, so that a restart can do it again
+    # Receiving
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Does `method(*arguments)` in a way that a SIGKILL of this process can't undo."""
+        """Does `method(*arguments)` so that a SIGKILL of this process can't undo it; raises after `finish`."""
         with self._lock:
-            if self._run is None or self._report:
-                raise RunFinishedError(f"run {self._spec.init['name']!r} is finished")
-            if self._journal:
+            if self._report or not self._run:
+                raise RunFinishedError(f"run {self._init['name'] or self._init['id']!r} is finished")
+            if self._journaling:
                 try:
                     self._journal.append((method, *arguments))
-                    if self._journal.due():
+                    if self._journal.is_due():
                         self._rotate()
                 except OSError as error:
-                    self._warn(f"{error}: rows may be lost from now on; training goes on")
-                    self._journal = None
+                    self._journaling = False
+                    self._warn(f"{_line(error)}: rows may get lost from now on, training goes on")
             try:
                 getattr(self, method)(*arguments)
-            except ConnectionError:  # wandb's service process died: only a new process gets a new one
+            except ConnectionError:  # wandb's service process has died: only a new process gets a new one
                 os._exit(1)
             self._changed.notify_all()
 
     def _rotate(self) -> None:
         if self._outbox:
-            self._outbox.drain()  # what the journal forgets must be in the owner's
+            self._outbox.drain()
         for key in [key for key, future in self._futures.items() if future.done() and not future.exception()]:
             del self._futures[key], self._state.tasks[key]
         self._journal.rotate(self._state)
 
-    def _fresh(self, sender: str, first: int, reports: Sequence[Any], last: bool) -> Sequence[Any]:
-        """The reports, numbered from `first` by their sender, that have not been received before."""
+    def _fresh(self, sender: Sender, first: int, reports: Sequence[Any], last: bool) -> Sequence[Any]:
+        """Those of a sender's reports, numbered from `first`, that have not been received before."""
         state, received = self._state, self._state.received.get(sender, 0)
         repeats = min(max(received - first, 0), len(reports))
         state.repeats += repeats
@@ -602,8 +608,8 @@ class PipelineActor:
             state.left.add(sender)
         return reports[repeats:]
 
-    def _push(self, sender: str, first: int, reports: Sequence[tuple[int, bytes]], last: bool) -> None:
-        """Takes a sender's next reports: (step, pickled metrics) each."""
+    def _push(self, sender: Sender, first: int, reports: Sequence[tuple[int, bytes]], last: bool) -> None:
+        """Takes a sender's next reports, each (step, pickled metrics)."""
         state = self._state
         for step, report in self._fresh(sender, first, reports, last):
             state.reports += 1
@@ -619,14 +625,13 @@ class PipelineActor:
             elif state.held > self.MAX_HELD:
                 self._close(next(iter(state.open)))
 
-    def _push_rows(self, sender: str, first: int, rows: Sequence[bytes], last: bool) -> None:
+    def _push_rows(self, sender: Sender, first: int, rows: Sequence[dict[str, Any]], last: bool) -> None:
         """Takes the next rows of a pipeline that shares this run."""
         for row in self._fresh(sender, first, rows, last):
-            self._log(pickle.loads(row))
+            self._log(row)
             self._state.guest_rows += 1
 
     def _expect(self, workers: int) -> None:
-        """From now on a step is complete with so many reports: a worker has left, or joined."""
         self._state.workers = workers
         for step in [step for step, waiting in self._state.open.items() if len(waiting) >= workers]:
             self._close(step)
@@ -642,65 +647,56 @@ class PipelineActor:
         self._log_step(step, reports)
 
     def _log_step(self, step: int, reports: list[bytes]) -> None:
-        state, prefix = self._state, self._spec.prefix
-        metrics = [pickle.loads(report) for report in sorted(reports)]  # so that the order they came in has no effect
+        state, prefix = self._state, self._prefix
+        metrics = [pickle.loads(report) for report in sorted(reports)]  # the order they came in has no effect
         row = reduce_reports(metrics, sums=self.sums, largest=self.largest, statistics=self.statistics)
-        for key in row.keys() & self.totals:
-            row[f"{key}_total"] = state.totals[key] = state.totals.get(key, 0) + row[key]
-        self._last_row = row
-        self._log(
-            {prefix + key: value for key, value in row.items()}
-            | {f"{prefix}step": step, f"{prefix}workers": len(reports)}
-        )
+        for key in self.totals:
+            if key in row:
+                row[f"{key}_total"] = state.totals[key] = state.totals.get(key, 0) + row[key]
+        self._last_row = row | {"step": step, "workers": len(reports)}
+        self._log({prefix + key: value for key, value in self._last_row.items()})
         state.rows += 1
         state.in_rows += len(reports)
 
     def _log(self, row: dict[str, Any]) -> None:
         if self._outbox:
-            self._outbox.put(pickle.dumps(row))
-        elif self._state.rows + self._state.guest_rows >= self._logged:
-            self._run.log(row)  # never `step=`: rows that come out of order would be dropped
+            self._outbox.put(row)
+        elif self._state.rows + self._state.guest_rows >= self._skip:
+            self._run.log(row)  # never `step=`: it drops rows that come out of order
 
-    # Artifacts: wandb checks them against the server, which may be away, so they have a thread of their own
+    # Artifacts. wandb blocks when the server is away, so they have threads of their own
 
     @ray.method(concurrency_group="control")
-    def log_artifact(self, artifact: dict[str, Any]) -> None:
-        """Copies the files into the run's folder and has the artifact logged."""
-        key = uuid.uuid4().hex
+    def log_artifact(self, name: str, type: str, files: Mapping[str, Any], **options: Any) -> None:
+        """Writes the files (bytes, or W&B data types) into the run's folder and has the artifact logged."""
+        folder = Path(self._state.paths[-1] or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex)
         staged = {}
-        for name, content in artifact["files"].items():
-            if isinstance(content, bytes | Path):
-                path = (
-                    self._state.paths[-1].joinpath("artifacts", key, name)
-                    if self._state.paths[-1]
-                    else Path(os.devnull)
-                )
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(content, bytes):
-                    path.write_bytes(content)
-                else:
-                    shutil.copyfile(content, path)
-                content = path
-            staged[name] = content
-        self.call("_in_background", "log", (artifact | dict(files=staged),))
+        for file, content in files.items():
+            staged[file] = content
+            if isinstance(content, bytes):
+                staged[file] = folder / file
+                staged[file].parent.mkdir(parents=True, exist_ok=True)
+                staged[file].write_bytes(content)
+        self.call("_in_background", "log", folder.name, dict(name=name, type=type, files=staged, **options))
 
-    def _in_background(self, task: str, arguments: tuple[Any, ...]) -> None:
-        key = uuid.uuid4().hex
-        self._state.tasks[key] = (task, arguments)
+    def _in_background(self, task: str, key: str, what: Any) -> None:
+        self._state.tasks[key] = (task, what)
         self._submit(key)
 
     def _submit(self, key: str) -> None:
-        task, arguments = self._state.tasks[key]
-        self._futures[key] = self._threads[task].submit(getattr(self, f"_{task}_artifact"), *arguments)
+        task, what = self._state.tasks[key]
+        self._futures[key] = self._threads[task].submit(getattr(self, f"_{task}_artifact"), what)
 
-    def _log_artifact(self, spec: dict[str, Any]) -> None:
-        artifact = wandb.Artifact(spec["name"], spec["type"], metadata=spec["metadata"])
-        for name, content in spec["files"].items():
+    def _log_artifact(self, what: Mapping[str, Any]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(what["name"], what["type"], metadata=what["metadata"])
+        for file, content in what["files"].items():
             if isinstance(content, Path):
-                artifact.add_file(str(content), name, policy="immutable", skip_cache=True)
+                artifact.add_file(str(content), file, policy="immutable", skip_cache=True)
             else:
-                artifact.add(content, name)
-        self._run.log_artifact(artifact, aliases=spec["aliases"])
+                artifact.add(content, file)
+        self._run.log_artifact(artifact, aliases=what["aliases"])
 
     def _use_artifact(self, name: str) -> None:
         used = dict.fromkeys([*self._run.config.get("used_artifacts", []), name])
@@ -710,7 +706,7 @@ class PipelineActor:
             try:
                 self._run.use_artifact(name)
                 return
-            except (ValueError, wandb.errors.CommError):  # the run that makes it has not uploaded it yet
+            except Exception:  # the run that makes it may not have uploaded it yet
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
@@ -719,57 +715,57 @@ class PipelineActor:
 
     @ray.method(concurrency_group="closing")
     def closing(self) -> None:
-        """Returns when the run is being finished: every `_Outbox` waits for that, and then sends what it has left."""
+        """Returns when the run is being finished: every outbox waits for that, and then sends what it has left."""
         self._closing.wait()
 
     @ray.method(concurrency_group="control")
     def progress(self) -> dict[str, Any]:
-        """`rows` so far, the last `row`, the run's `paths` and `warnings`."""
+        """`rows` so far, the last `row` (keys without prefix), the run's `paths` and `warnings`."""
         state = self._state
-        return dict(rows=state.rows, row=self._last_row, paths=state.paths, warnings=list(self._warnings))
+        return dict(rows=state.rows, row=self._last_row, paths=list(state.paths), warnings=list(self._warnings))
 
     @ray.method(concurrency_group="control")
     def finish(self, exit_code: int = 0) -> RunReport:
-        """Waits for every sender's last report, logs the open steps, finishes the run and reads back what is on disk."""
+        """Waits for each sender's last reports, logs the open steps, finishes the run and counts what is on disk."""
         self._closing.set()
         with self._changed:
             deadline = time.monotonic() + self.GRACE
-            while any(map(self._expected, self._state.received)) and time.monotonic() < deadline:
+            while any(map(self._may_send, self._state.received)) and time.monotonic() < deadline:
                 self._changed.wait(0.1)
             if self._report is None:
                 self._report = self._finish(exit_code)
             return self._report
 
-    def _expected(self, sender: str) -> bool:
-        node, pid, _ = sender.split("/")
-        return sender not in self._state.left and (node != _node_id() or _alive(int(pid)))
+    def _may_send(self, sender: Sender) -> bool:
+        node, pid, _ = sender
+        return sender not in self._state.left and (node != _node_id() or _is_alive(pid))
 
     def _finish(self, exit_code: int) -> RunReport:
-        state, prefix = self._state, self._spec.prefix
+        state, uploaded, lost_artifacts = self._state, False, 0
         for step in sorted(state.open):
             self._close(step)
-        uploaded = False
         if self._outbox:
             self._outbox.close()
+            state.paths = [*ray.get(self._share.progress.remote())["paths"]]
         else:
             done, late = wait(self._futures.values(), timeout=self._timeout)
-            for error in filter(None, (future.exception() for future in done)):
-                self._warn(f"An artifact was not logged: {error}".splitlines()[0])
-            if late:
-                self._warn(f"{len(late)} artifacts could not be logged within {self._timeout:.0f} s")
+            errors = [future.exception() for future in done if future.exception()]
+            if errors or late:
+                why = _line(errors[0]) if errors else f"not possible within {self._timeout:.0f} s"
+                self._warn(f"{len(errors) + len(late)} artifacts were not logged: {why}")
+            lost_artifacts = len(errors) + len(late)
             try:
                 self._run.finish(exit_code)
-                uploaded = self._mode == "online" and not self._upload_error()
+                uploaded = self._mode == "online" and not self._warnings and not self._upload_failed()
             except TimeoutError:
-                self._warn(f"The upload did not end within {self._timeout:.0f} s")
-        rows, in_rows = self._on_disk()
+                self._warn(f"the upload did not end within {self._timeout:.0f} s")
+        rows, in_rows = self._count_on_disk()
         if in_rows < state.in_rows:
             self._warn(f"{state.in_rows - in_rows} reports are not on disk")
-        if self._journal:
-            self._journal.remove()
+        self._journal.remove()
         return RunReport(
-            name=self._spec.init["name"] or self._spec.init["id"],
-            id=self._spec.init["id"],
+            name=self._init["name"] or self._init["id"],
+            id=self._init["id"],
             mode=self._mode,
             url=self._url,
             paths=tuple(filter(None, state.paths)),
@@ -778,44 +774,41 @@ class PipelineActor:
             late=state.late,
             lost=max(0, state.in_rows - in_rows),
             restarts=state.restarts,
+            lost_artifacts=lost_artifacts,
             repeats=state.repeats,
             uploaded=uploaded,
             warnings=tuple(self._warnings),
         )
 
-    def _on_disk(self) -> tuple[int, int]:
-        """(rows, reports in them) of this pipeline, counted in the transaction logs."""
+    def _count_on_disk(self) -> tuple[int, int]:
+        """(rows, reports in them) of this pipeline in the transaction logs."""
         state, paths = self._state, list(filter(None, self._state.paths))
-        if share := self._spec.share:
-            paths = ray.get(share._actor.progress.remote())["paths"]
-        elif len(paths) == 1:  # the last row's number tells, if nothing is wrong
+        if len(paths) == 1 and not self._share:  # the last row's number tells, if nothing is wrong
             if read_summary(paths[0]).get("step", -1) + 1 == state.starting_step + state.rows + state.guest_rows:
                 return state.rows, state.in_rows
-        deadline = time.monotonic() + (3 if share else 0)  # a run that goes on is written every half second
+        deadline = time.monotonic() + (3 if self._share else 0)  # a shared run goes on, and is written now and then
         while paths:
-            found = {}
-            for path in paths:
-                for step, reports in read_log(path, self._spec.prefix).items():
-                    found[step if self._mode == "online" else (path, step)] = reports  # online, restarts overlap
+            online = self._mode == "online"  # where the numbers go on after a restart, and may overlap
+            found = {(online or path, step): n for path in paths for step, n in read_log(path, self._prefix).items()}
             if len(found) >= state.rows or time.monotonic() > deadline:
                 return len(found), sum(found.values())
             time.sleep(0.2)
         return state.rows, state.in_rows
 
-    def _upload_error(self) -> str | None:
-        """wandb says nothing of a server that refuses the rows for good, but writes it into the run's own log."""
-        log = self._state.paths[-1] / "logs" / "debug-internal.log"
-        with log.open() as lines:
-            return next((line for line in lines if '"level":"ERROR"' in line), None)
+    def _upload_failed(self) -> bool:
+        """wandb tells nobody of a server that refuses the rows for good, but writes it into the run's own log."""
+        log = (self._state.paths[-1] / "logs" / "debug-internal.log").read_text()
+        if '"level":"ERROR"' in log:
+            self._warn("the W&B server refused the upload")
+        return '"level":"ERROR"' in log
 
     def _warn(self, message: str) -> None:
-        if message not in self._warnings:
-            self._warnings.append(message)
-            logger.warning("W&B run %s: %s", self._spec.init["name"], message)
+        self._warnings.append(message)
+        logger.warning("W&B run %s: %s", self._init["name"], message)
 
     def _watch_owner(self) -> None:
-        """Finishes the run when the process that constructed it is gone. Ray leaves two seconds for that, or more."""
-        while _alive(self._spec.owner):
+        """Finishes the run when the process that constructed it is gone; Ray leaves two seconds for that, or more."""
+        while _is_alive(self._owner):
             time.sleep(0.1)
         self.GRACE = 0.5
         if self._run:
@@ -824,10 +817,11 @@ class PipelineActor:
 
 
 def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
-    """Makes a pipeline an actor that comes back when it dies, and outlives its driver until the run is finished."""
-    groups = {"closing": 1, "control": 8}  # next to the default one, which takes the reports
-    options = dict(max_restarts=-1, max_task_retries=-1, num_cpus=0, lifetime="detached")
-    return ray.remote(concurrency_groups=groups, **options)(cls)
+    """Makes a pipeline an actor that comes back when it dies, and that outlives its driver until the run is finished."""
+    groups = {"closing": 1, "control": 8}  # threads next to the one that takes the reports
+    return ray.remote(concurrency_groups=groups, max_restarts=-1, max_task_retries=-1, num_cpus=0, lifetime="detached")(
+        cls
+    )
 
 
 @pipeline_actor
@@ -839,7 +833,7 @@ class TrainingPipelineActor(PipelineActor):
     sums = ("tokens", "e2e/speed")
     totals = ("tokens",)
     largest = ("learning_rate",)
-    statistics = {"e2e/latency_ms": ("mean", "p50", "p99")}
+    statistics: ClassVar = {"e2e/latency_ms": ("mean", "p50", "p99")}
 
 
 @pipeline_actor
@@ -851,7 +845,7 @@ class InferencePipelineActor(PipelineActor):
     sums = ("rollouts", "e2e/speed", "requests/running", "requests/waiting")
     totals = ("rollouts",)
     largest = ("policy_version",)
-    statistics = {
+    statistics: ClassVar = {
         "reward": ("mean", "min", "max", "std"),
         "response_length": ("mean", "p90", "max"),
         "e2e/latency_ms": ("mean", "p50", "p99"),
@@ -865,26 +859,24 @@ class InferencePipelineActor(PipelineActor):
 class _Outbox:
     """A process's reports on their way to a pipeline actor; all handles of a run in a process share one.
 
-    One batch is under way at a time and the next one gathers meanwhile, so that a lone report leaves at once and a
-    stream leaves in batches. A batch is kept until the actor has it on disk; Ray sends it again if the actor dies.
+    One batch is under way at a time while the next one gathers, so a lone report leaves at once and a stream leaves in
+    batches. A batch is kept until the actor has it on disk: Ray sends it again if the actor dies.
     """
 
     BATCH, LIMIT = 128, 512  # reports in a batch, and in the outbox
 
-    def __init__(self, actor: Any, sender: str, method: str = "_push", first: int = 0, closing: Any = None):
+    def __init__(self, actor: ray.actor.ActorHandle, sender: Sender, method: str = "_push", first: int = 0):
         self._actor, self._sender, self._method, self._first = actor, sender, method, first
         self._changed = threading.Condition()
         self._waiting: list[Any] = []
         self._known = self._closed = False
-        self.lost = 0
         self._error: Exception | None = None
+        self.lost = 0
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
-        if closing is not None:
-            threading.Thread(target=self._await, args=(closing,), daemon=True).start()
 
     def put(self, report: Any) -> None:
-        """Appends a report; waits while the outbox is full, and the first time until the actor knows this sender."""
+        """Appends a report. Waits while the outbox is full, and the first time until the actor knows this sender."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < self.LIMIT or self._closed)
             if self._closed:
@@ -910,14 +902,13 @@ class _Outbox:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
 
-    def _await(self, closing: Any) -> None:
+    def close_after(self, closing: ray.ObjectRef) -> None:
         try:
             ray.get(closing)
         except ray.exceptions.ActorDiedError:
-            return  # `_send` will hear of it too
+            return  # `_send` hears of it too
         except Exception:  # the driver is gone; the actor, for a while, is not
             pass
         self.close()
@@ -931,25 +922,20 @@ class _Outbox:
                 last = self._closed and len(batch) == len(self._waiting)
             try:
                 ray.get(self._actor.call.remote(self._method, self._sender, self._first, batch, last))
-            except Exception as error:  # Ray retries what can be retried
-                self._give_up(error)
+            except Exception as error:  # the actor is gone for good: Ray retries what can be retried
+                self._error = error
             with self._changed:
+                if self._error and self._waiting:
+                    self.lost += len(self._waiting)
+                    batch = self._waiting
+                    logger.warning("%d reports are lost, training goes on: %s", self.lost, _line(self._error))
                 self._first += len(batch)
-                del self._waiting[: len(batch)]
+                self._waiting = self._waiting[len(batch) :]
                 self._known = True
                 self._changed.notify_all()
 
-    def _give_up(self, error: Exception) -> None:
-        with self._changed:
-            self.lost += len(self._waiting)
-            self._waiting.clear()
-            if self.lost:
-                logger.warning("%d reports are lost, training goes on: %s", self.lost, str(error).splitlines()[0])
-            self._closed |= isinstance(error, RunFinishedError)
-            self._error = error
 
-
-_outboxes: dict[str, _Outbox] = {}  # run -> this process's outbox
+_outboxes: dict[str, _Outbox] = {}  # this process's, by pipeline actor
 _outboxes_lock = threading.Lock()
 _unfinished: list[WandbRun] = []  # constructed by this process
 
@@ -958,19 +944,24 @@ def _node_id() -> str:
     return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
 
 
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
 class WandbRun:
     """A W&B run that any number of workers, tasks and threads log to, through the pipeline actor that owns it.
 
-    Construct it in the driver, hand it (it is picklable) to the workers, `log` there, `finish` in the driver. As a context
-    manager it finishes at the end, as failed if there was an exception.
+    Construct it in the driver, hand it (it is picklable) to the workers, `log` there, `finish` in the driver. As a
+    context manager it finishes at the end, as failed if there was an exception.
 
     project, name: where the run goes and what it is called.
     pipeline: actor class that reduces the reports, see `pipeline_actor`.
     workers: reports that make a step complete; each worker reports a step once.
     prefix: put before every key, "training/" for instance; the step axis is `<prefix>step`.
-    share: another WandbRun; this pipeline then gets no run of its own, but its rows and step axis go to that one's.
+    share: another WandbRun; this pipeline gets no run of its own, its rows go to that one's on an axis of their own.
     init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).
 
+    Attributes: `id`, `url` (None if not online), `path` (the run's folder, None if disabled), `mode`, `project`, `warnings`.
     Raises ValueError or TypeError for arguments that can't work and RuntimeError if the run can't start.
     """
 
@@ -987,61 +978,47 @@ class WandbRun:
     ):
         if not ray.is_initialized():
             raise RuntimeError("Ray is not running: call ray.init() before making a WandbRun")
-        if not hasattr(pipeline, "__ray_metadata__"):
+        if not isinstance(pipeline, ray.actor.ActorClass):
             raise TypeError(f"pipeline must be a class decorated with @pipeline_actor, not {pipeline!r}")
-        cls = pipeline.__ray_metadata__.modified_class
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-            raise ValueError(f"workers must be a positive integer, not {workers!r}")
-        if share is not None:
-            prefix = prefix or cls.prefix
-            if share.project != project:
-                raise ValueError(
-                    f"a shared run stays in its project, {share.project!r}, so project can't be {project!r}"
-                )
-            for other in share._prefixes:
-                if prefix.startswith(other) or other.startswith(prefix):
-                    raise ValueError(
-                        f"prefix {prefix!r} overlaps with {other!r} of the same run: metrics would get mixed up"
-                    )
-            if init:
-                raise TypeError(f"share= makes no run of its own, so {', '.join(init)} can't be set")
-        if not re.fullmatch(r"([^_/][^/]*/)*", prefix):
-            raise ValueError(f"prefix must be '' or a path that ends with '/', such as 'training/', not {prefix!r}")
-        if unknown := init.keys() - inspect.signature(wandb.init).parameters.keys():
-            raise TypeError(f"wandb.init has no argument {', '.join(sorted(unknown))}")
         if not isinstance(project, str) or not project:
             raise ValueError(f"project must be a name, not {project!r}")
-        if share is None:
-            init = dict(id=uuid.uuid4().hex[:8], job_type=cls.job_type) | {
-                k: v for k, v in init.items() if v is not None
-            }
-            wandb.Settings(
-                project=project, run_id=init["id"], run_tags=init.get("tags")
-            )  # raises on what wandb refuses
-            init["dir"] = os.path.abspath(init.get("dir", "."))
-            os.makedirs(os.path.join(init["dir"], "wandb"), exist_ok=True)
-        else:
-            init = dict(id=share.id, dir=share._dir)
-        self.project, self.id, self._dir, self._prefixes = project, init["id"], init["dir"], [prefix]
-        self._name = name or self.id
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+            raise ValueError(f"workers must be a positive integer, not {workers!r}")
+        cls = pipeline.__ray_metadata__.modified_class
+        if share is not None:
+            prefix = prefix or cls.prefix
+            if init or project != share.project:
+                raise ValueError(f"share= takes the project ({share.project!r}) and the settings of the run it shares")
+            if any(prefix.startswith(other) or other.startswith(prefix) for other in share._prefixes):
+                raise ValueError(
+                    f"prefix {prefix!r} overlaps with {share._prefixes} of the same run; both need their own"
+                )
+            init = dict(id=share.id, dir=share._dir, mode=share.mode)
+        if not re.fullmatch(r"([^_/][^/]*/)*", prefix):
+            raise ValueError(f"prefix must be a path that ends with '/', such as 'training/', not {prefix!r}")
+        init = dict(id=uuid.uuid4().hex[:8], job_type=cls.job_type, dir=".") | {
+            key: value for key, value in init.items() if value is not None
+        }
+        init |= dict(project=project, name=name, dir=os.path.abspath(init["dir"]))
+        os.makedirs(os.path.join(init["dir"], "wandb"), exist_ok=True)
         environ = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
-        init |= dict(project=project, name=name)
-        spec = _Spec(init, workers, prefix, os.getpid(), share, environ)
-        here = NodeAffinitySchedulingStrategy(_node_id(), soft=False)  # where the run folder and the login are
-        self._actor = pipeline.options(scheduling_strategy=here).remote(spec)
+        here = NodeAffinitySchedulingStrategy(_node_id(), soft=False)  # where the run's folder and the login are
+        self._actor = pipeline.options(scheduling_strategy=here).remote(
+            init, workers, prefix, os.getpid(), share and share._actor, environ
+        )
         try:
             started = ray.get(self._actor.start.remote())
         except ray.exceptions.RayTaskError as error:
             ray.kill(self._actor)
-            if not isinstance(error.cause, wandb.errors.Error):
-                raise error.cause from None
-            what = str(error.cause).splitlines()[0].rstrip(".")
-            hint = "log in with `wandb login`, set WANDB_API_KEY, or pass mode='offline'"
-            raise RuntimeError(f"W&B run {self._name!r} in project {project!r} can't start: {what}; {hint}") from None
-        self.url: str | None = started["url"]  # None if not online
-        self.path: Path | None = started["path"]  # the run's folder, None if disabled
-        self.mode: str = started["mode"]  # online, offline or disabled
-        self.warnings: list[str] = started["warnings"]
+            cause = error.cause
+            hint = (
+                "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "key" in str(cause).lower() else ""
+            )
+            kind = type(cause) if isinstance(cause, TypeError | ValueError | OSError) else RuntimeError
+            raise kind(f"W&B run {name or init['id']!r} of {project!r} can't start: {_line(cause)}{hint}") from None
+        self.project, self.id, self.url, self.path = project, init["id"], started["url"], started["path"]
+        self.mode, self.warnings = started["mode"], started["warnings"]
+        self._name, self._dir, self._prefixes = name or self.id, init["dir"], [prefix]
         self._closing = self._actor.closing.remote()
         self._guests: list[WandbRun] = []
         self._report: RunReport | None = None
@@ -1059,20 +1036,8 @@ class WandbRun:
     def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
         self.finish(exit_code=0 if exception_type is None else 1)
 
-    @property
-    def _outbox(self) -> _Outbox:
-        key = self._actor._actor_id.hex()
-        if key not in _outboxes:
-            if not ray.is_initialized():
-                raise RuntimeError(f"Ray is not running, so nothing can be logged to run {self._name!r}")
-            with _outboxes_lock:
-                if key not in _outboxes:
-                    sender = f"{_node_id()}/{os.getpid()}/{uuid.uuid4().hex}"
-                    _outboxes[key] = _Outbox(self._actor, sender, closing=self._closing)
-        return _outboxes[key]
-
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Reports one worker's metrics of one step; returns within microseconds, unless the actor is far behind.
+        """Reports one worker's metrics of one step; takes microseconds, unless the actor is far behind.
 
         metrics: key -> number (the worker's measurement), numeric array (samples), string or W&B data type;
         `reduce_reports` says what becomes of them. Later changes of an array don't change what was logged.
@@ -1090,7 +1055,18 @@ class WandbRun:
         for key in report:
             if type(key) is not str or not key or key[0] == "_" or key in ("step", "workers"):
                 raise _key_error(key)
-        self._outbox.put((step, pickle.dumps(report, pickle.HIGHEST_PROTOCOL)))
+        outbox = _outboxes.get(self._actor._actor_id) or self._new_outbox()
+        outbox.put((step, pickle.dumps(report, pickle.HIGHEST_PROTOCOL)))
+
+    def _new_outbox(self) -> _Outbox:
+        with _outboxes_lock:
+            if self._actor._actor_id not in _outboxes:
+                if not ray.is_initialized():
+                    raise RuntimeError(f"Ray is not running, so nothing can be logged to run {self._name!r}")
+                outbox = _Outbox(self._actor, (_node_id(), os.getpid(), uuid.uuid4().hex))
+                threading.Thread(target=outbox.close_after, args=(self._closing,), daemon=True).start()
+                _outboxes[self._actor._actor_id] = outbox
+            return _outboxes[self._actor._actor_id]
 
     def log_artifact(
         self,
@@ -1101,45 +1077,47 @@ class WandbRun:
         metadata: Mapping[str, Any] | None = None,
         aliases: Sequence[str] = (),
     ) -> None:
-        """Logs a version of an artifact; returns when its files are copied into the run's folder, not when uploaded.
+        """Logs a version of an artifact; returns when its files are in the run's folder, not when they are uploaded.
 
-        files: name inside the artifact -> content (bytes, the path of a file, or a W&B data type such as
-        `wandb.Table`); or the path of a file or folder, or several of them.
+        files: name in the artifact -> bytes, a file's path, or a W&B data type such as `wandb.Table`; or just the paths.
 
         Raises ValueError for a name, type or alias that W&B refuses and OSError for a file that can't be read.
         """
+        import wandb
+
         wandb.Artifact(name, type, metadata=dict(metadata or {}))  # raises on what W&B refuses
-        if isinstance(aliases, str) or not all(isinstance(a, str) and a and not set(a) & set("/:") for a in aliases):
+        if isinstance(aliases, str) or any(not isinstance(a, str) or not a or set(a) & set("/:") for a in aliases):
             raise ValueError(f"aliases must be names without '/' and ':', not {aliases!r}")
-        content = _contents(files)
-        if not content:
+        if not isinstance(files, Mapping):
+            files = {Path(path).name: path for path in ([files] if isinstance(files, str | Path) else files)}
+        if not files:
             raise ValueError(f"artifact {name!r} has no files")
-        artifact = dict(name=name, type=type, files=content, metadata=dict(metadata or {}), aliases=list(aliases))
-        self._ask("log_artifact", artifact)
+        content = {file: _content(file, value) for file, value in files.items()}
+        self._ask("log_artifact", name, type, content, metadata=dict(metadata or {}), aliases=list(aliases))
 
     def use_artifact(self, name: str) -> None:
         """Records that this run uses artifact `name`, such as "checkpoint:step-10".
 
-        In the run's config (`used_artifacts`), and online as W&B's lineage, as soon as the server has the artifact.
-        To get at its files use `wandb.Api().artifact(name)`.
+        In the run's config (`used_artifacts`), and online as lineage, as soon as the server has it. For its files use
+        `wandb.Api().artifact(name)`.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._ask("call", "_in_background", "use", (name,))
+        self._ask("call", "_in_background", "use", uuid.uuid4().hex, name)
 
     def expect(self, workers: int) -> None:
-        """From now on a step is complete with so many reports: tell it when a worker has died or joined."""
-        if self._report is None:
-            self._ask("call", "_expect", max(1, workers))
+        """From now on a step is complete with so many reports: a worker has died or joined."""
+        self._ask("call", "_expect", max(1, workers))
 
     def progress(self) -> dict[str, Any]:
-        """`rows` so far, the last `row` (without prefix), the run's `paths` and `warnings`."""
-        return ray.get(self._actor.progress.remote())
+        """`rows` so far, the last `row` (keys without prefix), the run's `paths` and `warnings`; {} if it is gone."""
+        return self._ask("progress") or {}
 
     def finish(self, exit_code: int = 0) -> RunReport:
-        """Finishes the run, with all that was logged before by any copy of the handle, and returns its ledger.
+        """Finishes the run, with all that any copy of the handle logged before, and returns its ledger.
 
-        Blocks for the upload, `finish_timeout` seconds of the settings at most (60 by default). To call it again is harmless.
+        Waits for the upload, `finish_timeout` seconds of the settings at most (60 by default). Calling it again returns the
+        same ledger.
         """
         if self._report is None:
             if not ray.is_initialized():
@@ -1150,63 +1128,48 @@ class WandbRun:
                 guest.finish(exit_code)
             try:
                 self._report = ray.get(self._actor.finish.remote(exit_code))
-            except ray.exceptions.RayActorError as error:
-                self._report = self._salvage(error)
+            except ray.exceptions.RayActorError as error:  # gone for good: what the disk says
+                rows = read_log(self.path, self._prefixes[0]) if self.path else {}
+                outbox = _outboxes.get(self._actor._actor_id)
+                lost = outbox.lost if outbox else 0
+                self._report = RunReport(
+                    *(self._name, self.id, self.mode, self.url, (self.path,) if self.path else ()),
+                    reports=sum(rows.values()) + lost,
+                    rows=len(rows),
+                    lost=max(lost, 1),
+                    warnings=(f"the pipeline actor is gone, and what it held with it: {_line(error)}",),
+                )
             if self in _unfinished:
                 _unfinished.remove(self)
         return self._report
 
-    def _salvage(self, error: Exception) -> RunReport:
-        """The ledger of a run whose actor is gone for good: what the disk says."""
-        log = read_log(self.path, self._prefixes[0]) if self.path else {}
-        outbox = _outboxes.get(self._actor._actor_id.hex())
-        lost, warning = outbox.lost if outbox else 0, f"The pipeline actor died for good: {error}".splitlines()[0]
-        return RunReport(
-            name=self._name,
-            id=self.id,
-            mode=self.mode,
-            url=self.url,
-            paths=(self.path,) if self.path else (),
-            reports=sum(log.values()) + lost,
-            rows=len(log),
-            late=0,
-            lost=lost,
-            restarts=0,
-            repeats=0,
-            uploaded=False,
-            warnings=(*self.warnings, warning),
-        )
-
-    def _ask(self, method: str, *arguments: Any) -> None:
+    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Calls the pipeline actor; its troubles are no reason to stop the caller."""
         try:
-            ray.get(getattr(self._actor, method).remote(*arguments))
+            return ray.get(getattr(self._actor, method).remote(*arguments, **options))
         except RunFinishedError:
             raise RunFinishedError(f"run {self._name!r} is finished, so nothing more can be logged to it") from None
-        except ray.exceptions.RayError as error:  # a trouble of the logging, not of the caller
-            logger.warning(
-                "W&B run %s: %s failed, training goes on: %s", self._name, method, str(error).splitlines()[0]
-            )
+        except ray.exceptions.RayError as error:
+            logger.warning("W&B run %s: %s failed, training goes on: %s", self._name, method, _line(error))
 
 
-@atexit.register  # runs before Ray's own, which would kill the actors
+@atexit.register  # runs before Ray's own, which takes the actors down
 def _finish_all() -> None:
-    for run in reversed(_unfinished):
+    for run in list(_unfinished):
         if ray.is_initialized():
             run.finish(exit_code=1 if hasattr(sys, "last_type") else 0)
 
 
 def _value(key: object, value: Any) -> Any:
-    """`value` as float, int, str, numeric array or W&B data type."""
-    if isinstance(value, str | WBValue):
+    """`value` as int, float, str, numeric array or W&B data type."""
+    if isinstance(value, str) or _is_data_type(value):
         return value
-    try:
+    with contextlib.suppress(Exception):  # ragged lists, tensors that can't be read from here
         array = np.asarray(value)
-    except Exception:  # ragged lists, tensors on another device
-        array = np.asarray(None)
-    if array.dtype.kind not in "biuf" or isinstance(value, Mapping):
-        what = "a number, string, numeric array or W&B data type"
-        raise TypeError(f"metric {key!r} must be {what}, not {value!r:.80} ({type(value).__name__})")
-    return array if array.ndim else array.item() + 0  # True counts as 1
+        if array.dtype.kind in "iufb":
+            return array if array.ndim else array.item() + 0  # True is 1
+    expected = "a number, a string, a numeric array or a W&B data type"
+    raise TypeError(f"metric {key!r} must be {expected}, not {value!r:.80} ({type(value).__name__})")
 
 
 def _key_error(key: object) -> Exception:
@@ -1217,24 +1180,18 @@ def _key_error(key: object) -> Exception:
     return ValueError(f"metric key {key!r} must not be empty or start with '_': wandb would drop it without a word")
 
 
-def _contents(files: Any) -> dict[str, Any]:
-    """An artifact's files by name: bytes, W&B data types, and paths, whose files are on this machine."""
-    if isinstance(files, str | Path):
-        files = [files]
-    if not isinstance(files, Mapping):
-        files = {Path(path).name: path for path in files}
-    found = {}
-    for name, content in files.items():
-        if isinstance(content, bytes | WBValue):
-            found[name] = content
-        elif not isinstance(content, str | Path):
-            raise TypeError(f"file {name!r} must be bytes, a path or a W&B data type, not {content!r:.80}")
-        elif Path(content).is_dir():
-            inside = sorted(path for path in Path(content).rglob("*") if path.is_file())
-            found |= {f"{name}/{path.relative_to(content)}": path.read_bytes() for path in inside}
-        else:
-            found[name] = Path(content).read_bytes()  # the actor may be on another node
-    return found
+def _is_data_type(value: Any) -> bool:
+    """Whether it is a `wandb.Table`, `wandb.Histogram` or the like."""
+    return "wandb" in sys.modules and isinstance(value, sys.modules["wandb"].sdk.data_types.base_types.wb_value.WBValue)
+
+
+def _content(file: str, value: Any) -> Any:
+    """A file's bytes (the pipeline actor may be on another node), or the W&B data type."""
+    if isinstance(value, bytes) or _is_data_type(value):
+        return value
+    if isinstance(value, str | Path):
+        return Path(value).read_bytes()
+    raise TypeError(f"file {file!r} must be bytes, a path or a W&B data type, not {value!r:.80}")
 
 
 # --- Workers and session ---------------------------------------------------------------------------------------------
@@ -1278,31 +1235,31 @@ def ray_session(args: Args) -> Iterator[None]:
 
     Ends the program with status 130 after Ctrl-C, 143 after SIGTERM and 1 after an exception, told in one line.
     """
-    interrupted = []
+    signals: list[int] = []
 
     def interrupt(signum: int, _: object) -> None:
-        if interrupted:
+        if signals:  # the second time, at once
             os._exit(128 + signum)
-        interrupted.append(signum)
+        signals.append(signum)
         raise KeyboardInterrupt
 
     def catch_signals() -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, interrupt)
 
-    catch_signals()
+    options: dict[str, Any] = dict(include_dashboard=False)
+    if args.address:
+        options = dict(address=args.address, runtime_env=dict(py_modules=[__file__]))
     status = 0
+    catch_signals()
     try:
-        options: dict[str, Any] = dict(include_dashboard=False)
-        if args.address:
-            options = dict(address=args.address, runtime_env={"py_modules": [str(Path(__file__).parent / "common.py")]})
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         catch_signals()  # Ray has set its own
         yield
     except KeyboardInterrupt:
-        status = 128 + interrupted[0]
+        status = 128 + signals[0]
     except Exception as error:
-        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        print(f"{type(error).__name__}: {_line(error)}", file=sys.stderr)
         status = 1
     finally:
         _finish_all()
@@ -1321,81 +1278,73 @@ def run_pipelines(
 ) -> int:
     """Runs both pipelines side by side, each at its own pace, finishes their runs and prints where they are.
 
-    A hook is called as hook(run, step, metrics) in the first worker of its pipeline, after each step.
+    A hook is called as hook(run, step, metrics) by the first worker of its pipeline, after each step.
     Returns the exit status: 0, or 1 if a worker failed or something that was logged is not where it should be.
     """
-    failures: list[str] = []
-    runs = {training: "training", inference: "inference"}
+    runs = {"training": training, "inference": inference}
+    workers = (
+        *(("training", TrainingWorker, i, after_training_step) for i in range(args.training_workers)),
+        *(("inference", InferenceWorker, i, after_inference_step) for i in range(args.inference_workers)),
+    )
+    failed = False
     try:
-        with training, inference:
-            pending = {}
-            pipelines = (
-                (training, TrainingWorker, args.training_workers, after_training_step),
-                (inference, InferenceWorker, args.inference_workers, after_inference_step),
-            )
-            for run, worker, count, hook in pipelines:
-                for warning in run.warnings:
-                    _say(warning)
-                for index in range(count):
-                    actor = worker.options(scheduling_strategy="SPREAD").remote()
-                    ref = actor.run.remote(run, args, index, hook if index == 0 else None)
-                    pending[ref] = (run, index, actor)
-            with _Bars(args, runs) as bars:
-                while pending:
-                    done, _ = ray.wait(list(pending), timeout=0.1)
-                    for ref in done:
-                        run, index, _ = pending.pop(ref)
-                        try:
-                            ray.get(ref)
-                        except ray.exceptions.RayError as error:
-                            cause = getattr(error, "cause", None)
-                            why = f"{type(cause).__name__}: {cause}" if cause else "it died"
-                            failures.append(f"{runs[run]} worker {index} failed: {why}".splitlines()[0])
-                            _say(failures[-1])
-                            run.expect(sum(run is other for other, *_ in pending.values()))
-                    bars.update()
-            if failures:
-                raise RuntimeError(failures[0])
-    except RuntimeError:
-        if not failures:
-            raise
+        with training, inference, _Display(args, runs) as display:
+            working = {}
+            for pipeline, worker, index, hook in workers:
+                actor = worker.options(scheduling_strategy="SPREAD").remote()
+                ref = actor.run.remote(runs[pipeline], args, index, None if index else hook)
+                working[ref] = (pipeline, index, actor)
+            while working:
+                done, _ = ray.wait(list(working), timeout=0.1)
+                display.update()
+                for ref in done:
+                    pipeline, index, _ = working.pop(ref)
+                    try:
+                        ray.get(ref)
+                    except ray.exceptions.RayError as error:
+                        failed = True
+                        cause = getattr(error, "cause", None)
+                        why = f"{type(cause).__name__}: {_line(cause)}" if cause else "its process died"
+                        display.say(f"{pipeline} worker {index} failed: {why}")
+                        runs[pipeline].expect(sum(pipeline == other for other, *_ in working.values()))
+            if failed:
+                training.finish(1), inference.finish(1)
     finally:
-        reports = [run._report for run in runs if run._report]
+        reports = [run._report for run in runs.values() if run._report]
         _summarise(args, reports)
-    return 0 if not failures and all(report.ok for report in reports) else 1
+    return 0 if not failed and all(report.ok for report in reports) else 1
 
 
-def _say(line: str) -> None:
-    with tqdm.external_write_mode(sys.stderr):
-        print(line, file=sys.stderr)
+class _Display:
+    """A live bar for each pipeline on a terminal, and each warning once."""
 
+    HEADLINES: ClassVar = {"training": "loss", "inference": "reward/mean"}
 
-class _Bars:
-    """A live bar per pipeline on a terminal; elsewhere a plain line, once."""
+    def __init__(self, args: Args, runs: Mapping[str, WandbRun]):
+        self._runs, self._said = runs, set[str]()
+        print(f"Experiment {args.experiment}: {args.steps} steps of training and of inference", flush=True)
+        for run in runs.values():
+            for warning in run.warnings:
+                self.say(warning)
+        look = dict(total=args.steps, bar_format="{desc:<9} {bar:30} {n_fmt}/{total_fmt} steps{postfix}", disable=None)
+        self._bars = {name: tqdm(desc=name, position=i, **look) for i, name in enumerate(runs)}
 
-    HEADLINES = {"training": "loss", "inference": "reward/mean"}
-
-    def __init__(self, args: Args, runs: Mapping[WandbRun, str]):
-        self._runs = runs
-        off = not sys.stderr.isatty()
-        form = "{desc:<9} {bar:30} {n_fmt}/{total_fmt} steps{postfix}"
-        self._bars = {
-            run: tqdm(desc=name, total=args.steps, position=position, disable=off, bar_format=form)
-            for position, (run, name) in enumerate(runs.items())
-        }
-        if off:
-            print(f"{args.steps} steps of training and inference, {args.experiment}", flush=True)
-
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> _Display:
         return self
 
+    def say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            tqdm.write(line, file=sys.stderr)
+
     def update(self) -> None:
-        for run, bar in self._bars.items():
-            progress = run.progress() if not bar.disable else {"row": {}}
-            headline = self.HEADLINES[self._runs[run]]
-            if headline in progress["row"]:
-                bar.n = min(progress["rows"], bar.total)
-                bar.set_postfix_str(f"{headline} {progress['row'][headline]:.3f}")
+        for name, run in self._runs.items():
+            progress, headline = run.progress(), self.HEADLINES[name]
+            for warning in progress.get("warnings", ()):
+                self.say(warning)
+            if headline in progress.get("row", ()):
+                self._bars[name].n = min(progress["rows"], self._bars[name].total)
+                self._bars[name].set_postfix_str(f"{headline} {progress['row'][headline]:.3f}")
 
     def __exit__(self, *_: object) -> None:
         self.update()
@@ -1406,29 +1355,30 @@ class _Bars:
 def _summarise(args: Args, reports: Sequence[RunReport]) -> None:
     """Where the runs are, their ledgers, and what to type next."""
     for report in reports:
-        where = report.url or (os.path.relpath(report.path) if report.path else "nowhere (disabled)")
-        extras = [
-            f"{getattr(report, key)} {key}" for key in ("late", "lost", "restarts", "repeats") if getattr(report, key)
+        counts = {"late": report.late, "lost": report.lost, "artifacts lost": report.lost_artifacts}
+        counts |= {"restarts": report.restarts, "repeats": report.repeats}
+        ledger = [
+            f"{report.rows} rows from {report.reports} reports",
+            *(f"{n} {what}" for what, n in counts.items() if n),
         ]
-        print(f"{report.name}: {', '.join([f'{report.rows} rows from {report.reports} reports', *extras])}\n  {where}")
+        where = report.url or (os.path.relpath(report.path) if report.path else "disabled: nothing is kept")
+        print(f"{report.name}: {', '.join(ledger)}\n  {where}")
         for warning in report.warnings:
             print(f"  {warning}", file=sys.stderr)
     folders = list(dict.fromkeys(os.path.relpath(path) for report in reports for path in report.paths))
+    missing = [report for report in reports if not report.uploaded]
     if folders:
         print(f"Look at them here:  {_command('leet', os.path.relpath(args.dir / 'wandb'))}")
-    not_uploaded = [report for report in reports if not report.uploaded]
-    if folders and not_uploaded:
-        online = ["--no-skip-online"] if any(report.mode == "online" for report in not_uploaded) else []
+    if folders and missing:
+        online = ["--no-skip-online"] if any(report.mode == "online" for report in missing) else []
         print(f"Upload them:        {_command('sync', *online, *folders)}")
 
 
 def _command(*words: str) -> str:
     """A `wandb` command that works when pasted into the shell that this program was started from."""
-    if "UV" in os.environ:
-        prefix = ["uv", "run", "wandb"]
-        if Path.cwd() != Path(__file__).parent:
-            prefix[2:2] = ["--project", os.path.relpath(Path(__file__).parent)]
-    else:
-        wandb_script = Path(sys.executable).with_name("wandb")
-        prefix = ["wandb"] if shutil.which("wandb") == str(wandb_script) else [str(wandb_script)]
-    return shlex.join([*prefix, *words])
+    script = str(Path(sys.executable).with_name("wandb"))
+    command = ["wandb"] if shutil.which("wandb") == script else [script]
+    if "UV" in os.environ:  # `uv run` puts it on the PATH of this program, not of the shell
+        here = Path(__file__).parent
+        command = ["uv", "run", *(["--project", os.path.relpath(here)] if Path.cwd() != here else []), "wandb"]
+    return shlex.join([*command, *words])
