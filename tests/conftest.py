@@ -1,0 +1,129 @@
+"""What the tests share: demos run as their users run them, and what they logged read back from the transaction log."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+DEMOS = {
+    "demo1": "demo1_centralized_actors.py",
+    "demo2": "demo2_project_per_job.py",
+    "demo3": "demo3_hierarchical_metrics.py",
+    "demo4": "demo4_extensions.py",
+}
+
+
+class Log:
+    """The records of a run folder's transaction log, by `wandb leet inspect --json`."""
+
+    def __init__(self, path: Path):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        self.path = path
+        self.records = [json.loads(line) for line in lines]
+
+    def of(self, kind: str) -> list[dict]:
+        return [record[kind] for record in self.records if record["type"] == kind]
+
+    @property
+    def run(self) -> dict:
+        return self.of("run")[0]
+
+    @property
+    def config(self) -> dict:
+        config = {}
+        for update in [self.run.get("config", {}), *self.of("config")]:
+            config |= update.get("update", {})
+        return config
+
+    @property
+    def rows(self) -> list[dict]:
+        return [history["item"] for history in self.of("history")]
+
+    @property
+    def keys(self) -> set[str]:
+        return {key for row in self.rows for key in row if not key.startswith("_")}
+
+    @property
+    def exit_code(self) -> int | None:
+        exits = self.of("exit")
+        return exits[-1].get("exit_code", 0) if exits else None
+
+
+def folders(directory: Path) -> list[Path]:
+    """Run folders below a demo's --dir, oldest first."""
+    return sorted((directory / "wandb").glob("*run-*"), key=lambda path: path.name.removeprefix("offline-"))
+
+
+def logs(directory: Path) -> dict[str, Log]:
+    """Transaction logs by run name."""
+    found = [Log(path) for path in folders(directory)]
+    return {log.run["display_name"]: log for log in found}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A user without an account: an empty home folder, no WANDB_ variables."""
+    home = tmp_path / "home"
+    home.mkdir()
+    return {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(home)}
+
+
+@pytest.fixture
+def start(tmp_path: Path, environment: dict[str, str]):
+    """start("demo1", "--steps", "5"): the demo as a process of its own, its runs below tmp_path."""
+    started = []
+
+    def start(demo: str, *arguments: str, **variables: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / DEMOS[demo]), "--dir", str(tmp_path), "--experiment", "x", *arguments]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment | variables)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_demo(start):
+    """Runs a demo to its end and returns it, with its output."""
+
+    def run_demo(demo: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        process = start(demo, *arguments, **variables)
+        stdout, stderr = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return run_demo
+
+
+def wait_for(condition, seconds: float = 30.0, every: float = 0.1):
+    """The first true value of condition(), or a failure."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(every)
+    raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+@pytest.fixture(scope="session")
+def ray_here():
+    """One Ray for all tests that use `WandbRun` directly."""
+    import common  # sets what Ray reads when it is imported
+    import ray
+
+    assert common
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=4)
+    yield ray
+    ray.shutdown()
