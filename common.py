@@ -209,7 +209,7 @@ def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
     learned, syncing = _progress(step), step % SYNC_EVERY == SYNC_EVERY - 1
     success = rng.random(32) < 0.15 + 0.65 * learned
     reward = np.clip(np.where(success, 0.9, 0.08) + rng.normal(0, 0.06, 32), 0, 1)
-    wanted = rng.lognormal(math.log(420 + 260 * learned), 0.5 - 0.15 * learned, 32)
+    wanted = rng.lognormal(math.log(640 + 60 * learned), 0.45 - 0.25 * learned, 32)
     length = np.minimum(wanted, 1024).astype(int)
     load = rng.uniform(0.85, 1.15)
     return {

@@ -4,7 +4,7 @@
     training    rl-agent          training-<ID>     loss, e2e/speed, e2e/latency_ms/mean, …
     inference   inference-only    inference-<ID>    reward/mean, e2e/speed, e2e/latency_ms/mean, …
 
-Choose it when the same job runs in several kinds of experiment: all inference runs, whatever trained the model, lie side
+Choose it when the same kind of job runs in many experiments: all inference runs, whatever trained the model, lie side
 by side. `e2e/speed` and `e2e/latency_ms` mean the same in both projects, so a Report can put them on one chart; that
 Report has to be made, and the link from an inference run to its training run is only in its config.
 

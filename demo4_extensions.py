@@ -4,14 +4,15 @@
     training    rl-agent-extended    training-<ID>     training     <ID>     checkpoint:v0, v1, … (latest, step-N, best)
     inference   rl-agent-extended    inference-<ID>    inference    <ID>     trajectories:v0, v1, … (a table each)
 
-Choose it when runs, weights and rollouts must be traceable to each other. Filter by job type or by tag (`demo4`, `seed-N`),
-group by group, and follow an inference run to the checkpoints it rolled out with. Both pipelines log `e2e/speed` and
-`e2e/latency_ms`, so that they compare with each other and with demo 2's projects. It costs the most configuration.
+Choose it when runs, weights and rollouts must be traceable to each other. Filter by job type or by tag (`demo4`,
+`seed-N`), group by group, and follow an inference run to the checkpoints it rolled out with. Both pipelines log
+`e2e/speed` and `e2e/latency_ms`, so they compare with each other and with demo 2's projects. It costs the most
+configuration.
 
     uv run python demo4_extensions.py --steps 40 --experiment my-fourth
 """
 
-import pickle
+import io
 import sys
 
 import numpy as np
@@ -70,11 +71,10 @@ class Checkpoints:
         if score > self.best:
             self.best = score
             aliases.append("best")
-        weights = np.full((64, 64), step, dtype=np.float32)
+        weights = io.BytesIO()
+        np.save(weights, np.full((64, 64), step, dtype=np.float32))
         metadata = {"step": step, "explained_variance": score}
-        run.log_artifact(
-            "checkpoint", "model", {"weights.pkl": pickle.dumps(weights)}, metadata=metadata, aliases=aliases
-        )
+        run.log_artifact("checkpoint", "model", {"weights.npy": weights.getvalue()}, metadata=metadata, aliases=aliases)
 
 
 def log_trajectories(run: WandbRun, step: int, metrics: Metrics) -> None:
