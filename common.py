@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # wandb is imported where it is used: that takes a second of 
 
 logger = logging.getLogger("wandb_run")
 
-# --- Arguments -------------------------------------------------------------------------------------------------------
+# Arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
     return Args(**vars(args))
 
 
-# --- Dummy metrics ---------------------------------------------------------------------------------------------------
+# Dummy metrics
 
 Metrics = dict[str, "float | int | np.ndarray"]
 CHECKPOINT_EVERY = 10  # training steps
@@ -228,7 +228,7 @@ def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
     }
 
 
-# --- Reduction -------------------------------------------------------------------------------------------------------
+# Reduction
 
 STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
     "mean": np.mean,
@@ -250,10 +250,14 @@ def reduce_reports(
 ) -> dict[str, Any]:
     """The reports of one step, one per worker, as one row. The rule sits in the value:
 
-    a scalar is a worker's measurement and is averaged, unless its key is in `sums` (rates and counts that add up over
-    workers) or in `largest`; an array holds samples (any shape), which are pooled over the workers before `statistics[key]`
-    (names of `STATISTICS`; mean, min and max by default) are taken as `key/mean`, …; samples that are bool are outcomes,
-    pooled to one fraction under `key`; strings and W&B data types pass through. Workers that lack a key don't count for it.
+    - a scalar is a worker's measurement: averaged, unless its key is in `sums` (rates and counts that add up over
+      workers) or in `largest`
+    - an array (any shape) holds samples: pooled over the workers before `statistics[key]`, names of `STATISTICS`, are
+      taken; they become `key/mean`, … (mean, min and max if nothing is given)
+    - a bool array holds outcomes: pooled to one fraction under `key`
+    - strings and W&B data types pass through
+
+    Workers that lack a key don't count for it.
     """
     row: dict[str, Any] = {}
     for key in dict.fromkeys(key for report in reports for key in report):
@@ -284,7 +288,7 @@ def _sum(values: Sequence[float]) -> float:
         return float(np.sum(values))
 
 
-# --- Pipeline actors -------------------------------------------------------------------------------------------------
+# Pipeline actors
 
 
 class RunFinishedError(RuntimeError):
@@ -294,24 +298,24 @@ class RunFinishedError(RuntimeError):
 Sender = tuple[str, int, str]  # node, process, a name of its own
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RunReport:
     """The ledger of a pipeline: what came in and what is on disk. `reports` = reports in rows + `lost`."""
 
     name: str
     id: str
-    mode: str  # online, offline or disabled
-    url: str | None
-    paths: tuple[Path, ...]  # the run's folders: one, and one more for each restart
-    reports: int  # received
-    rows: int  # in the transaction logs, counted there; a row stands on one or more reports
+    mode: str = ""  # online, offline or disabled
+    url: str | None = None
+    paths: list[Path] = dataclasses.field(default_factory=list)  # the run's folders: one, and one more per restart
+    reports: int = 0  # received
+    rows: int = 0  # in the transaction logs, counted there; a row stands on one or more reports
     late: int = 0  # reports that came after their step's row, and got a row of their own
     lost: int = 0  # reports that are in no row on disk
-    restarts: int = 0  # of the pipeline actor, after it died
     lost_artifacts: int = 0
+    restarts: int = 0  # of the pipeline actor, after it died
     repeats: int = 0  # reports that were sent again after a restart, and recognised
     uploaded: bool = False  # online: the server has it all
-    warnings: tuple[str, ...] = ()
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def path(self) -> Path | None:
@@ -326,16 +330,11 @@ class RunReport:
 class _State:
     """All that a pipeline knows. The same calls in the same order lead to the same state and the same rows."""
 
+    report: RunReport
     workers: int  # reports that make a step complete
-    reports: int = 0
-    rows: int = 0
-    in_rows: int = 0  # reports in them
-    guest_rows: int = 0  # logged for pipelines that share the run
-    late: int = 0
-    repeats: int = 0
-    restarts: int = -1
+    in_rows: int = 0  # reports in rows
+    guest_rows: int = 0  # rows of the pipelines that share the run
     starting_step: int = 0  # rows that a resumed run had already
-    paths: list[Path] = dataclasses.field(default_factory=list)  # one for each life of the actor
     guests: list[str] = dataclasses.field(default_factory=list)  # prefixes of the pipelines that share the run
     received: dict[Sender, int] = dataclasses.field(default_factory=dict)  # how many reports of each sender
     left: set[Sender] = dataclasses.field(default_factory=set)  # senders that have sent their last
@@ -360,10 +359,10 @@ class _Journal:
         self.path, self.previous = path, path.with_name(path.name + ".previous")
 
     def replay(self) -> Iterator[Any]:
-        """The oldest state that is kept, then each call since as (method, *arguments); nothing if there is no journal."""
+        """The oldest state that is kept, then each call since: (method, *arguments). Nothing without a journal."""
         started = False
         for path in filter(Path.exists, (self.previous, self.path)):
-            with path.open("r+b") as file, contextlib.suppress(EOFError, pickle.UnpicklingError):
+            with path.open("r+b") as file:
                 while True:
                     end = file.tell()
                     try:
@@ -440,7 +439,7 @@ def _is_alive(pid: int) -> bool:
 class PipelineActor:
     """Owns the W&B run of a pipeline and reduces its workers' reports to one row per step.
 
-    Undecorated, because Ray can't inherit from a decorated class; so it also works, and is tested, without Ray. To make a
+    Undecorated, because Ray can't inherit from a decorated class; so it also works, and is tested, without Ray. For a
     pipeline of your own derive a class, set the attributes and decorate it with `pipeline_actor`.
     """
 
@@ -453,7 +452,7 @@ class PipelineActor:
 
     MAX_HELD = 16_384  # reports that wait for the rest of their step; beyond that the oldest step is closed
     MAX_CLOSED = 32_768  # steps remembered as closed
-    GRACE = 5.0  # seconds that `finish` waits for the last words of a sender that may be alive
+    GRACE = 5.0  # seconds that `finish` waits for the last reports of a sender that may be alive
 
     def __init__(
         self,
@@ -462,20 +461,18 @@ class PipelineActor:
         prefix: str,
         owner: int,  # the process on this node that constructed the run
         share: ray.actor.ActorHandle | None = None,  # pipeline actor whose run gets the rows
-        environ: Mapping[str, str]
-        | None = None,  # the owner's WANDB_…; an argument, because Ray's state API lists none
+        environ: Mapping[str, str] | None = None,  # the owner's WANDB_…: Ray's state API lists no arguments
     ):
         os.environ.update(environ or {})
         self._init, self._prefix, self._owner, self._share = init, prefix, owner, share
         self._lock = threading.RLock()
         self._changed, self._closing = threading.Condition(self._lock), threading.Event()
-        self._state = _State(workers)
+        self._state = _State(RunReport(init["name"] or init["id"], init["id"]), workers)
         self._run: wandb.Run | None = None
-        self._report: RunReport | None = None
         self._outbox: _Outbox | None = None  # to `share`
+        self._finished = False
         self._threads, self._futures = dict(log=ThreadPoolExecutor(1), use=ThreadPoolExecutor(1)), dict[str, Future]()
         self._last_row: dict[str, Any] = {}
-        self._warnings: list[str] = []
         self._skip = 0  # rows that a replay need not log again
         self._journal = _Journal(Path(init["dir"], "wandb", f".{init['id']}{prefix.replace('/', '-')}.journal"))
         self._journaling = init.get("mode") != "disabled"
@@ -485,50 +482,48 @@ class PipelineActor:
 
     # Starting and restarting
 
-    def start(self) -> dict[str, Any]:
-        """Starts the run, or picks up where a dead actor left it; returns its `url`, `path`, `mode` and `warnings`."""
+    def start(self) -> RunReport:
+        """Starts the run, or picks up where a dead actor left it; returns the ledger so far."""
         with self._lock:
-            if self._run is None:
+            if not (self._run or self._outbox):
                 self._start()
-            return dict(url=self._url, path=self._state.paths[-1], mode=self._mode, warnings=list(self._warnings))
+            return self._state.report
 
     def _start(self) -> None:
         self._state, *calls = list(self._journal.replay()) or [self._state]
         state = self._state
+        folders = [*state.report.paths, *(path for method, path, *_ in calls if method == "_open")]
         if self._share:
             shared = ray.get(self._share.start.remote())
             ray.get(self._share.call.remote("_add_guest", self._prefix))
-            self._url, self._mode, path, starting_step = shared["url"], shared["mode"], shared["path"], 0
-            self._outbox = _Outbox(self._share, ("", 0, self._prefix), "_push_rows", first=state.rows)
+            self._outbox = _Outbox(self._share, ("", 0, self._prefix), "_push_rows", first=state.report.rows)
+            opened = (shared.path, shared.mode, shared.url, 0)
         else:
-            folders = [*state.paths, *(call[1] for call in calls if call[0] == "_open")]
-            earlier = sorted(
-                Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}"), key=lambda p: p.name[-60:]
-            )
-            run = self._run = self._wandb_init(resume=bool(folders))
-            self._mode = "disabled" if run.disabled else "offline" if run.offline else "online"
-            self._url = run.url if self._mode == "online" else None
-            path, starting_step = None if run.disabled else Path(run.sync_dir), run.starting_step
-            if folders and self._mode == "online":  # the rows that the server has
-                self._skip = starting_step - state.starting_step
+            run = self._run = self._wandb_init(restart=bool(folders))
+            mode = "disabled" if run.disabled else "offline" if run.offline else "online"
+            path, url = None if run.disabled else Path(run.sync_dir), run.url if mode == "online" else None
+            opened = (path, mode, url, run.starting_step)
+            if folders and mode == "online":  # the rows that the server has
+                self._skip = run.starting_step - state.starting_step
             elif folders:  # the rows that the dead actors' wandb had written
                 self._skip = sum(read_summary(folder).get("step", -1) + 1 for folder in folders) - state.starting_step
             elif self._init.get("resume"):
-                summary = dict(run.summary) or (read_summary(earlier[-1]).get("summary", {}) if earlier else {})
-                totals = {key: summary.get(f"{self._prefix}{key}_total") for key in self.totals}
-                state.totals = {key: total for key, total in totals.items() if total is not None}
+                earlier = Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}")
+                summaries = [read_summary(folder) for folder in earlier if folder != path]
+                last = max(summaries, key=lambda summary: summary.get("start_time", ""), default={}).get("summary", {})
+                totals = {key: (dict(run.summary) or last).get(f"{self._prefix}{key}_total") for key in self.totals}
+                state.totals = {key: total for key, total in totals.items() if total}
             for prefix in (self._prefix, *state.guests):
                 self._define_axis(prefix)
             for key in state.tasks:
                 self._submit(key)
-        self._run = self._run or self._share
         for method, *arguments in calls:
             getattr(self, method)(*arguments)
         if self._journaling:
             self._journal.open(state)
-        self.call("_open", path, starting_step)
+        self.call("_open", *opened)
 
-    def _wandb_init(self, resume: bool) -> wandb.Run:
+    def _wandb_init(self, restart: bool) -> wandb.Run:
         import wandb
 
         os.environ.pop("WANDB_SERVICE", None)  # of the owner's own wandb: this process needs a service of its own
@@ -536,10 +531,10 @@ class PipelineActor:
         if isinstance(settings, wandb.Settings):
             settings = settings.model_dump(exclude_unset=True)
         self._timeout = settings.get("finish_timeout", 60) / 2  # for the artifacts, and again for the rows
-        ours = dict(silent=True, console="off", init_timeout=20, x_transaction_log_flush_interval=0.5)
-        settings = ours | settings | dict(finish_timeout=self._timeout, finish_timeout_raises=True)
+        settings = dict(silent=True, console="off", init_timeout=20, x_transaction_log_flush_interval=0.5) | settings
+        settings |= dict(finish_timeout=self._timeout, finish_timeout_raises=True)
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
-        if resume:
+        if restart:
             init["resume"] = "allow"
         try:
             run = wandb.init(**init)
@@ -548,17 +543,19 @@ class PipelineActor:
                 raise
             self._warn(f"the W&B server does not answer, so the run stays on this machine (offline): {_line(error)}")
             run = wandb.init(**init | dict(mode="offline"))
-        if (
-            not run.disabled
-        ):  # or artifacts would be staged in the home folder, and be gone when `wandb sync` needs them
+        if not run.disabled:  # else artifacts are staged in the home folder, and gone when `wandb sync` needs them
             os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = f"{run.sync_dir}/artifacts"
         return run
 
-    def _open(self, path: Path | None, starting_step: int) -> None:
-        if not self._state.paths:
+    def _open(self, path: Path | None, mode: str, url: str | None, starting_step: int) -> None:
+        report = self._state.report
+        if report.mode:
+            report.restarts += 1
+        else:
             self._state.starting_step = starting_step
-        self._state.paths.append(path)
-        self._state.restarts += 1
+        report.mode, report.url = mode, url
+        if path and path not in report.paths:
+            report.paths.append(path)
 
     def _add_guest(self, prefix: str) -> None:
         if prefix not in self._state.guests:
@@ -575,8 +572,8 @@ class PipelineActor:
     def call(self, method: str, *arguments: Any) -> None:
         """Does `method(*arguments)` so that a SIGKILL of this process can't undo it; raises after `finish`."""
         with self._lock:
-            if self._report or not self._run:
-                raise RunFinishedError(f"run {self._init['name'] or self._init['id']!r} is finished")
+            if self._finished or not (self._run or self._outbox):
+                raise RunFinishedError(f"run {self._state.report.name!r} is finished")
             if self._journaling:
                 try:
                     self._journal.append((method, *arguments))
@@ -602,7 +599,7 @@ class PipelineActor:
         """Those of a sender's reports, numbered from `first`, that have not been received before."""
         state, received = self._state, self._state.received.get(sender, 0)
         repeats = min(max(received - first, 0), len(reports))
-        state.repeats += repeats
+        state.report.repeats += repeats
         state.received[sender] = max(received, first + len(reports))
         if last:
             state.left.add(sender)
@@ -612,9 +609,9 @@ class PipelineActor:
         """Takes a sender's next reports, each (step, pickled metrics)."""
         state = self._state
         for step, report in self._fresh(sender, first, reports, last):
-            state.reports += 1
+            state.report.reports += 1
             if step < state.floor or step in state.closed:
-                state.late += 1
+                state.report.late += 1
                 self._log_step(step, [report])
                 continue
             waiting = state.open.setdefault(step, [])
@@ -647,37 +644,36 @@ class PipelineActor:
         self._log_step(step, reports)
 
     def _log_step(self, step: int, reports: list[bytes]) -> None:
-        state, prefix = self._state, self._prefix
+        state = self._state
         metrics = [pickle.loads(report) for report in sorted(reports)]  # the order they came in has no effect
         row = reduce_reports(metrics, sums=self.sums, largest=self.largest, statistics=self.statistics)
         for key in self.totals:
             if key in row:
                 row[f"{key}_total"] = state.totals[key] = state.totals.get(key, 0) + row[key]
         self._last_row = row | {"step": step, "workers": len(reports)}
-        self._log({prefix + key: value for key, value in self._last_row.items()})
-        state.rows += 1
+        self._log({self._prefix + key: value for key, value in self._last_row.items()})
+        state.report.rows += 1
         state.in_rows += len(reports)
 
     def _log(self, row: dict[str, Any]) -> None:
         if self._outbox:
             self._outbox.put(row)
-        elif self._state.rows + self._state.guest_rows >= self._skip:
+        elif self._state.report.rows + self._state.guest_rows >= self._skip:
             self._run.log(row)  # never `step=`: it drops rows that come out of order
 
-    # Artifacts. wandb blocks when the server is away, so they have threads of their own
+    # Artifacts: wandb blocks when the server is away, so they have threads of their own
 
     @ray.method(concurrency_group="control")
-    def log_artifact(self, name: str, type: str, files: Mapping[str, Any], **options: Any) -> None:
+    def log_artifact(self, files: Mapping[str, Any], **artifact: Any) -> None:
         """Writes the files (bytes, or W&B data types) into the run's folder and has the artifact logged."""
-        folder = Path(self._state.paths[-1] or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex)
-        staged = {}
+        folder = Path(self._state.report.path or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex)
+        staged = dict(files)
         for file, content in files.items():
-            staged[file] = content
             if isinstance(content, bytes):
                 staged[file] = folder / file
                 staged[file].parent.mkdir(parents=True, exist_ok=True)
                 staged[file].write_bytes(content)
-        self.call("_in_background", "log", folder.name, dict(name=name, type=type, files=staged, **options))
+        self.call("_in_background", "log", folder.name, artifact | dict(files=staged))
 
     def _in_background(self, task: str, key: str, what: Any) -> None:
         self._state.tasks[key] = (task, what)
@@ -702,7 +698,7 @@ class PipelineActor:
         used = dict.fromkeys([*self._run.config.get("used_artifacts", []), name])
         self._run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
         deadline = time.monotonic() + self._timeout
-        while self._mode == "online":
+        while self._state.report.mode == "online":
             try:
                 self._run.use_artifact(name)
                 return
@@ -719,10 +715,9 @@ class PipelineActor:
         self._closing.wait()
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> dict[str, Any]:
-        """`rows` so far, the last `row` (keys without prefix), the run's `paths` and `warnings`."""
-        state = self._state
-        return dict(rows=state.rows, row=self._last_row, paths=list(state.paths), warnings=list(self._warnings))
+    def progress(self) -> tuple[RunReport, dict[str, Any]]:
+        """The ledger so far, and the last row (keys without prefix)."""
+        return self._state.report, self._last_row
 
     @ray.method(concurrency_group="control")
     def finish(self, exit_code: int = 0) -> RunReport:
@@ -732,96 +727,86 @@ class PipelineActor:
             deadline = time.monotonic() + self.GRACE
             while any(map(self._may_send, self._state.received)) and time.monotonic() < deadline:
                 self._changed.wait(0.1)
-            if self._report is None:
-                self._report = self._finish(exit_code)
-            return self._report
+            if not self._finished:
+                self._finish(exit_code)
+            return self._state.report
 
     def _may_send(self, sender: Sender) -> bool:
         node, pid, _ = sender
         return sender not in self._state.left and (node != _node_id() or _is_alive(pid))
 
-    def _finish(self, exit_code: int) -> RunReport:
-        state, uploaded, lost_artifacts = self._state, False, 0
+    def _finish(self, exit_code: int) -> None:
+        state, report = self._state, self._state.report
         for step in sorted(state.open):
             self._close(step)
         if self._outbox:
             self._outbox.close()
-            state.paths = [*ray.get(self._share.progress.remote())["paths"]]
+            report.paths = ray.get(self._share.start.remote()).paths
         else:
-            done, late = wait(self._futures.values(), timeout=self._timeout)
-            errors = [future.exception() for future in done if future.exception()]
-            if errors or late:
-                why = _line(errors[0]) if errors else f"not possible within {self._timeout:.0f} s"
-                self._warn(f"{len(errors) + len(late)} artifacts were not logged: {why}")
-            lost_artifacts = len(errors) + len(late)
+            self._finish_artifacts()
             try:
                 self._run.finish(exit_code)
-                uploaded = self._mode == "online" and not self._warnings and not self._upload_failed()
+                report.uploaded = report.mode == "online"
             except TimeoutError:
                 self._warn(f"the upload did not end within {self._timeout:.0f} s")
-        rows, in_rows = self._count_on_disk()
-        if in_rows < state.in_rows:
-            self._warn(f"{state.in_rows - in_rows} reports are not on disk")
+            # wandb tells nobody of a server that refuses the rows for good, but writes it into the run's own log
+            if report.uploaded and '"level":"ERROR"' in (report.path / "logs" / "debug-internal.log").read_text():
+                report.uploaded = False
+                self._warn("the W&B server refused the upload")
+        logged = state.in_rows
+        report.rows, on_disk = self._count_on_disk()
+        report.lost = max(0, logged - on_disk)
+        if report.lost:
+            self._warn(f"{report.lost} reports are not on disk")
         self._journal.remove()
-        return RunReport(
-            name=self._init["name"] or self._init["id"],
-            id=self._init["id"],
-            mode=self._mode,
-            url=self._url,
-            paths=tuple(filter(None, state.paths)),
-            reports=state.reports,
-            rows=rows,
-            late=state.late,
-            lost=max(0, state.in_rows - in_rows),
-            restarts=state.restarts,
-            lost_artifacts=lost_artifacts,
-            repeats=state.repeats,
-            uploaded=uploaded,
-            warnings=tuple(self._warnings),
-        )
+        self._finished = True
+
+    def _finish_artifacts(self) -> None:
+        done, late = wait(self._futures.values(), timeout=self._timeout)
+        errors = [future.exception() for future in done if future.exception()]
+        self._state.report.lost_artifacts = len(errors) + len(late)
+        if errors or late:
+            why = _line(errors[0]) if errors else f"not possible within {self._timeout:.0f} s"
+            self._warn(f"{len(errors) + len(late)} artifacts were not logged: {why}")
 
     def _count_on_disk(self) -> tuple[int, int]:
         """(rows, reports in them) of this pipeline in the transaction logs."""
-        state, paths = self._state, list(filter(None, self._state.paths))
-        if len(paths) == 1 and not self._share:  # the last row's number tells, if nothing is wrong
-            if read_summary(paths[0]).get("step", -1) + 1 == state.starting_step + state.rows + state.guest_rows:
-                return state.rows, state.in_rows
+        state, report = self._state, self._state.report
+        last = state.starting_step + report.rows + state.guest_rows - 1
+        if len(report.paths) == 1 and self._run and read_summary(report.path).get("step", -1) == last:
+            return report.rows, state.in_rows  # all is well, so there is no need to read every row
         deadline = time.monotonic() + (3 if self._share else 0)  # a shared run goes on, and is written now and then
-        while paths:
-            online = self._mode == "online"  # where the numbers go on after a restart, and may overlap
-            found = {(online or path, step): n for path in paths for step, n in read_log(path, self._prefix).items()}
-            if len(found) >= state.rows or time.monotonic() > deadline:
+        while report.paths:
+            online = report.mode == "online"  # where the numbers go on after a restart, and may overlap
+            found = {
+                (online or path, step): reports
+                for path in report.paths
+                for step, reports in read_log(path, self._prefix).items()
+            }
+            if len(found) >= report.rows or time.monotonic() > deadline:
                 return len(found), sum(found.values())
             time.sleep(0.2)
-        return state.rows, state.in_rows
-
-    def _upload_failed(self) -> bool:
-        """wandb tells nobody of a server that refuses the rows for good, but writes it into the run's own log."""
-        log = (self._state.paths[-1] / "logs" / "debug-internal.log").read_text()
-        if '"level":"ERROR"' in log:
-            self._warn("the W&B server refused the upload")
-        return '"level":"ERROR"' in log
+        return report.rows, state.in_rows
 
     def _warn(self, message: str) -> None:
-        self._warnings.append(message)
-        logger.warning("W&B run %s: %s", self._init["name"], message)
+        self._state.report.warnings.append(message)
+        logger.warning("W&B run %s: %s", self._state.report.name, message)
 
     def _watch_owner(self) -> None:
         """Finishes the run when the process that constructed it is gone; Ray leaves two seconds for that, or more."""
         while _is_alive(self._owner):
             time.sleep(0.1)
         self.GRACE = 0.5
-        if self._run:
+        if self._run or self._outbox:
             self.finish(1)
         ray.kill(ray.get_runtime_context().current_actor)
 
 
 def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
-    """Makes a pipeline an actor that comes back when it dies, and that outlives its driver until the run is finished."""
-    groups = {"closing": 1, "control": 8}  # threads next to the one that takes the reports
-    return ray.remote(concurrency_groups=groups, max_restarts=-1, max_task_retries=-1, num_cpus=0, lifetime="detached")(
-        cls
-    )
+    """Makes a pipeline an actor that comes back when it dies, and outlives its driver until the run is finished."""
+    lives = dict(max_restarts=-1, max_task_retries=-1, lifetime="detached")
+    threads = {"closing": 1, "control": 8}  # next to the one that takes the reports
+    return ray.remote(concurrency_groups=threads, num_cpus=0, **lives)(cls)
 
 
 @pipeline_actor
@@ -853,7 +838,7 @@ class InferencePipelineActor(PipelineActor):
     }
 
 
-# --- WandbRun --------------------------------------------------------------------------------------------------------
+# WandbRun
 
 
 class _Outbox:
@@ -961,7 +946,7 @@ class WandbRun:
     share: another WandbRun; this pipeline gets no run of its own, its rows go to that one's on an axis of their own.
     init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).
 
-    Attributes: `id`, `url` (None if not online), `path` (the run's folder, None if disabled), `mode`, `project`, `warnings`.
+    Attributes: `id`, `project`, `mode`, `url` (None if not online), `path` (the run's folder, None if disabled).
     Raises ValueError or TypeError for arguments that can't work and RuntimeError if the run can't start.
     """
 
@@ -1007,18 +992,17 @@ class WandbRun:
             init, workers, prefix, os.getpid(), share and share._actor, environ
         )
         try:
-            started = ray.get(self._actor.start.remote())
+            started: RunReport = ray.get(self._actor.start.remote())
         except ray.exceptions.RayTaskError as error:
             ray.kill(self._actor)
-            cause = error.cause
-            hint = (
-                "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "key" in str(cause).lower() else ""
-            )
+            cause, hint = error.cause, ""
+            if "key" in str(cause).lower():
+                hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'"
             kind = type(cause) if isinstance(cause, TypeError | ValueError | OSError) else RuntimeError
             raise kind(f"W&B run {name or init['id']!r} of {project!r} can't start: {_line(cause)}{hint}") from None
-        self.project, self.id, self.url, self.path = project, init["id"], started["url"], started["path"]
-        self.mode, self.warnings = started["mode"], started["warnings"]
-        self._name, self._dir, self._prefixes = name or self.id, init["dir"], [prefix]
+        self.project, self.id, self.mode = project, started.id, started.mode
+        self.url, self.path, self.warnings = started.url, started.path, started.warnings
+        self._name, self._dir, self._prefixes = started.name, init["dir"], [prefix]
         self._closing = self._actor.closing.remote()
         self._guests: list[WandbRun] = []
         self._report: RunReport | None = None
@@ -1079,7 +1063,7 @@ class WandbRun:
     ) -> None:
         """Logs a version of an artifact; returns when its files are in the run's folder, not when they are uploaded.
 
-        files: name in the artifact -> bytes, a file's path, or a W&B data type such as `wandb.Table`; or just the paths.
+        files: name in the artifact -> bytes, a file's path, or a W&B data type such as `wandb.Table`; or only paths.
 
         Raises ValueError for a name, type or alias that W&B refuses and OSError for a file that can't be read.
         """
@@ -1093,7 +1077,8 @@ class WandbRun:
         if not files:
             raise ValueError(f"artifact {name!r} has no files")
         content = {file: _content(file, value) for file, value in files.items()}
-        self._ask("log_artifact", name, type, content, metadata=dict(metadata or {}), aliases=list(aliases))
+        artifact = dict(name=name, type=type, metadata=dict(metadata or {}), aliases=list(aliases))
+        self._ask("log_artifact", content, **artifact)
 
     def use_artifact(self, name: str) -> None:
         """Records that this run uses artifact `name`, such as "checkpoint:step-10".
@@ -1109,15 +1094,15 @@ class WandbRun:
         """From now on a step is complete with so many reports: a worker has died or joined."""
         self._ask("call", "_expect", max(1, workers))
 
-    def progress(self) -> dict[str, Any]:
-        """`rows` so far, the last `row` (keys without prefix), the run's `paths` and `warnings`; {} if it is gone."""
-        return self._ask("progress") or {}
+    def progress(self) -> tuple[RunReport, dict[str, Any]]:
+        """The ledger so far and the last row (keys without prefix)."""
+        return self._ask("progress") or (RunReport(self._name, self.id), {})
 
     def finish(self, exit_code: int = 0) -> RunReport:
         """Finishes the run, with all that any copy of the handle logged before, and returns its ledger.
 
-        Waits for the upload, `finish_timeout` seconds of the settings at most (60 by default). Calling it again returns the
-        same ledger.
+        Waits for the upload, `finish_timeout` seconds of the settings at most (60 by default). Calling it again returns
+        the same ledger.
         """
         if self._report is None:
             if not ray.is_initialized():
@@ -1129,16 +1114,13 @@ class WandbRun:
             try:
                 self._report = ray.get(self._actor.finish.remote(exit_code))
             except ray.exceptions.RayActorError as error:  # gone for good: what the disk says
-                rows = read_log(self.path, self._prefixes[0]) if self.path else {}
+                found = read_log(self.path, self._prefixes[0]) if self.path else {}
+                report = RunReport(self._name, self.id, self.mode, self.url, [self.path] if self.path else [])
                 outbox = _outboxes.get(self._actor._actor_id)
-                lost = outbox.lost if outbox else 0
-                self._report = RunReport(
-                    *(self._name, self.id, self.mode, self.url, (self.path,) if self.path else ()),
-                    reports=sum(rows.values()) + lost,
-                    rows=len(rows),
-                    lost=max(lost, 1),
-                    warnings=(f"the pipeline actor is gone, and what it held with it: {_line(error)}",),
-                )
+                report.rows, report.lost = len(found), outbox.lost if outbox else 0
+                report.reports = sum(found.values()) + report.lost
+                report.warnings = [f"the pipeline actor is gone, and what it held is lost: {_line(error)}"]
+                self._report = report
             if self in _unfinished:
                 _unfinished.remove(self)
         return self._report
@@ -1194,7 +1176,7 @@ def _content(file: str, value: Any) -> Any:
     raise TypeError(f"file {file!r} must be bytes, a path or a W&B data type, not {value!r:.80}")
 
 
-# --- Workers and session ---------------------------------------------------------------------------------------------
+# Workers and session
 
 Hook = Callable[[WandbRun, int, Metrics], None]
 
@@ -1252,6 +1234,8 @@ def ray_session(args: Args) -> Iterator[None]:
         options = dict(address=args.address, runtime_env=dict(py_modules=[__file__]))
     status = 0
     catch_signals()
+    where = args.address or "this machine"
+    print(f"Experiment {args.experiment}: {args.steps} steps of training and of inference, Ray on {where}", flush=True)
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         catch_signals()  # Ray has set its own
@@ -1322,7 +1306,6 @@ class _Display:
 
     def __init__(self, args: Args, runs: Mapping[str, WandbRun]):
         self._runs, self._said = runs, set[str]()
-        print(f"Experiment {args.experiment}: {args.steps} steps of training and of inference", flush=True)
         for run in runs.values():
             for warning in run.warnings:
                 self.say(warning)
@@ -1339,12 +1322,12 @@ class _Display:
 
     def update(self) -> None:
         for name, run in self._runs.items():
-            progress, headline = run.progress(), self.HEADLINES[name]
-            for warning in progress.get("warnings", ()):
+            (report, row), headline = run.progress(), self.HEADLINES[name]
+            for warning in report.warnings:
                 self.say(warning)
-            if headline in progress.get("row", ()):
-                self._bars[name].n = min(progress["rows"], self._bars[name].total)
-                self._bars[name].set_postfix_str(f"{headline} {progress['row'][headline]:.3f}")
+            if headline in row:
+                self._bars[name].n = min(report.rows, self._bars[name].total)
+                self._bars[name].set_postfix_str(f"{headline} {row[headline]:.3f}")
 
     def __exit__(self, *_: object) -> None:
         self.update()

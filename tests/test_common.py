@@ -1,4 +1,4 @@
-"""The parts of common.py that need no Ray: arguments, dummy metrics, reduction, the pipeline's logic and its journal."""
+"""What needs no Ray: arguments, dummy metrics, reduction, the pipeline's logic and its journal."""
 
 import itertools
 import math
@@ -115,7 +115,8 @@ def test_training_metrics_stay_within_their_bounds():
     assert series["value_loss"][:10].mean() > 3 * series["value_loss"][-10:].mean()
     assert series["entropy"][:3].mean() > 0.45
     assert 0.1 < series["entropy"][-50:].mean() < 0.2
-    assert series["explained_variance"][0] < 0.1 < 0.6 < series["explained_variance"][-50:].mean()
+    assert series["explained_variance"][0] < 0.1
+    assert series["explained_variance"][-50:].mean() > 0.6
     assert series["kl"][0] < 0.04
     assert 0.02 < series["kl"][-50:].mean() < 0.1
     assert series["learning_rate"][0] < series["learning_rate"][7] == pytest.approx(1e-6)
@@ -213,7 +214,9 @@ def push(
 
 
 def rows_of(pipeline: PipelineActor) -> list[dict]:
-    return [{key: value for key, value in row.items() if key[0] != "_"} for row in Log(pipeline._state.paths[-1]).rows]
+    return [
+        {key: value for key, value in row.items() if key[0] != "_"} for row in Log(pipeline._state.report.path).rows
+    ]
 
 
 def test_a_row_is_logged_when_all_workers_have_reported_and_late_ones_get_their_own(pipeline):
@@ -272,9 +275,9 @@ def test_what_waits_is_bounded_and_nothing_of_it_is_dropped(pipeline, monkeypatc
 def test_a_worker_that_left_is_not_waited_for(pipeline):
     made = pipeline(2)
     push(made, [(0, {"a": 1.0}), (1, {"a": 1.0})])
-    assert made.progress()["rows"] == 0
+    assert made.progress()[0].rows == 0
     made.call("_expect", 1)
-    assert made.progress()["rows"] == 2
+    assert made.progress()[0].rows == 2
     made.finish()
 
 
@@ -303,20 +306,20 @@ def test_a_pipeline_that_died_goes_on_where_it_was(pipeline, tmp_path):
 def test_the_journal_survives_a_torn_entry_and_forgets_what_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(common._Journal, "ROTATE_BYTES", 2000)
     monkeypatch.setattr(common._Journal, "ROTATE_SECONDS", 0.0)
-    journal, state = common._Journal(tmp_path / "journal"), common._State(workers=1)
+    journal, state = common._Journal(tmp_path / "journal"), common._State(common.RunReport("n", "i"), workers=1)
     assert list(journal.replay()) == []
     journal.open(state)
     for i in range(500):
         if journal.is_due():
-            state.reports = i
+            state.report.reports = i
             journal.rotate(state)
         journal.append(("_expect", i))
     with journal.path.open("ab") as file:
         file.write(pickle.dumps(("_expect", 500))[:-3])
     for _ in range(2):  # the first time cuts off the torn entry
         oldest, *calls = journal.replay()
-        assert 0 < oldest.reports < 499
-        assert [i for _, i in calls] == list(range(oldest.reports, 500))
+        assert 0 < oldest.report.reports < 499
+        assert [i for _, i in calls] == list(range(oldest.report.reports, 500))
 
 
 def test_the_code_says_where_its_conventions_come_from():

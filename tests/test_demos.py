@@ -202,7 +202,7 @@ def contents(artifact: dict) -> dict[str, Path]:
 
 
 def test_demo4_ties_the_runs_of_an_experiment_together(ran):
-    done, directory = ran("demo4")
+    _, directory = ran("demo4")
     found = logs(directory)
     for job, log in (("training", found["training-exp"]), ("inference", found["inference-exp"])):
         check_whole(log)
