@@ -794,11 +794,14 @@ class PipelineActor:
 
     def _watch_owner(self) -> None:
         """Finishes the run when the process that constructed it is gone; Ray leaves two seconds for that, or more."""
+        raylet = os.getppid()
         while _is_alive(self._owner):
             time.sleep(0.1)
         self.GRACE = 0.5
         if self._run or self._outbox:
             self.finish(1)
+        if os.getppid() != raylet:  # all of Ray is gone
+            os._exit(0)
         ray.kill(ray.get_runtime_context().current_actor)
 
 
