@@ -140,7 +140,7 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
         args.mode = "online" if found else "offline"
 
     host, _, port = (args.address or "").rpartition(":")
-    if args.address not in (None, "auto", "local"):
+    if args.address not in (None, "auto"):
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except (OSError, ValueError, OverflowError) as error:
@@ -1232,9 +1232,9 @@ def ray_session(args: Args) -> Iterator[None]:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, interrupt)
 
-    options: dict[str, Any] = dict(include_dashboard=False)
+    options: dict[str, Any] = dict(address="local", include_dashboard=False)  # None may join a stranger's Ray
     if args.address:
-        options = dict(address=args.address, runtime_env=dict(py_modules=[__file__]))
+        options = dict(address=args.address, runtime_env=dict(py_modules=[__file__]))  # workers import this module
     status = 0
     catch_signals()
     where = args.address or "this machine"

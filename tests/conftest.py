@@ -125,6 +125,6 @@ def ray_here():
     import common  # sets what Ray reads when it is imported
 
     assert common
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=4)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=4)
     yield ray
     ray.shutdown()
