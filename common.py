@@ -1247,7 +1247,7 @@ def ray_session(args: Args) -> Iterator[None]:
         status = 128 + signals[0]
     except Exception as error:
         print(f"{type(error).__name__}: {_line(error)}", file=sys.stderr)
-        status = 1
+        status = 2 if isinstance(error, ConnectionError) else 1  # no Ray at the address
     finally:
         _finish_all()
         ray.shutdown()
