@@ -486,7 +486,11 @@ class PipelineActor:
         """Starts the run, or picks up where a dead actor left it; returns the ledger so far."""
         with self._lock:
             if not (self._run or self._outbox):
-                self._start()
+                try:
+                    self._start()
+                except Exception as error:  # wandb's own kinds don't all survive the way to the caller
+                    kind = type(error) if type(error) in (TypeError, ValueError, OSError) else RuntimeError
+                    raise kind(" ".join(str(error).split())[:500]) from error
             return self._state.report
 
     def _start(self) -> None:
@@ -998,11 +1002,9 @@ class WandbRun:
             started: RunReport = ray.get(self._actor.start.remote())
         except ray.exceptions.RayTaskError as error:
             ray.kill(self._actor)
-            cause, hint = error.cause, ""
-            if "key" in str(cause).lower():
-                hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'"
-            kind = type(cause) if isinstance(cause, TypeError | ValueError | OSError) else RuntimeError
-            raise kind(f"W&B run {name or init['id']!r} of {project!r} can't start: {_line(cause)}{hint}") from None
+            hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
+            why = f"{_line(error.cause)}{hint}"
+            raise type(error.cause)(f"W&B run {name or init['id']!r} of {project!r} can't start: {why}") from None
         self.project, self.id, self.mode = project, started.id, started.mode
         self.url, self.path, self.warnings = started.url, started.path, started.warnings
         self._name, self._dir, self._prefixes = started.name, init["dir"], [prefix]

@@ -1,0 +1,475 @@
+"""Nothing that was logged is lost, whatever dies: real signals to real processes, then the transaction log is read."""
+
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, Log, folders, logs, wait_for
+
+from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def below(ancestor: int, name: str) -> list[int]:
+    """The processes started, however indirectly, by `ancestor` whose command line has `name` in it."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            pid = int(entry.name)
+            if name not in entry.joinpath("cmdline").read_text():
+                continue
+            while pid not in (0, 1, ancestor):
+                pid = parent(pid)
+        except OSError:
+            continue
+        if pid == ancestor:
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def steps_on_disk(directory: Path, name: str) -> int:
+    """Rows so far, of a run that may be going on."""
+    rows = 0
+    for path in folders(directory):
+        if name in path.name:
+            rows += len(Log(path).rows)
+    return rows
+
+
+@pytest.fixture
+def busy(start, tmp_path):
+    """busy(...): a demo that is in the middle of both its pipelines, and can go on for a minute."""
+
+    def busy(*arguments: str, demo: str = "demo1", **variables: str) -> subprocess.Popen:
+        process = start(demo, "--steps", "600", "--step-seconds", "0.02", "--mode", "offline", *arguments, **variables)
+        wait_for(lambda: len(folders(tmp_path)) == 2)
+        wait_for(lambda: steps_on_disk(tmp_path, "training") and steps_on_disk(tmp_path, "inference"))
+        return process
+
+    return busy
+
+
+def reports_in_rows(rows: list[dict]) -> int:
+    return sum(row["workers"] for row in rows)
+
+
+def ledger(stdout: str, name: str) -> dict[str, int]:
+    line = next(line for line in stdout.splitlines() if line.startswith(f"{name}-x:"))
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", line.split(":")[1])}
+    return {"reports": int(re.search(r"from (\d+) reports", line)[1])} | counts
+
+
+def check_ledger(stdout: str, directory: Path) -> None:
+    """Every report is in a row, says the ledger, and so says the disk."""
+    for name in ("training", "inference"):
+        rows = [row for path in folders(directory) if name in path.name for row in Log(path).rows]
+        counts = ledger(stdout, name)
+        assert counts.get("lost", 0) == 0
+        assert counts["reports"] == reports_in_rows(rows)
+        assert counts["rows"] == len(rows)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_after_an_interrupt_every_report_is_in_a_row_and_the_runs_have_failed(busy, tmp_path, number, status):
+    process = busy()
+    began = time.monotonic()
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in stdout + stderr
+    check_ledger(stdout, tmp_path)
+    for log in logs(tmp_path).values():
+        assert log.exit_code == 1
+        assert [row["step"] for row in log.rows] == list(range(len(log.rows)))
+
+
+def test_a_second_interrupt_ends_at_once_and_damages_nothing(busy, tmp_path):
+    process = busy()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=2)
+    assert process.returncode == 130
+    for name in ("training", "inference"):
+        assert steps_on_disk(tmp_path, name) > 0
+
+
+def test_after_a_sigkill_of_the_driver_all_is_on_disk_and_nothing_is_left_running(busy, tmp_path):
+    process = busy()
+    pids = [pid for name in ("PipelineActor", "Worker", "wandb-core") for pid in below(process.pid, name)]
+    assert len(pids) >= 8
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids), seconds=20)
+    for name, log in logs(tmp_path).items():
+        assert log.exit_code == 1
+        steps = [row["step"] for row in log.rows]
+        assert steps == list(range(len(steps))), name
+        assert all(row["workers"] == 2 for row in log.rows[:-50])  # one worker may have been ahead at the end
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, folders(tmp_path))]
+    dry = subprocess.run(command, capture_output=True, text=True)
+    assert "Would sync 2 run(s)" in dry.stdout + dry.stderr
+    assert not list(tmp_path.glob("wandb/.*"))
+
+
+def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_different(start, tmp_path):
+    process = start("demo1", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
+    wait_for(lambda: len(folders(tmp_path)) == 2)
+    wait_for(lambda: steps_on_disk(tmp_path, "training"))
+    victim = below(process.pid, "ray::TrainingPipelineActor")[0]
+    os.kill(victim, signal.SIGKILL)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert ledger(stdout, "training")["restarts"] == 1
+    parts = [Log(path) for path in folders(tmp_path) if "training" in path.name]
+    assert len(parts) == 2
+    assert {part.run["run_id"] for part in parts} == {"demo1-training-x"}
+    by_step: dict[int, set[bytes]] = {}
+    for row in (row for part in parts for row in part.rows):
+        by_step.setdefault(row["step"], set()).add(pickle.dumps({k: v for k, v in sorted(row.items()) if k[0] != "_"}))
+    assert sorted(by_step) == list(range(150))
+    assert all(len(values) == 1 for values in by_step.values())
+    assert parts[-1].rows[-1]["tokens_total"] == sum(row["tokens"] for part in parts for row in part.rows)
+    assert not list(tmp_path.glob("wandb/.*"))
+
+
+def test_wandb_s_own_process_may_die_as_well(start, tmp_path):
+    process = start("demo3", "--one-run", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
+    wait_for(lambda: folders(tmp_path))
+    wait_for(lambda: steps_on_disk(tmp_path, "training"))
+    [core] = below(process.pid, "wandb-core")
+    os.kill(core, signal.SIGKILL)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    rows = [row for path in folders(tmp_path) for row in Log(path).rows]
+    for prefix in ("training/", "inference/"):
+        assert sorted(row[f"{prefix}step"] for row in rows if f"{prefix}step" in row) == list(range(150))
+    assert "lost" not in stdout
+
+
+def test_after_a_sigkill_of_a_worker_the_rest_goes_on_and_the_demo_says_which_it_was(start, tmp_path):
+    process = start("demo1", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
+    wait_for(lambda: len(folders(tmp_path)) == 2)
+    wait_for(lambda: steps_on_disk(tmp_path, "training"))
+    os.kill(below(process.pid, "ray::TrainingWorker.run")[0], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"training worker \d failed", stderr)
+    check_ledger(stdout, tmp_path)
+    found = logs(tmp_path)
+    assert {row["step"] for row in found["training-x"].rows} == set(range(150))
+    assert len(found["inference-x"].rows) == 150
+    assert found["training-x"].exit_code == 1
+
+
+# `WandbRun` on its own
+
+
+@pytest.fixture
+def run(ray_here, tmp_path) -> Callable[..., WandbRun]:
+    """run(...): a WandbRun with its files below tmp_path."""
+
+    def run(**options) -> WandbRun:
+        return WandbRun("p", **{"name": "n", "mode": "offline", "dir": tmp_path} | options)
+
+    return run
+
+
+def test_an_exception_in_the_driver_finishes_the_run_as_failed(run):
+    with pytest.raises(ZeroDivisionError), run() as made:
+        made.log({"a": 1.0}, 0)
+        1 / 0  # noqa: B018
+    log = Log(made.path)
+    assert (log.exit_code, len(log.rows)) == (1, 1)
+
+
+def test_an_exception_in_a_worker_keeps_all_rows_up_to_then(ray_here, run):
+    @ray_here.remote
+    def work(made: WandbRun, fail_at: int) -> None:
+        for step in range(20):
+            if step == fail_at:
+                raise ValueError("out of rollouts")
+            made.log({"a": float(step)}, step)
+
+    made = run(workers=2)
+    refs = [work.remote(made, fail_at) for fail_at in (7, 99)]
+    with pytest.raises(ValueError, match="out of rollouts"):
+        ray_here.get(refs)
+    ray_here.get(refs[1])
+    report = made.finish(1)
+    assert (report.reports, report.rows, report.lost) == (27, 20, 0)
+    assert [row["workers"] for row in Log(made.path).rows] == [2] * 7 + [1] * 13
+
+
+def test_a_driver_that_ends_without_finish_loses_nothing(tmp_path, environment):
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from common import WandbRun
+import ray
+ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+run = WandbRun("p", "n", workers=2, mode="offline", dir={str(tmp_path)!r})
+for step in range(500): run.log({{"a": 1.0}}, step)
+"""
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+    log = Log(folders(tmp_path)[0])
+    assert [row["step"] for row in log.rows] == list(range(500))
+    assert log.exit_code == 0
+
+
+def test_threads_and_processes_share_a_handle(ray_here, run):
+    @ray_here.remote
+    def work(made: WandbRun) -> None:
+        def log() -> None:
+            for step in range(1000):
+                made.log({"a": 1.0}, step)
+
+        threads = [threading.Thread(target=log) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    made = run(workers=32)
+    ray_here.get([work.remote(made) for _ in range(4)])
+    report = made.finish()
+    rows = Log(made.path).rows
+    assert (report.reports, report.rows, report.lost) == (32_000, len(rows), 0)
+    assert reports_in_rows(rows) == 32_000
+    assert {row["step"] for row in rows} == set(range(1000))
+
+
+def test_a_flood_makes_log_wait_and_memory_stays_flat(ray_here, run):
+    @ray_here.remote
+    def work(made: WandbRun) -> float:
+        made.log({"a": 0.0}, 0)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        metrics = {f"key_{i}": float(i) for i in range(11)}
+        for step in range(1, 60_000):
+            made.log(metrics, step // 20)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+    made = run(workers=20)
+    megabytes = ray_here.get(work.remote(made))
+    report = made.finish()
+    assert (report.reports, report.lost) == (60_000, 0)
+    assert megabytes < 50
+
+
+def test_a_straggler_ten_thousand_steps_behind_gets_its_rows(ray_here, run):
+    @ray_here.remote
+    def work(made: WandbRun) -> None:
+        for step in range(20_000):
+            made.log({"a": 1.0}, step)
+
+    made = run(workers=2)
+    ray_here.get(work.remote(made))
+    ray_here.get(work.remote(made))
+    report = made.finish()
+    rows = Log(made.path).rows
+    assert (report.reports, reports_in_rows(rows), report.lost) == (40_000, 40_000, 0)
+    assert report.late > 0
+    assert {row["step"] for row in rows} == set(range(20_000))
+
+
+def test_what_can_not_be_logged_raises_at_the_caller_and_harms_nothing(run):
+    made = run()
+    nothing = object()
+    for key in ("", "_step", "step", "workers"):
+        with pytest.raises(ValueError, match=repr(key)):
+            made.log({key: 1.0}, 0)
+    with pytest.raises(TypeError, match="5"):
+        made.log({5: 1.0}, 0)
+    for value in (None, nothing, {"a": 1}, [[1], [2, 3]], np.array(["x"]), 1j):
+        with pytest.raises(TypeError, match="'bad'"):
+            made.log({"good": 1.0, "bad": value}, 0)
+    for step in (-1, 1.5, "1", None, True):
+        with pytest.raises((TypeError, ValueError), match="step"):
+            made.log({"a": 1.0}, step)
+    for arguments in (
+        ("bad/name", "model", {"f": b"x"}),
+        ("name", "model", {"f": 5}),
+        ("name", "model", {}),
+        ("name", "model", "/no/such/file"),
+    ):
+        with pytest.raises((TypeError, ValueError, OSError)):
+            made.log_artifact(*arguments)
+    with pytest.raises(ValueError, match="aliases"):
+        made.log_artifact("name", "model", {"f": b"x"}, aliases=["a:b"])
+    made.log({"a": np.float32(1.5), "b": True, "c": "x", "d": [1, 2], "e": np.array([])}, np.int64(3))
+    report = made.finish()
+    assert report.reports == 1
+    [row] = Log(made.path).rows
+    assert {key: value for key, value in row.items() if key[0] != "_"} == {
+        **{"a": 1.5, "b": 1, "c": "x", "d/mean": 1.5, "d/min": 1, "d/max": 2},
+        **{"step": 3, "workers": 1},
+    }
+
+
+def test_a_constructor_that_can_not_work_says_so(run):
+    for options, named in (
+        ({"workers": 0}, "workers"),
+        ({"prefix": "training"}, "prefix"),
+        ({"pipeline": object}, "pipeline"),
+        ({"bogus": 1}, "bogus"),
+        ({"id": "a/b"}, "Run ID"),
+        ({"tags": [""]}, "run_tags|Tag"),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=named):
+            run(**options)
+    for project in ("", "a/b", 5):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match="project"):
+            WandbRun(project, mode="offline")
+    owner = run()
+    with pytest.raises(ValueError, match="overlap"):
+        WandbRun("p", share=owner)
+    with pytest.raises(ValueError, match="project"):
+        WandbRun("q", share=owner, prefix="inference/")
+    owner.finish()
+
+
+def test_after_finish_log_raises_everywhere_and_finish_returns_the_same(ray_here, run):
+    @ray_here.remote
+    def late(made: WandbRun) -> str:
+        try:
+            made.log({"a": 1.0}, 1)
+        except RunFinishedError as error:
+            return str(error)
+        return ""
+
+    made = run()
+    made.log({"a": 1.0}, 0)
+    report = made.finish()
+    assert made.finish() == report
+    with pytest.raises(RunFinishedError, match="finished"):
+        made.log({"a": 1.0}, 1)
+    with pytest.raises(RunFinishedError, match="finished"):
+        made.log_artifact("name", "model", {"f": b"x"})
+    assert "finished" in ray_here.get(late.remote(made))
+    assert len(Log(made.path).rows) == 1
+
+
+def test_one_run_can_carry_two_pipelines(run):
+    training = run(prefix="training/", workers=2)
+    inference = WandbRun("p", pipeline=InferencePipelineActor, share=training)
+    assert (inference.id, inference.path) == (training.id, training.path)
+    for step in range(10):
+        inference.log({"reward": np.array([0.0, 1.0])}, step)
+        training.log({"loss": 1.0}, step)
+    report, shared = training.finish(), inference.finish()
+    assert (report.reports, report.rows, shared.reports, shared.rows) == (10, 10, 10, 10)
+    rows = Log(training.path).rows
+    assert [row["inference/reward/mean"] for row in rows if "inference/step" in row] == [0.5] * 10
+    assert sum(row.get("training/workers", 0) for row in rows) == 10
+
+
+def test_a_handle_outlives_ray_only_to_say_so(tmp_path, environment):
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from common import WandbRun
+import ray
+ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+run, other = (WandbRun("p", n, mode="offline", dir={str(tmp_path)!r}) for n in "ab")
+run.finish()
+ray.shutdown()
+print(run.finish().rows)
+for call in (lambda: run.log({{"a": 1.0}}, 0), lambda: other.log({{"a": 1.0}}, 0), other.finish, lambda: WandbRun("p")):
+    try: call()
+    except RuntimeError as error: print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "0"
+    assert len(lines) == 5
+    assert all("Ray is not running" in line for line in lines[1:])
+
+
+def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        made = WandbRun("p", "n", mode="offline", dir=disk)
+        for step in range(5_000):
+            made.log({f"key_{i}": float(i) for i in range(11)}, step)
+        report = made.finish()
+        assert report.reports == 5_000
+        assert report.lost > 0
+        assert not report.ok
+        assert len([warning for warning in report.warnings if "space" in warning]) == 1
+        assert len(Log(report.path).rows) == report.rows == report.reports - report.lost
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_run_is_resumed_under_its_id(run):
+    for life in range(2):
+        made = run(id="again", resume="allow", pipeline=TrainingPipelineActor)
+        for step in range(10 * life, 10 * life + 10):
+            made.log({"tokens": 5}, step)
+        report = made.finish()
+        assert (report.rows, report.lost) == (10, 0)
+        time.sleep(1.1)  # W&B names folders by the second
+    rows = [row for path in folders(Path(made.path).parent.parent) for row in Log(path).rows]
+    assert [row["step"] for row in rows] == list(range(20))
+    assert [row["tokens_total"] for row in rows] == list(range(5, 101, 5))
+
+
+def test_artifact_files_are_below_the_run_and_survive_the_loss_of_their_source(run, tmp_path):
+    source = tmp_path / "weights.bin"
+    source.write_bytes(b"weights")
+    made = run()
+    made.log_artifact("checkpoint", "model", source, metadata={"step": 1}, aliases=["best"])
+    source.unlink()
+    made.finish()
+    [artifact] = Log(made.path).of("artifact")
+    [entry] = artifact["manifest"]["contents"]
+    assert Path(entry["local_path"]).read_bytes() == b"weights"
+    assert Path(entry["local_path"]).is_relative_to(made.path)
+    assert "best" in artifact["aliases"]
+
+
+KEY = "s3cr3t" + "0" * 34
+
+
+@pytest.mark.parametrize("where", ["environment", "netrc"])
+def test_a_key_is_written_nowhere(start, tmp_path, environment, where):
+    """With a server that is not there: the demo must begin to log in, and may not tell anybody how."""
+    variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "TMPDIR": str(tmp_path / "tmp"), "RAY_TMPDIR": str(tmp_path)}
+    Path(variables["TMPDIR"]).mkdir()
+    if where == "environment":
+        variables["WANDB_API_KEY"] = KEY
+    else:
+        netrc = Path(environment["HOME"], ".netrc")
+        netrc.write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+        netrc.chmod(0o600)
+    process = start("demo1", "--steps", "3", "--mode", "offline", **variables)
+    arguments = set()
+    while process.poll() is None:
+        for pid in below(process.pid, ""):
+            try:
+                arguments.add(Path(f"/proc/{pid}/cmdline").read_text())
+            except OSError:
+                continue
+        time.sleep(0.3)
+    assert process.returncode == 0
+    assert not [line for line in arguments if KEY in line]
+    searched = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".netrc"]
+    assert len(searched) > 20
+    assert not [path for path in searched if KEY.encode() in path.read_bytes()]
+    shutil.rmtree(variables["TMPDIR"])
