@@ -4,7 +4,6 @@ import os
 import pickle
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, Log, folders, logs, wait_for
 
-from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun
+from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun, read_log
 
 
 def parent(pid: int) -> int:
@@ -46,7 +45,7 @@ def steps_on_disk(directory: Path, name: str) -> int:
     rows = 0
     for path in folders(directory):
         if name in path.name:
-            rows += len(Log(path).rows)
+            rows += len(read_log(path, ""))
     return rows
 
 
@@ -151,7 +150,7 @@ def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_di
 def test_wandb_s_own_process_may_die_as_well(start, tmp_path):
     process = start("demo3", "--one-run", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
     wait_for(lambda: folders(tmp_path))
-    wait_for(lambda: steps_on_disk(tmp_path, "training"))
+    wait_for(lambda: read_log(folders(tmp_path)[0], "training/"))
     [core] = below(process.pid, "wandb-core")
     os.kill(core, signal.SIGKILL)
     stdout, _ = process.communicate(timeout=60)
@@ -442,34 +441,3 @@ def test_artifact_files_are_below_the_run_and_survive_the_loss_of_their_source(r
     assert Path(entry["local_path"]).read_bytes() == b"weights"
     assert Path(entry["local_path"]).is_relative_to(made.path)
     assert "best" in artifact["aliases"]
-
-
-KEY = "s3cr3t" + "0" * 34
-
-
-@pytest.mark.parametrize("where", ["environment", "netrc"])
-def test_a_key_is_written_nowhere(start, tmp_path, environment, where):
-    """With a server that is not there: the demo must begin to log in, and may not tell anybody how."""
-    variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "TMPDIR": str(tmp_path / "tmp"), "RAY_TMPDIR": str(tmp_path)}
-    Path(variables["TMPDIR"]).mkdir()
-    if where == "environment":
-        variables["WANDB_API_KEY"] = KEY
-    else:
-        netrc = Path(environment["HOME"], ".netrc")
-        netrc.write_text(f"machine 127.0.0.1 login user password {KEY}\n")
-        netrc.chmod(0o600)
-    process = start("demo1", "--steps", "3", "--mode", "offline", **variables)
-    arguments = set()
-    while process.poll() is None:
-        for pid in below(process.pid, ""):
-            try:
-                arguments.add(Path(f"/proc/{pid}/cmdline").read_text())
-            except OSError:
-                continue
-        time.sleep(0.3)
-    assert process.returncode == 0
-    assert not [line for line in arguments if KEY in line]
-    searched = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".netrc"]
-    assert len(searched) > 20
-    assert not [path for path in searched if KEY.encode() in path.read_bytes()]
-    shutil.rmtree(variables["TMPDIR"])

@@ -1,0 +1,171 @@
+"""With an account: the real client against a W&B server on loopback that works, fails, stalls or goes away."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Log, folders, wait_for
+from test_faults import below
+from wandb_server import KEY, Server
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.stop()
+
+
+def steps(rows: list[dict]) -> list[int]:
+    return [row["step"] for row in rows]
+
+
+def sync(command: str, directory: Path, environment: dict[str, str]) -> None:
+    """Does what the demo told its user to do."""
+    subprocess.run(shlex.split(command), cwd=directory, env=environment, check=True, capture_output=True, timeout=60)
+
+
+def printed(stdout: str, what: str) -> str:
+    return next(line.partition(":")[2].strip() for line in stdout.splitlines() if line.startswith(what))
+
+
+def test_a_login_makes_a_demo_run_online_quietly(run_demo, server):
+    done = run_demo("demo1", **server.environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "http://127.0.0.1" in done.stdout
+    assert "Upload" not in done.stdout
+    for pipeline in ("training", "inference"):
+        run = server.runs[f"demo1-{pipeline}-x"]
+        assert (run["name"], run["exit_code"]) == (f"{pipeline}-x", 0)
+        assert steps(server.rows(f"demo1-{pipeline}-x")) == list(range(20))
+
+
+def test_a_wrong_key_is_told_in_one_line(run_demo, server):
+    done = run_demo("demo1", **server.environment | {"WANDB_API_KEY": "k" * 40})
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "API key" in done.stderr
+
+
+def test_without_its_server_a_run_starts_offline_within_30_seconds(start, tmp_path, server):
+    server.stop()
+    began = time.monotonic()
+    process = start("demo3", "--one-run", "--steps", "5", **server.environment)
+    wait_for(lambda: folders(tmp_path) and "offline" in folders(tmp_path)[-1].name, seconds=45)
+    assert time.monotonic() - began < 30 + 10  # of which Ray takes some
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert stderr.count("does not answer") == 1
+    offline = [path for path in folders(tmp_path) if path.name.startswith("offline")]
+    assert len(Log(offline[0]).rows) == 10
+    assert offline[0].name in printed(stdout, "Upload")
+
+
+@pytest.mark.parametrize("trouble", [403, "stall", "gone"])
+def test_what_a_server_refuses_or_misses_is_on_disk_with_the_command_that_brings_it_up(
+    run_demo, start, tmp_path, environment, server, trouble
+):
+    arguments = ("--one-run", "--steps", "60", "--finish-timeout", "4")
+    server.fail = trouble if trouble != "gone" else None
+    process = start("demo3", *arguments, **server.environment)
+    if trouble == "gone":
+        wait_for(lambda: server.runs)
+        wait_for(lambda: folders(tmp_path))
+        server.stop()
+    began = time.monotonic()
+    stdout, stderr = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 45
+    assert "W&B server refused" in stderr if trouble == 403 else "did not end within" in stderr
+    assert "lost" not in stdout
+    [path] = folders(tmp_path)
+    assert len(Log(path).rows) == 120
+    repaired = Server(server.port if trouble == "gone" else 0)
+    variables = environment | repaired.environment
+    command = printed(stdout, "Upload")
+    assert "--no-skip-online" in command
+    sync(command, Path.cwd(), variables)
+    rows = repaired.rows("demo3-training-x")
+    repaired.stop()
+    for prefix in ("training", "inference"):
+        assert sorted(row[f"{prefix}/step"] for row in rows if f"{prefix}/step" in row) == list(range(60))
+
+
+@pytest.mark.parametrize("status", [500, 429])
+def test_a_passing_trouble_of_the_server_loses_nothing(run_demo, server, status):
+    server.fail, server.fail_once = status, True
+    done = run_demo("demo3", "--one-run", "--steps", "30", **server.environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(server.rows("demo3-training-x")) == 60
+
+
+def test_an_experiment_s_runs_go_on_when_it_is_started_again(run_demo, server):
+    for _ in range(2):
+        assert run_demo("demo1", "--steps", "5", **server.environment).returncode == 0
+    assert steps(server.rows("demo1-training-x")) == list(range(5)) * 2
+    totals = [row["tokens_total"] for row in server.rows("demo1-training-x")]
+    assert totals == sorted(totals)
+
+
+def test_a_pipeline_actor_that_is_killed_goes_on_with_the_server_s_rows(start, tmp_path, server):
+    process = start("demo1", "--steps", "150", "--step-seconds", "0.02", **server.environment)
+    wait_for(lambda: len(folders(tmp_path)) == 2)
+    wait_for(lambda: Log(folders(tmp_path)[0]).rows)
+    subprocess.run(["kill", "-KILL", str(below(process.pid, "ray::TrainingPipelineActor")[0])], check=True)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, stdout
+    assert steps(server.rows("demo1-training-x")) == list(range(150))
+
+
+@pytest.mark.parametrize("where", ["environment", "netrc"])
+def test_a_key_is_written_nowhere(start, tmp_path, environment, server, where):
+    scratch = Path(tempfile.mkdtemp(prefix="k"))  # short: Ray puts sockets there
+    variables = server.environment | {"TMPDIR": str(scratch), "RAY_TMPDIR": str(scratch)}
+    if where == "netrc":
+        del variables["WANDB_API_KEY"]
+        netrc = Path(environment["HOME"], ".netrc")
+        netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
+        netrc.chmod(0o600)
+    try:
+        process = start("demo4", "--steps", "3", **variables)
+        arguments = set()
+        while process.poll() is None:
+            for pid in below(process.pid, ""):
+                try:
+                    arguments.add(Path(f"/proc/{pid}/cmdline").read_text())
+                except OSError:
+                    continue
+            time.sleep(0.5)
+        assert process.wait() in (0, 1)  # this server keeps no artifacts
+        assert "demo4-training-x" in server.runs
+        assert not [line for line in arguments if KEY in line]
+        places = [path for folder in (scratch, tmp_path) for path in folder.rglob("*")]
+        files = [path for path in places if path.is_file() and path.name != ".netrc"]
+        assert any("raylet" in path.name for path in files)
+        assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def test_a_key_is_not_listed_by_ray(server, tmp_path, environment):
+    """Neither in the runtime environment nor in what the state API, here GCS itself, tells of actors and jobs."""
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from common import WandbRun
+import ray
+from ray.util.state import list_actors, list_jobs, list_tasks, list_workers
+ray.init(address="local", include_dashboard=True, log_to_driver=False, logging_level="error")
+with WandbRun("p", "n", mode="online", dir={str(tmp_path)!r}) as run:
+    run.log({{"a": 1.0}}, 0)
+    print([list(map(vars, kind(detail=True))) for kind in (list_actors, list_jobs, list_tasks, list_workers)])
+    print(ray.get_runtime_context().runtime_env)
+"""
+    variables = environment | server.environment
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=90)
+    assert "TrainingPipelineActor" in done.stdout, done.stderr[-2000:]
+    assert KEY not in done.stdout + done.stderr

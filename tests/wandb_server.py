@@ -1,0 +1,101 @@
+"""A W&B server on loopback, as much of one as `wandb` needs to log in, make a run, resume it and upload its rows."""
+
+import base64
+import gzip
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+KEY = "s3cr3t" + "0" * 34
+
+
+class Server:
+    """`fail` is the status that uploads of rows are answered with, or "stall"; None for a server that works."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.runs: dict[str, dict] = {}  # id -> config, name, rows by offset, exit code
+        self.fail: int | str | None = None
+        self.fail_once = False
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                status, answer = outer.answer(self.path, self.headers.get("Authorization", ""), body)
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_PUT = do_GET = do_POST
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http.daemon_threads = True
+        self.port = self.http.server_port
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.port}", "WANDB_API_KEY": KEY}
+
+    def rows(self, run_id: str) -> list[dict]:
+        return [row for _, row in sorted(self.runs[run_id]["rows"].items())]
+
+    def answer(self, path: str, authorization: str, body: bytes) -> tuple[int, dict]:
+        if path == "/graphql":
+            key = base64.b64decode(authorization.removeprefix("Basic ")).decode().partition(":")[2]
+            if key != KEY:
+                return 401, {"errors": [{"message": "invalid API key"}]}
+            message = json.loads(body)
+            return 200, {"data": self.graphql(message["query"], message.get("variables") or {})}
+        if path.endswith("/file_stream"):
+            if self.fail == "stall":
+                time.sleep(100)
+            if self.fail:
+                status, self.fail = self.fail, None if self.fail_once else self.fail
+                return status, {"error": "as the test wants it"}
+            run = self.runs[path.split("/")[-2]]
+            message = json.loads(body)
+            history = message.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+            run["rows"] |= {i: json.loads(line) for i, line in enumerate(history["content"], history["offset"])}
+            if message.get("complete"):
+                run["exit_code"] = message.get("exitcode")
+        return 200, {}
+
+    def graphql(self, query: str, variables: dict) -> dict:
+        operation = (re.findall(r"(?:query|mutation)\s+(\w+)", query) or [""])[0]
+        if operation == "UpsertBucket":
+            known = variables["name"] in self.runs
+            run = self.runs.setdefault(variables["name"], {"rows": {}, "exit_code": None})
+            run["name"] = variables.get("displayName") or run.get("name")
+            return {"upsertBucket": {"bucket": self.bucket(variables["name"]), "inserted": not known}}
+        if operation == "RunResumeStatus":
+            bucket = self.bucket(variables["name"]) if variables["name"] in self.runs else None
+            return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}, "bucket": bucket}}
+        if operation == "Viewer":
+            return {"viewer": {"id": "u", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
+        return {}
+
+    def bucket(self, run_id: str) -> dict:
+        rows = self.rows(run_id)
+        return {
+            "id": run_id, "name": run_id, "displayName": self.runs[run_id]["name"], "sweepName": None, "tags": [],
+            "config": "{}", "wandbConfig": "{}", "summaryMetrics": json.dumps(rows[-1] if rows else {}),
+            "historyLineCount": len(rows), "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
+            "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0,
+            "project": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}},
+        }  # fmt: skip
