@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import logging
 import math
@@ -24,13 +27,14 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -241,39 +245,43 @@ STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
-def reduce_reports(
-    reports: Sequence[Mapping[str, Any]],
-    *,
-    sums: Sequence[str] = (),
-    largest: Sequence[str] = (),
-    statistics: Mapping[str, Sequence[str]] | None = None,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """What `reduce_reports` can't tell from the value: how a pipeline's metrics are combined over workers."""
+
+    sums: Sequence[str] = ()  # rates and counts, which add up over workers
+    totals: Sequence[str] = ()  # summed keys whose running sum over steps is logged too, as `<key>_total`
+    largest: Sequence[str] = ()  # the largest worker's value passes through
+    statistics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of samples, from `STATISTICS`
+
+
+def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -> dict[str, Any]:
     """The reports of one step, one per worker, as one row. The rule sits in the value:
 
-    - a scalar is a worker's measurement: averaged, unless its key is in `sums` (rates and counts that add up over
-      workers) or in `largest`
-    - an array (any shape) holds samples: pooled over the workers before `statistics[key]`, names of `STATISTICS`, are
-      taken; they become `key/mean`, … (mean, min and max if nothing is given)
+    - a scalar is a worker's measurement: averaged, unless `reduction` names its key
+    - an array (any shape) holds samples: pooled over the workers before any statistic is taken; the statistics become
+      `key/mean`, … (mean, min and max if `reduction` names none)
     - a bool array holds outcomes: pooled to one fraction under `key`
     - strings and W&B data types pass through
 
     Workers that lack a key don't count for it.
     """
     row: dict[str, Any] = {}
-    for key in dict.fromkeys(key for report in reports for key in report):
+    for key in dict.fromkeys(itertools.chain.from_iterable(reports)):
         values = [report[key] for report in reports if key in report]
-        if any(isinstance(value, np.ndarray) for value in values):
+        kinds = {type(value) for value in values}
+        if not kinds <= {int, float, np.ndarray}:
+            row[key] = next(value for value in values if not isinstance(value, int | float | np.ndarray))
+        elif np.ndarray in kinds:
             pooled = np.concatenate([np.ravel(value) for value in values])
-            if pooled.dtype == bool:
-                row[key] = float(pooled.mean()) if pooled.size else math.nan
+            if pooled.size and pooled.dtype == bool:
+                row[key] = pooled.mean().item()
             elif pooled.size:
-                for name in (statistics or {}).get(key, ("mean", "min", "max")):
+                for name in reduction.statistics.get(key, ("mean", "min", "max")):
                     row[f"{key}/{name}"] = STATISTICS[name](pooled).item()
-        elif not all(isinstance(value, int | float) for value in values):
-            row[key] = values[-1]
-        elif key in sums:
-            row[key] = sum(values) if all(isinstance(value, int) for value in values) else _sum(values)
-        elif key in largest:
+        elif key in reduction.sums:
+            row[key] = sum(values) if kinds == {int} else _sum(values)
+        elif key in reduction.largest:
             row[key] = max(values)
         else:
             row[key] = _sum(values) / len(values)
@@ -285,17 +293,16 @@ def _sum(values: Sequence[float]) -> float:
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):  # beyond 1e308, or inf - inf
-        return float(np.sum(values))
+        return float(sum(values))
 
 
 # Pipeline actors
 
+Sender = tuple[str, int, str]  # node, process, a name of its own
+
 
 class RunFinishedError(RuntimeError):
     """Something was logged to a run after `finish`."""
-
-
-Sender = tuple[str, int, str]  # node, process, a name of its own
 
 
 @dataclasses.dataclass
@@ -307,94 +314,170 @@ class RunReport:
     mode: str = ""  # online, offline or disabled
     url: str | None = None
     paths: list[Path] = dataclasses.field(default_factory=list)  # the run's folders: one, and one more per restart
+    restarts: int = 0  # of the pipeline actor, after it died
+    uploaded: bool = False  # online: the server has it all
+    lost_artifacts: int = 0
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    prefix: str = ""
     reports: int = 0  # received
     rows: int = 0  # in the transaction logs, counted there; a row stands on one or more reports
     late: int = 0  # reports that came after their step's row, and got a row of their own
-    lost: int = 0  # reports that are in no row on disk
-    lost_artifacts: int = 0
-    restarts: int = 0  # of the pipeline actor, after it died
     repeats: int = 0  # reports that were sent again after a restart, and recognised
-    uploaded: bool = False  # online: the server has it all
-    warnings: list[str] = dataclasses.field(default_factory=list)
+    lost: int = 0  # reports that are in no row on disk
 
     @property
     def path(self) -> Path | None:
+        """The run's folder, the latest if it was restarted; None for a disabled run."""
         return self.paths[-1] if self.paths else None
 
     @property
     def ok(self) -> bool:
+        """Whether all that was logged is where it should be."""
         return not (self.lost or self.lost_artifacts) and (self.uploaded or self.mode != "online")
 
 
 @dataclasses.dataclass
-class _State:
-    """All that a pipeline knows. The same calls in the same order lead to the same state and the same rows."""
+class _Pipeline:
+    """The reports of one pipeline on their way to rows, free of Ray and wandb.
 
-    report: RunReport
-    workers: int  # reports that make a step complete
-    in_rows: int = 0  # reports in rows
-    guest_rows: int = 0  # rows of the pipelines that share the run
-    starting_step: int = 0  # rows that a resumed run had already
-    guests: list[str] = dataclasses.field(default_factory=list)  # prefixes of the pipelines that share the run
+    Each method yields the rows that became due, keys under the prefix. The same calls in the same order lead to the
+    same state and the same rows.
+    """
+
+    prefix: str
+    reduction: Reduction = dataclasses.field(default_factory=Reduction)
+    workers: int = 1  # reports that make a step complete
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)  # for the fields of `RunReport`
     received: dict[Sender, int] = dataclasses.field(default_factory=dict)  # how many reports of each sender
     left: set[Sender] = dataclasses.field(default_factory=set)  # senders that have sent their last
-    open: OrderedDict[int, list[bytes]] = dataclasses.field(default_factory=OrderedDict)  # step -> reports so far
-    held: int = 0  # reports in `open`
+    open: dict[int, list[bytes]] = dataclasses.field(default_factory=dict)  # step -> reports so far, oldest first
+    waiting: int = 0  # reports in `open`
     closed: set[int] = dataclasses.field(default_factory=set)  # steps that have their row,
     floor: int = 0  # as have all below this one
     totals: dict[str, float] = dataclasses.field(default_factory=dict)  # running sums
+    last_row: dict[str, Any] = dataclasses.field(default_factory=dict)  # keys without prefix
+    finished: bool = False
+
+    MAX_WAITING: ClassVar = (
+        16_384  # reports that wait for the rest of their step; beyond that the oldest step is closed
+    )
+    MAX_CLOSED: ClassVar = 32_768  # steps remembered as closed
+
+    def push(self, sender: Sender, first: int, reports: Sequence[tuple[int, bytes]], last: bool) -> Iterator[dict]:
+        """Takes a sender's next reports, each (step, pickled metrics), numbered from `first`."""
+        repeats = min(max(self.received.get(sender, 0) - first, 0), len(reports))
+        self.received[sender] = max(self.received.get(sender, 0), first + len(reports))
+        self.counts.update(reports=len(reports) - repeats, repeats=repeats)
+        if last:
+            self.left.add(sender)
+        for step, report in reports[repeats:]:
+            if step < self.floor or step in self.closed:
+                self.counts["late"] += 1
+                yield self._row(step, [report])
+                continue
+            together = self.open.setdefault(step, [])
+            together.append(report)
+            self.waiting += 1
+            if len(together) >= self.workers:
+                yield self._close(step)
+            elif self.waiting > self.MAX_WAITING:
+                yield self._close(next(iter(self.open)))
+
+    def expect(self, workers: int) -> Iterator[dict]:
+        """From now on so many reports make a step complete."""
+        self.workers = workers
+        for step in [step for step, together in self.open.items() if len(together) >= workers]:
+            yield self._close(step)
+
+    def finish(self) -> Iterator[dict]:
+        """Closes the open steps with the reports that came."""
+        self.finished = True
+        for step in sorted(self.open):
+            yield self._close(step)
+
+    def _close(self, step: int) -> dict[str, Any]:
+        together = self.open.pop(step)
+        self.waiting -= len(together)
+        self.closed.add(step)
+        if len(self.closed) > self.MAX_CLOSED:
+            self.floor = sorted(self.closed)[self.MAX_CLOSED // 2]
+            self.closed = {step for step in self.closed if step >= self.floor}
+        return self._row(step, together)
+
+    def _row(self, step: int, together: list[bytes]) -> dict[str, Any]:
+        self.counts["rows"] += 1
+        metrics = [pickle.loads(report) for report in sorted(together)]  # the order they came in has no effect
+        row = reduce_reports(metrics, self.reduction)
+        for key in self.reduction.totals:
+            if key in row:
+                row[f"{key}_total"] = self.totals[key] = self.totals.get(key, 0) + row[key]
+        self.last_row = row | {"step": step, "workers": len(together)}
+        return {self.prefix + key: value for key, value in self.last_row.items()}
+
+
+@dataclasses.dataclass
+class _State:
+    """All that a pipeline actor must not forget when it dies."""
+
+    run: RunReport  # what the ledgers of all its pipelines say of the run
+    pipelines: dict[str, _Pipeline] = dataclasses.field(default_factory=dict)  # by prefix: the owner's, and its guests'
+    starting_step: int = 0  # rows that a resumed run had already,
+    earlier: dict[str, Any] = dataclasses.field(default_factory=dict)  # and their summary
     tasks: dict[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)  # artifacts to log or use
+
+    @property
+    def rows(self) -> int:
+        return sum(pipeline.counts["rows"] for pipeline in self.pipelines.values())
 
 
 class _Journal:
-    """Calls on a pipeline, written down before they take effect, so that a SIGKILL of its actor undoes none.
+    """Calls on a pipeline actor, written down before they take effect, so that a SIGKILL of it undoes none.
 
-    Two files, each a pickled `_State` and the calls since. What is written outlives the process at once, being with the
-    kernel; `rotate` forgets only what is older than any row that wandb could still hold in memory.
+    A table of pickled entries: a `_State` and the calls since, two generations of it. Nothing is synced: what is with
+    the kernel outlives the process.
     """
 
-    ROTATE_BYTES, ROTATE_SECONDS = 1 << 20, 5.0  # ten times the flush interval of the transaction log
+    SECONDS = 5.0  # between snapshots: ten times what wandb may hold back of the rows that a snapshot forgets
 
     def __init__(self, path: Path):
-        self.path, self.previous = path, path.with_name(path.name + ".previous")
+        self.path = path
+        self._db = sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # a second actor for the same run must not share it
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=OFF")
+        self._db.execute("CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY, snapshot INTEGER, entry BLOB)")
+        self._taken = time.monotonic()
 
-    def replay(self) -> Iterator[Any]:
-        """The oldest state that is kept, then each call since: (method, *arguments). Nothing without a journal."""
-        started = False
-        for path in filter(Path.exists, (self.previous, self.path)):
-            with path.open("r+b") as file:
-                while True:
-                    end = file.tell()
-                    try:
-                        entry = pickle.load(file)
-                    except Exception:  # the end, or an entry that was being written: its sender sends it again
-                        file.truncate(end)
-                        break
-                    if not (started and isinstance(entry, _State)):
-                        started = True
-                        yield entry
+    def entries(self) -> list[Any]:
+        """The oldest state that is kept, then each call since; empty for a new journal."""
+        rows = self._db.execute("SELECT snapshot, entry FROM entries ORDER BY id").fetchall()
+        return [pickle.loads(entry) for i, (snapshot, entry) in enumerate(rows) if not (i and snapshot)]
 
-    def open(self, state: _State) -> None:
-        self.file, self.opened = self.path.open("ab", buffering=0), time.monotonic()
-        if not self.file.tell():
-            self.append(state)
+    def begin(self, state: _State) -> None:
+        """Makes this the state before all calls."""
+        self._db.execute("BEGIN")
+        self._db.execute("DELETE FROM entries WHERE snapshot")
+        [(first,)] = self._db.execute("SELECT coalesce(min(id), 1) FROM entries")
+        self._insert(first - 1, True, state)
+        self._db.execute("COMMIT")
 
-    def append(self, entry: Any) -> None:
-        data = pickle.dumps(entry, pickle.HIGHEST_PROTOCOL)
-        if self.file.write(data) < len(data):
-            raise OSError("No space left on device")
+    def append(self, call: tuple, state: _State) -> None:
+        """Adds a call, after a snapshot of the state before it if one is due."""
+        if time.monotonic() - self._taken > self.SECONDS:
+            self._db.execute("DELETE FROM entries WHERE id < (SELECT max(id) FROM entries WHERE snapshot)")
+            self._insert(None, True, state)
+            self._taken = time.monotonic()
+        self._insert(None, False, call)
 
-    def is_due(self) -> bool:
-        return self.file.tell() > self.ROTATE_BYTES and time.monotonic() - self.opened > self.ROTATE_SECONDS
-
-    def rotate(self, state: _State) -> None:
-        self.file.close()
-        self.path.replace(self.previous)
-        self.open(state)
+    def _insert(self, number: int | None, snapshot: bool, entry: Any) -> None:
+        blob = pickle.dumps(entry, pickle.HIGHEST_PROTOCOL)
+        self._db.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, snapshot, blob))
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.previous.unlink(missing_ok=True)
+        self._db.close()
+        for path in self.path.parent.glob(f"{self.path.name}*"):
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -408,134 +491,120 @@ def _inspect(path: Path, *flags: str) -> Iterator[Iterator[str]]:
         yield iter(process.stdout)
 
 
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows in a run folder's transaction log, with wandb's own `_step`."""
+    with _inspect(path) as lines:
+        for line in lines:
+            if '"type":"history"' in line[:60]:
+                yield json.loads(line)["history"]["item"]
+
+
 def read_summary(path: Path) -> dict[str, Any]:
-    """What a run folder's transaction log ends with: `state`, `step` (the last row's number, from 0), `summary`, …"""
+    """What a run folder's transaction log ends with: `state`, `step` (the last row's `_step`), `summary`, …"""
     with _inspect(path, "--summary") as lines:
         return json.loads("".join(lines) or "{}")
 
 
-def read_log(path: Path, prefix: str) -> dict[int, int]:
-    """The rows of the pipeline with this prefix in a run folder's transaction log: `_step` -> reports in the row."""
-    found = {}
-    with _inspect(path) as lines:
-        for line in lines:
-            if '"type":"history"' in line[:60]:
-                row = json.loads(line)["history"]["item"]
-                if f"{prefix}workers" in row:
-                    found[row["_step"]] = row[f"{prefix}workers"]
-    return found
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, or a system without /proc
-        return True
+def _distinct_rows(paths: Sequence[Path]) -> dict[tuple[Path | None, int], dict[str, Any]]:
+    """A run's rows over all its folders, by `_step`, which starts over offline, and online goes on and may overlap."""
+    return {
+        (path if path.name.startswith("offline-") else None, row["_step"]): row
+        for path in paths
+        for row in read_rows(path)
+    }
 
 
 class PipelineActor:
-    """Owns the W&B run of a pipeline and reduces its workers' reports to one row per step.
+    """Owns a W&B run, and reduces the reports of its pipeline's workers to one row per step.
 
-    Undecorated, because Ray can't inherit from a decorated class; so it also works, and is tested, without Ray. For a
-    pipeline of your own derive a class, set the attributes and decorate it with `pipeline_actor`.
+    Undecorated, because Ray can't inherit from a decorated class; so it works, and is tested, without Ray too. For a
+    pipeline of your own derive a class, set the three attributes and decorate it with `pipeline_actor`.
     """
 
-    prefix = ""  # of a pipeline that shares a run and is given none
+    prefix = ""  # of a pipeline that shares another one's run and is given none
     job_type: str | None = None
-    sums: Sequence[str] = ()
-    totals: Sequence[str] = ()  # summed keys whose running sum is logged too, as `<key>_total`
-    largest: Sequence[str] = ()
-    statistics: ClassVar[Mapping[str, Sequence[str]]] = {}
+    reduction = Reduction()
 
-    MAX_HELD = 16_384  # reports that wait for the rest of their step; beyond that the oldest step is closed
-    MAX_CLOSED = 32_768  # steps remembered as closed
     GRACE = 5.0  # seconds that `finish` waits for the last reports of a sender that may be alive
 
-    def __init__(
-        self,
-        init: dict[str, Any],  # for wandb.init
-        workers: int,
-        prefix: str,
-        owner: int,  # the process on this node that constructed the run
-        share: ray.actor.ActorHandle | None = None,  # pipeline actor whose run gets the rows
-        environ: Mapping[str, str] | None = None,  # the owner's WANDB_…: Ray's state API lists no arguments
-    ):
-        os.environ.update(environ or {})
-        self._init, self._prefix, self._owner, self._share = init, prefix, owner, share
-        self._lock = threading.RLock()
-        self._changed, self._closing = threading.Condition(self._lock), threading.Event()
-        self._state = _State(RunReport(init["name"] or init["id"], init["id"]), workers)
+    def __init__(self, init: dict[str, Any], owner: int, environ: Mapping[str, str]):
+        """init: for `wandb.init`; owner: the process on this node that the run belongs to; environ: its WANDB_…"""
+        os.environ.update(environ)  # an argument, because Ray's state API lists runtime environments
+        os.environ.pop("WANDB_SERVICE", None)  # of the owner's own wandb: this process needs a service of its own
+        self._init, self._owner = init, owner
+        self._changed = threading.Condition()  # its lock guards all that follows
+        self._state = _State(RunReport(init["name"] or init["id"], init["id"]))
         self._run: wandb.Run | None = None
-        self._outbox: _Outbox | None = None  # to `share`
         self._finished = False
+        self._closing = collections.defaultdict(threading.Event)  # by prefix
         self._threads, self._futures = dict(log=ThreadPoolExecutor(1), use=ThreadPoolExecutor(1)), dict[str, Future]()
-        self._last_row: dict[str, Any] = {}
-        self._skip = 0  # rows that a replay need not log again
-        self._journal = _Journal(Path(init["dir"], "wandb", f".{init['id']}{prefix.replace('/', '-')}.journal"))
-        self._journaling = init.get("mode") != "disabled"
-        if any(self._journal.replay()):  # a restart: nobody will call `start`
-            self.start()
+        self._on_disk = 0  # rows that a replay need not log again
+        self._counted = dict[str, dict[str, int]]()  # by prefix: what the transaction logs say at the end
+        self._journal: _Journal | None = None
+        self._journal_path = Path(init["dir"], "wandb", f".{init['id']}.journal")
+        if self._journal_path.exists():  # a restart
+            self._start()
         threading.Thread(target=self._watch_owner, daemon=True).start()
 
     # Starting and restarting
 
-    def start(self) -> RunReport:
-        """Starts the run, or picks up where a dead actor left it; returns the ledger so far."""
-        with self._lock:
-            if not (self._run or self._outbox):
+    def join(self, prefix: str, reduction: Reduction, workers: int) -> RunReport:
+        """Adds a pipeline to the run, which the first one starts; returns the ledger so far."""
+        with self._changed:
+            if self._run is None:
                 try:
                     self._start()
                 except Exception as error:  # wandb's own kinds don't all survive the way to the caller
                     kind = type(error) if type(error) in (TypeError, ValueError, OSError) else RuntimeError
                     raise kind(" ".join(str(error).split())[:500]) from error
-            return self._state.report
+            self.call(None, "_join", prefix, reduction, workers)
+            return self._ledger(prefix)
 
     def _start(self) -> None:
-        self._state, *calls = list(self._journal.replay()) or [self._state]
-        state = self._state
-        folders = [*state.report.paths, *(path for method, path, *_ in calls if method == "_open")]
-        if self._share:
-            shared = ray.get(self._share.start.remote())
-            ray.get(self._share.call.remote("_add_guest", self._prefix))
-            self._outbox = _Outbox(self._share, ("", 0, self._prefix), "_push_rows", first=state.report.rows)
-            opened = (shared.path, shared.mode, shared.url, 0)
+        """Starts the run, or picks up where a dead actor left it."""
+        self._journal_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._journal = _Journal(self._journal_path)
+            entries = self._journal.entries()
+        except sqlite3.Error as error:
+            raise OSError(f"{self._journal_path}: {error}; is another run of this id going on?") from None
+        self._state, *calls = entries or [self._state]
+        state, known = self._state, self._state.run
+        try:
+            run = self._run = self._wandb_init(restart=bool(entries))
+        except Exception:
+            if not entries:
+                self._journal.remove()
+            raise
+        if entries:
+            rows = _distinct_rows(known.paths)
+            self._on_disk, known.restarts = len(rows), known.restarts + 1
+            for (folder, number), row in rows.items():  # what the dead actor's client had not brought to the server yet
+                if not run.offline and folder is None and number >= run.starting_step:
+                    run.log({key: value for key, value in row.items() if key[0] != "_"})
         else:
-            run = self._run = self._wandb_init(restart=bool(folders))
-            mode = "disabled" if run.disabled else "offline" if run.offline else "online"
-            path, url = None if run.disabled else Path(run.sync_dir), run.url if mode == "online" else None
-            opened = (path, mode, url, run.starting_step)
-            if folders and mode == "online":  # the rows that the server has
-                self._skip = run.starting_step - state.starting_step
-            elif folders:  # the rows that the dead actors' wandb had written
-                self._skip = sum(read_summary(folder).get("step", -1) + 1 for folder in folders) - state.starting_step
-            elif self._init.get("resume"):
-                earlier = Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}")
-                summaries = [read_summary(folder) for folder in earlier if folder != path]
-                last = max(summaries, key=lambda summary: summary.get("start_time", ""), default={}).get("summary", {})
-                totals = {key: (dict(run.summary) or last).get(f"{self._prefix}{key}_total") for key in self.totals}
-                state.totals = {key: total for key, total in totals.items() if total}
-            for prefix in (self._prefix, *state.guests):
-                self._define_axis(prefix)
-            for key in state.tasks:
-                self._submit(key)
-        for method, *arguments in calls:
-            getattr(self, method)(*arguments)
-        if self._journaling:
-            self._journal.open(state)
-        self.call("_open", *opened)
+            state.starting_step = run.starting_step
+            if self._init.get("resume"):
+                state.earlier = dict(run.summary) or self._earlier_summary()
+        known.mode = "disabled" if run.disabled else "offline" if run.offline else "online"
+        known.url = run.url if known.mode == "online" else known.url
+        known.paths += [] if run.disabled else [Path(run.sync_dir)]
+        self._journal.begin(state)
+        for prefix in state.pipelines:
+            self._define_axis(prefix)
+        for key in state.tasks:
+            self._submit(key)
+        for call in calls:
+            self._do(*call)
 
     def _wandb_init(self, restart: bool) -> wandb.Run:
         import wandb
 
-        os.environ.pop("WANDB_SERVICE", None)  # of the owner's own wandb: this process needs a service of its own
         settings = self._init.get("settings") or {}
         if isinstance(settings, wandb.Settings):
             settings = settings.model_dump(exclude_unset=True)
         self._timeout = settings.get("finish_timeout", 60) / 2  # for the artifacts, and again for the rows
-        settings = dict(silent=True, console="off", init_timeout=20, x_transaction_log_flush_interval=0.5) | settings
+        settings = dict(silent=True, console="off", init_timeout=15, x_transaction_log_flush_interval=0.5) | settings
         settings |= dict(finish_timeout=self._timeout, finish_timeout_raises=True)
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
         if restart:
@@ -543,7 +612,7 @@ class PipelineActor:
         try:
             run = wandb.init(**init)
         except wandb.errors.CommError as error:
-            if "init_timeout" not in str(error):  # the server answers, and says no
+            if not restart and "init_timeout" not in str(error):  # the server answers, and says no
                 raise
             self._warn(f"the W&B server does not answer, so the run stays on this machine (offline): {_line(error)}")
             run = wandb.init(**init | dict(mode="offline"))
@@ -551,20 +620,18 @@ class PipelineActor:
             os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = f"{run.sync_dir}/artifacts"
         return run
 
-    def _open(self, path: Path | None, mode: str, url: str | None, starting_step: int) -> None:
-        report = self._state.report
-        if report.mode:
-            report.restarts += 1
-        else:
-            self._state.starting_step = starting_step
-        report.mode, report.url = mode, url
-        if path and path not in report.paths:
-            report.paths.append(path)
+    def _earlier_summary(self) -> dict[str, Any]:
+        """Of the latest offline folder of a run that is resumed."""
+        folders = Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}")
+        summaries = [read_summary(folder) for folder in folders if folder != Path(self._run.sync_dir)]
+        return max(summaries, key=lambda found: found.get("start_time", ""), default={}).get("summary", {})
 
-    def _add_guest(self, prefix: str) -> None:
-        if prefix not in self._state.guests:
-            self._state.guests.append(prefix)
-            self._define_axis(prefix)
+    def _join(self, prefix: str, reduction: Reduction, workers: int) -> None:
+        totals = {key: self._state.earlier.get(f"{prefix}{key}_total") for key in reduction.totals}
+        totals = {key: total for key, total in totals.items() if total}
+        pipeline = self._state.pipelines.setdefault(prefix, _Pipeline(prefix, reduction, totals=totals))
+        pipeline.workers, pipeline.finished = workers, False
+        self._define_axis(prefix)
 
     def _define_axis(self, prefix: str) -> None:
         self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
@@ -573,113 +640,49 @@ class PipelineActor:
 
     # Receiving
 
-    def call(self, method: str, *arguments: Any) -> None:
-        """Does `method(*arguments)` so that a SIGKILL of this process can't undo it; raises after `finish`."""
-        with self._lock:
-            if self._finished or not (self._run or self._outbox):
-                raise RunFinishedError(f"run {self._state.report.name!r} is finished")
-            if self._journaling:
-                try:
-                    self._journal.append((method, *arguments))
-                    if self._journal.is_due():
-                        self._rotate()
-                except OSError as error:
-                    self._journaling = False
-                    self._warn(f"{_line(error)}: rows may get lost from now on, training goes on")
+    def call(self, prefix: str | None, method: str, *arguments: Any) -> None:
+        """Calls a method of a pipeline (of this actor for None) so that a SIGKILL can't undo it."""
+        with self._changed:
+            if self._finished or (prefix is not None and self._state.pipelines[prefix].finished):
+                raise RunFinishedError(f"run {self._state.run.name!r} is finished, so nothing more can be logged to it")
+            call = (prefix, method, *arguments)
             try:
-                getattr(self, method)(*arguments)
-            except ConnectionError:  # wandb's service process has died: only a new process gets a new one
-                os._exit(1)
+                if self._journal:
+                    self._journal.append(call, self._state)
+            except sqlite3.Error as error:  # the disk is full
+                self._journal = None
+                self._warn(f"{_line(error)}: rows may get lost from now on, training goes on")
+            self._do(*call)
             self._changed.notify_all()
 
-    def _rotate(self) -> None:
-        if self._outbox:
-            self._outbox.drain()
-        for key in [key for key, future in self._futures.items() if future.done() and not future.exception()]:
-            del self._futures[key], self._state.tasks[key]
-        self._journal.rotate(self._state)
-
-    def _fresh(self, sender: Sender, first: int, reports: Sequence[Any], last: bool) -> Sequence[Any]:
-        """Those of a sender's reports, numbered from `first`, that have not been received before."""
-        state, received = self._state, self._state.received.get(sender, 0)
-        repeats = min(max(received - first, 0), len(reports))
-        state.report.repeats += repeats
-        state.received[sender] = max(received, first + len(reports))
-        if last:
-            state.left.add(sender)
-        return reports[repeats:]
-
-    def _push(self, sender: Sender, first: int, reports: Sequence[tuple[int, bytes]], last: bool) -> None:
-        """Takes a sender's next reports, each (step, pickled metrics)."""
-        state = self._state
-        for step, report in self._fresh(sender, first, reports, last):
-            state.report.reports += 1
-            if step < state.floor or step in state.closed:
-                state.report.late += 1
-                self._log_step(step, [report])
-                continue
-            waiting = state.open.setdefault(step, [])
-            waiting.append(report)
-            state.held += 1
-            if len(waiting) >= state.workers:
-                self._close(step)
-            elif state.held > self.MAX_HELD:
-                self._close(next(iter(state.open)))
-
-    def _push_rows(self, sender: Sender, first: int, rows: Sequence[dict[str, Any]], last: bool) -> None:
-        """Takes the next rows of a pipeline that shares this run."""
-        for row in self._fresh(sender, first, rows, last):
-            self._log(row)
-            self._state.guest_rows += 1
-
-    def _expect(self, workers: int) -> None:
-        self._state.workers = workers
-        for step in [step for step, waiting in self._state.open.items() if len(waiting) >= workers]:
-            self._close(step)
-
-    def _close(self, step: int) -> None:
-        state = self._state
-        reports = state.open.pop(step)
-        state.held -= len(reports)
-        state.closed.add(step)
-        if len(state.closed) > self.MAX_CLOSED:
-            state.floor = sorted(state.closed)[self.MAX_CLOSED // 2]
-            state.closed = {step for step in state.closed if step >= state.floor}
-        self._log_step(step, reports)
-
-    def _log_step(self, step: int, reports: list[bytes]) -> None:
-        state = self._state
-        metrics = [pickle.loads(report) for report in sorted(reports)]  # the order they came in has no effect
-        row = reduce_reports(metrics, sums=self.sums, largest=self.largest, statistics=self.statistics)
-        for key in self.totals:
-            if key in row:
-                row[f"{key}_total"] = state.totals[key] = state.totals.get(key, 0) + row[key]
-        self._last_row = row | {"step": step, "workers": len(reports)}
-        self._log({self._prefix + key: value for key, value in self._last_row.items()})
-        state.report.rows += 1
-        state.in_rows += len(reports)
-
-    def _log(self, row: dict[str, Any]) -> None:
-        if self._outbox:
-            self._outbox.put(row)
-        elif self._state.report.rows + self._state.guest_rows >= self._skip:
-            self._run.log(row)  # never `step=`: it drops rows that come out of order
+    def _do(self, prefix: str | None, method: str, *arguments: Any) -> None:
+        target = self if prefix is None else self._state.pipelines[prefix]
+        try:
+            for row in getattr(target, method)(*arguments) or ():
+                if self._state.rows > self._on_disk:
+                    self._run.log(row)  # never `step=`: it drops rows that come out of order
+        except ConnectionError:  # wandb's service process has died: only a new process gets a new one
+            os._exit(1)
+        except Exception as error:  # a value that wandb refuses after all; the ledger counts what is lost
+            self._warn(f"{method} failed, training goes on: {type(error).__name__}: {_line(error)}")
 
     # Artifacts: wandb blocks when the server is away, so they have threads of their own
 
     @ray.method(concurrency_group="control")
     def log_artifact(self, files: Mapping[str, Any], **artifact: Any) -> None:
         """Writes the files (bytes, or W&B data types) into the run's folder and has the artifact logged."""
-        folder = Path(self._state.report.path or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex)
+        folder = Path(self._state.run.path or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex)
         staged = dict(files)
         for file, content in files.items():
             if isinstance(content, bytes):
                 staged[file] = folder / file
                 staged[file].parent.mkdir(parents=True, exist_ok=True)
                 staged[file].write_bytes(content)
-        self.call("_in_background", "log", folder.name, artifact | dict(files=staged))
+        self.call(None, "_in_background", "log", folder.name, artifact | dict(files=staged))
 
     def _in_background(self, task: str, key: str, what: Any) -> None:
+        for done in [key for key, future in self._futures.items() if future.done() and not future.exception()]:
+            del self._futures[done], self._state.tasks[done]
         self._state.tasks[key] = (task, what)
         self._submit(key)
 
@@ -702,7 +705,7 @@ class PipelineActor:
         used = dict.fromkeys([*self._run.config.get("used_artifacts", []), name])
         self._run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
         deadline = time.monotonic() + self._timeout
-        while self._state.report.mode == "online":
+        while self._state.run.mode == "online":
             try:
                 self._run.use_artifact(name)
                 return
@@ -714,87 +717,98 @@ class PipelineActor:
     # Finishing
 
     @ray.method(concurrency_group="closing")
-    def closing(self) -> None:
-        """Returns when the run is being finished: every outbox waits for that, and then sends what it has left."""
-        self._closing.wait()
+    def closing(self, prefix: str) -> None:
+        """Returns when the pipeline is being finished: then its outboxes send what they have left."""
+        self._closing[prefix].wait()
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> tuple[RunReport, dict[str, Any]]:
+    def progress(self, prefix: str) -> tuple[RunReport, dict[str, Any]]:
         """The ledger so far, and the last row (keys without prefix)."""
-        return self._state.report, self._last_row
+        return self._ledger(prefix), self._state.pipelines[prefix].last_row
+
+    def _ledger(self, prefix: str) -> RunReport:
+        counts = self._state.pipelines[prefix].counts | self._counted.get(prefix, {})
+        return dataclasses.replace(self._state.run, prefix=prefix, **counts)
 
     @ray.method(concurrency_group="control")
-    def finish(self, exit_code: int = 0) -> RunReport:
-        """Waits for each sender's last reports, logs the open steps, finishes the run and counts what is on disk."""
-        self._closing.set()
+    def finish_pipeline(self, prefix: str) -> RunReport:
+        """Finishes one pipeline of a run that goes on; returns its ledger so far."""
         with self._changed:
-            deadline = time.monotonic() + self.GRACE
-            while any(map(self._may_send, self._state.received)) and time.monotonic() < deadline:
-                self._changed.wait(0.1)
+            self._end(prefix)
             if not self._finished:
-                self._finish(exit_code)
-            return self._state.report
+                self._count_on_disk([prefix], seconds=3)  # wandb writes a run that goes on now and then
+            return self._ledger(prefix)
 
-    def _may_send(self, sender: Sender) -> bool:
-        node, pid, _ = sender
-        return sender not in self._state.left and (node != _node_id() or _is_alive(pid))
+    @ray.method(concurrency_group="control")
+    def finish(self, exit_code: int) -> dict[str, RunReport]:
+        """Finishes the run with all its pipelines; returns the ledgers by prefix."""
+        with self._changed:
+            self._end(*self._state.pipelines)
+            if not self._finished:
+                self._finish_run(exit_code)
+            return {prefix: self._ledger(prefix) for prefix in self._state.pipelines}
 
-    def _finish(self, exit_code: int) -> None:
-        state, report = self._state, self._state.report
-        for step in sorted(state.open):
-            self._close(step)
-        if self._outbox:
-            self._outbox.close()
-            report.paths = ray.get(self._share.start.remote()).paths
-        else:
-            self._finish_artifacts()
-            try:
-                self._run.finish(exit_code)
-                report.uploaded = report.mode == "online"
-            except TimeoutError:
-                self._warn(f"the upload did not end within {self._timeout:.0f} s")
-            # wandb tells nobody of a server that refuses the rows for good, but writes it into the run's own log
-            if report.uploaded and '"level":"ERROR"' in (report.path / "logs" / "debug-internal.log").read_text():
-                report.uploaded = False
-                self._warn("the W&B server refused the upload")
-        logged = state.in_rows
-        report.rows, on_disk = self._count_on_disk()
-        report.lost = max(0, logged - on_disk)
-        if report.lost:
-            self._warn(f"{report.lost} reports are not on disk")
-        self._journal.remove()
-        self._finished = True
+    def _end(self, *prefixes: str) -> None:
+        """Waits for the last reports of each sender and logs the open steps."""
+        pipelines = [self._state.pipelines[prefix] for prefix in prefixes]
+        for prefix in prefixes:
+            self._closing[prefix].set()
+        deadline = time.monotonic() + self.GRACE
+        while silent := [
+            s for p in pipelines if not p.finished for s in p.received if s not in p.left and _may_send(s)
+        ]:
+            if time.monotonic() > deadline:
+                self._warn(f"{len(silent)} processes did not send within {self.GRACE} s what they may still have")
+                break
+            self._changed.wait(0.1)
+        for pipeline in pipelines:
+            if not pipeline.finished:
+                self.call(pipeline.prefix, "finish")
 
-    def _finish_artifacts(self) -> None:
+    def _finish_run(self, exit_code: int) -> None:
+        known = self._state.run
         done, late = wait(self._futures.values(), timeout=self._timeout)
         errors = [future.exception() for future in done if future.exception()]
-        self._state.report.lost_artifacts = len(errors) + len(late)
-        if errors or late:
+        known.lost_artifacts = len(errors) + len(late)
+        if known.lost_artifacts:
             why = _line(errors[0]) if errors else f"not possible within {self._timeout:.0f} s"
-            self._warn(f"{len(errors) + len(late)} artifacts were not logged: {why}")
+            self._warn(f"{known.lost_artifacts} artifacts were not logged: {why}")
+        try:
+            self._run.finish(exit_code)
+            known.uploaded = all(path.name.startswith("run-") for path in known.paths) and known.mode == "online"
+        except TimeoutError:
+            self._warn(f"the upload did not end within {self._timeout:.0f} s")
+        except ConnectionError:
+            os._exit(1)  # as in `_do`; Ray repeats the call on the next actor
+        # wandb tells nobody of a server that refuses the rows for good, but writes it into the run's own log
+        if known.uploaded and '"level":"ERROR"' in (known.path / "logs" / "debug-internal.log").read_text():
+            known.uploaded = False
+            self._warn("the W&B server refused the upload")
+        self._count_on_disk(list(self._state.pipelines))
+        self._finished = True
+        if self._journal:
+            self._journal.remove()
 
-    def _count_on_disk(self) -> tuple[int, int]:
-        """(rows, reports in them) of this pipeline in the transaction logs."""
-        state, report = self._state, self._state.report
-        last = state.starting_step + report.rows + state.guest_rows - 1
-        if len(report.paths) == 1 and self._run and read_summary(report.path).get("step", -1) == last:
-            return report.rows, state.in_rows  # all is well, so there is no need to read every row
-        deadline = time.monotonic() + (3 if self._share else 0)  # a shared run goes on, and is written now and then
-        while report.paths:
-            online = report.mode == "online"  # where the numbers go on after a restart, and may overlap
-            found = {
-                (online or path, step): reports
-                for path in report.paths
-                for step, reports in read_log(path, self._prefix).items()
-            }
-            if len(found) >= report.rows or time.monotonic() > deadline:
-                return len(found), sum(found.values())
-            time.sleep(0.2)
-        return report.rows, state.in_rows
+    def _count_on_disk(self, prefixes: Sequence[str], seconds: float = 0.0) -> None:
+        """Counts the rows of these pipelines in the transaction logs, and the reports they stand on."""
+        state, paths, deadline = self._state, self._state.run.paths, time.monotonic() + seconds
+        if len(paths) == 1 and read_summary(paths[0]).get("step", -1) == state.starting_step + state.rows - 1:
+            return  # all are there, so none need be read
+        while paths:
+            rows, missing = _distinct_rows(paths).values(), 0
+            for prefix in prefixes:
+                counts = self._state.pipelines[prefix].counts
+                reports = [row[f"{prefix}workers"] for row in rows if f"{prefix}workers" in row]
+                self._counted[prefix] = dict(rows=len(reports), lost=max(0, counts["reports"] - sum(reports)))
+                missing += self._counted[prefix]["lost"]
+            if not missing or time.monotonic() > deadline:
+                break
+            self._changed.wait(0.2)
+        if paths and missing:
+            self._warn(f"{missing} reports are not on disk")
 
     def _warn(self, message: str) -> None:
-        self._state.report.warnings.append(message)
-        logger.warning("W&B run %s: %s", self._state.report.name, message)
+        self._state.run.warnings.append(message)
 
     def _watch_owner(self) -> None:
         """Finishes the run when the process that constructed it is gone; Ray leaves two seconds for that, or more."""
@@ -802,17 +816,41 @@ class PipelineActor:
         while _is_alive(self._owner):
             time.sleep(0.1)
         self.GRACE = 0.5
-        if self._run or self._outbox:
+        if self._run:
             self.finish(1)
         if os.getppid() != raylet:  # all of Ray is gone
             os._exit(0)
         ray.kill(ray.get_runtime_context().current_actor)
 
 
+def _may_send(sender: Sender) -> bool:
+    """Whether the process may be alive: that is known of those on this node only."""
+    node, pid, _ = sender
+    return node != _node_id() or _is_alive(pid)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
+
+
+def _node_id() -> str:
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
 def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
     """Makes a pipeline an actor that comes back when it dies, and outlives its driver until the run is finished."""
     lives = dict(max_restarts=-1, max_task_retries=-1, lifetime="detached")
-    threads = {"closing": 1, "control": 8}  # next to the one that takes the reports
+    threads = {"closing": 8, "control": 8}  # next to the one that takes the reports
     return ray.remote(concurrency_groups=threads, num_cpus=0, **lives)(cls)
 
 
@@ -822,10 +860,12 @@ class TrainingPipelineActor(PipelineActor):
 
     prefix = "training/"
     job_type = "training"
-    sums = ("tokens", "e2e/speed")
-    totals = ("tokens",)
-    largest = ("learning_rate",)
-    statistics: ClassVar = {"e2e/latency_ms": ("mean", "p50", "p99")}
+    reduction = Reduction(
+        sums=("tokens", "e2e/speed"),
+        totals=("tokens",),
+        largest=("learning_rate",),
+        statistics={"e2e/latency_ms": ("mean", "p50", "p99")},
+    )
 
 
 @pipeline_actor
@@ -834,110 +874,96 @@ class InferencePipelineActor(PipelineActor):
 
     prefix = "inference/"
     job_type = "inference"
-    sums = ("rollouts", "e2e/speed", "requests/running", "requests/waiting")
-    totals = ("rollouts",)
-    largest = ("policy_version",)
-    statistics: ClassVar = {
-        "reward": ("mean", "min", "max", "std"),
-        "response_length": ("mean", "p90", "max"),
-        "e2e/latency_ms": ("mean", "p50", "p99"),
-        "staleness": ("mean", "max"),
-    }
+    reduction = Reduction(
+        sums=("rollouts", "e2e/speed", "requests/running", "requests/waiting"),
+        totals=("rollouts",),
+        largest=("policy_version",),
+        statistics={
+            "reward": ("mean", "min", "max", "std"),
+            "response_length": ("mean", "p90", "max"),
+            "e2e/latency_ms": ("mean", "p50", "p99"),
+            "staleness": ("mean", "max"),
+        },
+    )
 
 
 # WandbRun
 
 
 class _Outbox:
-    """A process's reports on their way to a pipeline actor; all handles of a run in a process share one.
+    """A process's reports on their way to a pipeline; all handles of it in the process share one.
 
     One batch is under way at a time while the next one gathers, so a lone report leaves at once and a stream leaves in
-    batches. A batch is kept until the actor has it on disk: Ray sends it again if the actor dies.
+    batches. A batch is kept until the actor has it in its journal: Ray sends it again if the actor dies.
     """
 
     BATCH, LIMIT = 128, 512  # reports in a batch, and in the outbox
 
-    def __init__(self, actor: ray.actor.ActorHandle, sender: Sender, method: str = "_push", first: int = 0):
-        self._actor, self._sender, self._method, self._first = actor, sender, method, first
+    def __init__(self, actor: ray.actor.ActorHandle, prefix: str, closing: ray.ObjectRef):
+        self._push = functools.partial(actor.call.remote, prefix, "push", (_node_id(), os.getpid(), uuid.uuid4().hex))
         self._changed = threading.Condition()
-        self._waiting: list[Any] = []
-        self._known = self._closed = False
+        self._waiting: list[tuple[int, bytes]] = []
+        self._known = self._closed = False  # the actor knows of this sender; no more reports are taken
         self._error: Exception | None = None
         self.lost = 0
-        self._thread = threading.Thread(target=self._send, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._send, daemon=True).start()
+        threading.Thread(target=self._close_after, args=(closing,), daemon=True).start()
 
-    def put(self, report: Any) -> None:
-        """Appends a report. Waits while the outbox is full, and the first time until the actor knows this sender."""
+    def put(self, step: int, report: bytes) -> None:
+        """Appends a report. Waits while the outbox is full, and the first time until the actor knows of this sender."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) < self.LIMIT or self._closed)
+            while len(self._waiting) >= self.LIMIT and not self._closed:
+                self._changed.wait()
+            if self._error and not ray.is_initialized():
+                raise RuntimeError("Ray is not running any more, so nothing more can be logged")
+            if self._error and not self._closed:
+                self.lost += 1
+            elif not self._closed:
+                self._waiting.append((step, report))
+                if len(self._waiting) == 1:
+                    self._changed.notify_all()
+                while not self._known:
+                    self._changed.wait()
             if self._closed:
                 raise RunFinishedError("the run is finished, so nothing more can be logged to it")
-            if self._error:
-                self.lost += 1
-                return
-            self._waiting.append(report)
-            if len(self._waiting) == 1:
-                self._changed.notify_all()
-            if not self._known:
-                self._changed.wait_for(lambda: self._known)
-                if isinstance(self._error, RunFinishedError):
-                    raise RunFinishedError("the run is finished, so nothing more can be logged to it")
 
-    def drain(self) -> None:
-        """Waits until the actor has all reports."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting)
-
-    def close(self) -> None:
-        """Sends what is left and tells the actor that no more will come."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    def close_after(self, closing: ray.ObjectRef) -> None:
+    def _close_after(self, closing: ray.ObjectRef) -> None:
         try:
             ray.get(closing)
         except ray.exceptions.ActorDiedError:
             return  # `_send` hears of it too
         except Exception:  # the driver is gone; the actor, for a while, is not
             pass
-        self.close()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _send(self) -> None:
-        last = False
-        while not last:
+        sent, last = 0, False
+        while not (last or self._error):
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 batch = self._waiting[: self.BATCH]
                 last = self._closed and len(batch) == len(self._waiting)
             try:
-                ray.get(self._actor.call.remote(self._method, self._sender, self._first, batch, last))
-            except Exception as error:  # the actor is gone for good: Ray retries what can be retried
+                ray.get(self._push(sent, batch, last))
+            except Exception as error:  # finished, or gone for good: Ray retries what can be retried
                 self._error = error
             with self._changed:
-                if self._error and self._waiting:
-                    self.lost += len(self._waiting)
+                if self._error:
                     batch = self._waiting
+                    self.lost += len(batch)
+                    self._closed |= isinstance(self._error, RunFinishedError)
                     logger.warning("%d reports are lost, training goes on: %s", self.lost, _line(self._error))
-                self._first += len(batch)
+                sent += len(batch)
                 self._waiting = self._waiting[len(batch) :]
                 self._known = True
                 self._changed.notify_all()
 
 
-_outboxes: dict[str, _Outbox] = {}  # this process's, by pipeline actor
+_outboxes: dict[tuple[ray.ActorID, str], _Outbox] = {}  # this process's
 _outboxes_lock = threading.Lock()
 _unfinished: list[WandbRun] = []  # constructed by this process
-
-
-def _node_id() -> str:
-    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 class WandbRun:
@@ -954,7 +980,8 @@ class WandbRun:
     init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).
 
     Attributes: `id`, `project`, `mode`, `url` (None if not online), `path` (the run's folder, None if disabled).
-    Raises ValueError or TypeError for arguments that can't work and RuntimeError if the run can't start.
+    Raises ValueError or TypeError for arguments that can't work, OSError for a folder that can't be written and
+    RuntimeError if the run can't start.
     """
 
     def __init__(
@@ -976,45 +1003,46 @@ class WandbRun:
             raise ValueError(f"project must be a name, not {project!r}")
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
             raise ValueError(f"workers must be a positive integer, not {workers!r}")
-        cls = pipeline.__ray_metadata__.modified_class
         if share is not None:
-            prefix = prefix or cls.prefix
+            prefix = prefix or pipeline.prefix
             if init or project != share.project:
                 raise ValueError(f"share= takes the project ({share.project!r}) and the settings of the run it shares")
             if any(prefix.startswith(other) or other.startswith(prefix) for other in share._prefixes):
-                raise ValueError(
-                    f"prefix {prefix!r} overlaps with {share._prefixes} of the same run; both need their own"
-                )
-            init = dict(id=share.id, dir=share._dir, mode=share.mode)
+                raise ValueError(f"prefix {prefix!r} overlaps with {share._prefixes}: each pipeline needs its own")
         if not re.fullmatch(r"([^_/][^/]*/)*", prefix):
             raise ValueError(f"prefix must be a path that ends with '/', such as 'training/', not {prefix!r}")
-        init = dict(id=uuid.uuid4().hex[:8], job_type=cls.job_type, dir=".") | {
-            key: value for key, value in init.items() if value is not None
-        }
-        init |= dict(project=project, name=name, dir=os.path.abspath(init["dir"]))
-        os.makedirs(os.path.join(init["dir"], "wandb"), exist_ok=True)
-        environ = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
-        here = NodeAffinitySchedulingStrategy(_node_id(), soft=False)  # where the run's folder and the login are
-        self._actor = pipeline.options(scheduling_strategy=here).remote(
-            init, workers, prefix, os.getpid(), share and share._actor, environ
-        )
+
+        self.project, self._prefix, self._prefixes = project, prefix, [prefix]
+        self._is_guest, self._guests, self._report = share is not None, list[WandbRun](), None
+        if share is None:
+            init = {key: value for key, value in init.items() if value is not None}
+            init = dict(id=uuid.uuid4().hex[:8], job_type=pipeline.job_type, dir=".") | init
+            init |= dict(project=project, name=name, dir=os.path.abspath(init["dir"]))
+            environ = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
+            here = NodeAffinitySchedulingStrategy(_node_id(), soft=False)  # where the run's folder and the login are
+            self._actor = pipeline.options(scheduling_strategy=here).remote(init, os.getpid(), environ)
+        else:
+            self._actor = share._actor
         try:
-            started: RunReport = ray.get(self._actor.start.remote())
+            started: RunReport = ray.get(self._actor.join.remote(prefix, pipeline.reduction, workers))
         except ray.exceptions.RayTaskError as error:
-            ray.kill(self._actor)
+            if share is None:
+                ray.kill(self._actor)
             hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
-            why = f"{_line(error.cause)}{hint}"
-            raise type(error.cause)(f"W&B run {name or init['id']!r} of {project!r} can't start: {why}") from None
-        self.project, self.id, self.mode = project, started.id, started.mode
+            message = f"W&B run {name or init.get('id')!r} of {project!r} can't start: {_line(error.cause)}{hint}"
+            raise type(error.cause)(message) from None
+        self.name, self.id, self.mode = started.name, started.id, started.mode
         self.url, self.path, self.warnings = started.url, started.path, started.warnings
-        self._name, self._dir, self._prefixes = started.name, init["dir"], [prefix]
-        self._closing = self._actor.closing.remote()
-        self._guests: list[WandbRun] = []
-        self._report: RunReport | None = None
+        self._closing = self._actor.closing.remote(prefix)
         if share is not None:
             share._guests.append(self)
             share._prefixes.append(prefix)
         _unfinished.append(self)
+
+    @property
+    def finished(self) -> bool:
+        """Whether this handle has finished the run."""
+        return self._report is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | dict(_guests=[], _report=None)
@@ -1044,18 +1072,18 @@ class WandbRun:
         for key in report:
             if type(key) is not str or not key or key[0] == "_" or key in ("step", "workers"):
                 raise _key_error(key)
-        outbox = _outboxes.get(self._actor._actor_id) or self._new_outbox()
-        outbox.put((step, pickle.dumps(report, pickle.HIGHEST_PROTOCOL)))
+        outbox = _outboxes.get((self._actor._actor_id, self._prefix)) or self._new_outbox()
+        outbox.put(step, pickle.dumps(report, pickle.HIGHEST_PROTOCOL))
 
     def _new_outbox(self) -> _Outbox:
+        key = self._actor._actor_id, self._prefix
         with _outboxes_lock:
-            if self._actor._actor_id not in _outboxes:
+            if key not in _outboxes:
                 if not ray.is_initialized():
-                    raise RuntimeError(f"Ray is not running, so nothing can be logged to run {self._name!r}")
-                outbox = _Outbox(self._actor, (_node_id(), os.getpid(), uuid.uuid4().hex))
-                threading.Thread(target=outbox.close_after, args=(self._closing,), daemon=True).start()
-                _outboxes[self._actor._actor_id] = outbox
-            return _outboxes[self._actor._actor_id]
+                    raise RuntimeError(f"Ray is not running, so nothing can be logged to run {self.name!r}")
+                self._raise_if_finished()
+                _outboxes[key] = _Outbox(self._actor, self._prefix, self._closing)
+            return _outboxes[key]
 
     def log_artifact(
         self,
@@ -1093,56 +1121,69 @@ class WandbRun:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._ask("call", "_in_background", "use", uuid.uuid4().hex, name)
+        self._ask("call", None, "_in_background", "use", uuid.uuid4().hex, name)
 
     def expect(self, workers: int) -> None:
         """From now on a step is complete with so many reports: a worker has died or joined."""
-        self._ask("call", "_expect", max(1, workers))
+        self._ask("call", self._prefix, "expect", max(1, workers))
 
     def progress(self) -> tuple[RunReport, dict[str, Any]]:
         """The ledger so far and the last row (keys without prefix)."""
-        return self._ask("progress") or (RunReport(self._name, self.id), {})
+        return self._ask("progress", self._prefix) or (RunReport(self.name, self.id), {})
 
     def finish(self, exit_code: int = 0) -> RunReport:
         """Finishes the run, with all that any copy of the handle logged before, and returns its ledger.
 
         Waits for the upload, `finish_timeout` seconds of the settings at most (60 by default). Calling it again returns
-        the same ledger.
+        the same ledger. A pipeline that shares a run only ends itself; its ledger is final when the run is finished.
         """
-        if self._report is None:
-            if not ray.is_initialized():
-                raise RuntimeError(
-                    f"Ray is not running any more, so run {self._name!r} can't be finished; see {self.path}"
-                )
-            for guest in self._guests:
-                guest.finish(exit_code)
-            try:
-                self._report = ray.get(self._actor.finish.remote(exit_code))
-            except ray.exceptions.RayActorError as error:  # gone for good: what the disk says
-                found = read_log(self.path, self._prefixes[0]) if self.path else {}
-                report = RunReport(self._name, self.id, self.mode, self.url, [self.path] if self.path else [])
-                outbox = _outboxes.get(self._actor._actor_id)
-                report.rows, report.lost = len(found), outbox.lost if outbox else 0
-                report.reports = sum(found.values()) + report.lost
-                report.warnings = [f"the pipeline actor is gone, and what it held is lost: {_line(error)}"]
-                self._report = report
-            if self in _unfinished:
-                _unfinished.remove(self)
+        if self._report is not None:
+            return self._report
+        if not ray.is_initialized():
+            raise RuntimeError(f"Ray is not running any more, so run {self.name!r} can't be finished; see {self.path}")
+        try:
+            if self._is_guest:
+                self._report = ray.get(self._actor.finish_pipeline.remote(self._prefix))
+            else:
+                reports = ray.get(self._actor.finish.remote(exit_code))
+                for run in (self, *self._guests):
+                    run._report = reports[run._prefix]
+                ray.kill(self._actor)
+        except ray.exceptions.RayActorError as error:
+            self._report = self._report_of_the_disk(error)
+        _unfinished[:] = [run for run in _unfinished if run._report is None]
         return self._report
+
+    def _report_of_the_disk(self, error: Exception) -> RunReport:
+        """The ledger where the actor is gone for good, or another copy of this handle has finished the run."""
+        paths = [self.path] if self.path else []
+        workers = [row.get(f"{self._prefix}workers", 0) for row in _distinct_rows(paths).values()]
+        outbox = _outboxes.get((self._actor._actor_id, self._prefix))
+        lost = outbox.lost if outbox else 0
+        report = RunReport(self.name, self.id, self.mode, self.url, paths, prefix=self._prefix, lost=lost)
+        report.rows, report.reports = sum(map(bool, workers)), sum(workers) + lost
+        report.warnings = [f"the pipeline actor is gone, so what it had not logged yet is lost: {_line(error)}"]
+        return report
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments, **options))
         except RunFinishedError:
-            raise RunFinishedError(f"run {self._name!r} is finished, so nothing more can be logged to it") from None
+            raise RunFinishedError(f"run {self.name!r} is finished, so nothing more can be logged to it") from None
         except ray.exceptions.RayError as error:
-            logger.warning("W&B run %s: %s failed, training goes on: %s", self._name, method, _line(error))
+            self._raise_if_finished()
+            logger.warning("W&B run %s: %s failed, training goes on: %s", self.name, method, _line(error))
+
+    def _raise_if_finished(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if ray.wait([self._closing], timeout=0)[0] and ray.get(self._closing) is None:
+                raise RunFinishedError(f"run {self.name!r} is finished, so nothing more can be logged to it")
 
 
 @atexit.register  # runs before Ray's own, which takes the actors down
 def _finish_all() -> None:
-    for run in list(_unfinished):
+    for run in reversed(_unfinished):  # guests before their hosts
         if ray.is_initialized():
             run.finish(exit_code=1 if hasattr(sys, "last_type") else 0)
 
@@ -1271,18 +1312,16 @@ def run_pipelines(
     Returns the exit status: 0, or 1 if a worker failed or something that was logged is not where it should be.
     """
     runs = {"training": training, "inference": inference}
-    workers = (
-        *(("training", TrainingWorker, i, after_training_step) for i in range(args.training_workers)),
-        *(("inference", InferenceWorker, i, after_inference_step) for i in range(args.inference_workers)),
-    )
-    failed = False
+    alive = Counter(training=args.training_workers, inference=args.inference_workers)
+    kinds = (("training", TrainingWorker, after_training_step), ("inference", InferenceWorker, after_inference_step))
+    working, failed = {}, False
     try:
         with training, inference, _Display(args, runs) as display:
-            working = {}
-            for pipeline, worker, index, hook in workers:
-                actor = worker.options(scheduling_strategy="SPREAD").remote()
-                ref = actor.run.remote(runs[pipeline], args, index, None if index else hook)
-                working[ref] = (pipeline, index, actor)
+            for pipeline, worker, hook in kinds:
+                for index in range(alive[pipeline]):
+                    actor = worker.options(scheduling_strategy="SPREAD").remote()
+                    ref = actor.run.remote(runs[pipeline], args, index, None if index else hook)
+                    working[ref] = pipeline, index, actor  # an actor lives as long as its handle
             while working:
                 done, _ = ray.wait(list(working), timeout=0.1)
                 display.update()
@@ -1295,11 +1334,12 @@ def run_pipelines(
                         cause = getattr(error, "cause", None)
                         why = f"{type(cause).__name__}: {_line(cause)}" if cause else "its process died"
                         display.say(f"{pipeline} worker {index} failed: {why}")
-                        runs[pipeline].expect(sum(pipeline == other for other, *_ in working.values()))
+                        alive[pipeline] -= 1
+                        runs[pipeline].expect(alive[pipeline])
             if failed:
-                training.finish(1), inference.finish(1)
+                inference.finish(1), training.finish(1)
     finally:
-        reports = [run._report for run in runs.values() if run._report]
+        reports = [run.finish() for run in runs.values() if run.finished]
         _summarise(args, reports)
     return 0 if not failed and all(report.ok for report in reports) else 1
 
@@ -1342,23 +1382,23 @@ class _Display:
 
 def _summarise(args: Args, reports: Sequence[RunReport]) -> None:
     """Where the runs are, their ledgers, and what to type next."""
-    for report in reports:
+    for i, report in enumerate(reports):
         counts = {"late": report.late, "lost": report.lost, "artifacts lost": report.lost_artifacts}
         counts |= {"restarts": report.restarts, "repeats": report.repeats}
-        ledger = [
-            f"{report.rows} rows from {report.reports} reports",
-            *(f"{n} {what}" for what, n in counts.items() if n),
-        ]
-        where = report.url or (os.path.relpath(report.path) if report.path else "disabled: nothing is kept")
-        print(f"{report.name}: {', '.join(ledger)}\n  {where}")
+        ledger = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        name = f"{report.name} {report.prefix}" if args.one_run else report.name
+        print(f"{name}: {report.rows} rows from {report.reports} reports{ledger and ', '}{ledger}")
+        if report.id in [other.id for other in reports[i + 1 :]]:
+            continue  # the next pipeline shares the run
+        print(f"  {report.url or (os.path.relpath(report.path) if report.path else 'disabled: nothing is kept')}")
         for warning in report.warnings:
             print(f"  {warning}", file=sys.stderr)
-    folders = list(dict.fromkeys(os.path.relpath(path) for report in reports for path in report.paths))
     missing = [report for report in reports if not report.uploaded]
-    if folders:
+    folders = list(dict.fromkeys(os.path.relpath(path) for report in missing for path in report.paths))
+    if any(report.paths for report in reports):
         print(f"Look at them here:  {_command('leet', os.path.relpath(args.dir / 'wandb'))}")
-    if folders and missing:
-        online = ["--no-skip-online"] if any(report.mode == "online" for report in missing) else []
+    if folders:
+        online = ["--no-skip-online"] if any(Path(folder).name.startswith("run-") for folder in folders) else []
         print(f"Upload them:        {_command('sync', *online, *folders)}")
 
 

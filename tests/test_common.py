@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,18 @@ import common
 from common import (
     InferencePipelineActor,
     PipelineActor,
+    Reduction,
     RunFinishedError,
+    RunReport,
     TrainingPipelineActor,
+    _Journal,
+    _Pipeline,
+    _State,
     generate_inference_metrics,
     generate_training_metrics,
     parse_args,
     reduce_reports,
 )
-
-TRAINING = TrainingPipelineActor.__ray_metadata__.modified_class
-INFERENCE = InferencePipelineActor.__ray_metadata__.modified_class
-
 
 # Arguments
 
@@ -128,7 +130,7 @@ def test_training_metrics_stay_within_their_bounds():
 def test_inference_metrics_stay_within_their_bounds():
     rng = np.random.default_rng(0)
     rows = [
-        reduce_reports([generate_inference_metrics(step, rng) for _ in range(4)], statistics=INFERENCE.statistics)
+        reduce_reports([generate_inference_metrics(step, rng) for _ in range(4)], InferencePipelineActor.reduction)
         for step in range(300)
     ]
     series = {key: np.array([row[key] for row in rows]) for key in rows[0]}
@@ -151,7 +153,7 @@ def test_inference_metrics_stay_within_their_bounds():
 
 def test_scalars_are_averaged_rates_summed_and_named_ones_passed_through():
     reports = [{"loss": 1.0, "speed": 10.0, "n": 2, "lr": 0.1}, {"loss": 2.0, "speed": 5.0, "n": 3, "lr": 0.1}]
-    row = reduce_reports(reports, sums=("speed", "n"), largest=("lr",))
+    row = reduce_reports(reports, Reduction(sums=("speed", "n"), largest=("lr",)))
     assert row == {"loss": 1.5, "speed": 15.0, "n": 5, "lr": 0.1}
     assert isinstance(row["n"], int)
 
@@ -159,7 +161,8 @@ def test_scalars_are_averaged_rates_summed_and_named_ones_passed_through():
 def test_samples_are_pooled_before_any_statistic():
     few, many = np.array([100.0]), np.arange(99.0)
     pooled = np.concatenate([few, many])
-    row = reduce_reports([{"latency": few}, {"latency": many}], statistics={"latency": ("mean", "p99", "max")})
+    reduction = Reduction(statistics={"latency": ("mean", "p99", "max")})
+    row = reduce_reports([{"latency": few}, {"latency": many}], reduction)
     assert row["latency/mean"] == pytest.approx(pooled.mean())
     assert row["latency/mean"] != pytest.approx((few.mean() + many.mean()) / 2)
     assert row["latency/p99"] == pytest.approx(np.percentile(pooled, 99))
@@ -168,161 +171,187 @@ def test_samples_are_pooled_before_any_statistic():
 
 
 def test_outcomes_are_pooled_to_one_fraction():
-    assert reduce_reports([{"success": np.array([True])}, {"success": np.zeros(3, bool)}]) == {"success": 0.25}
+    outcomes = [{"success": np.array([True])}, {"success": np.zeros(3, bool)}]
+    assert reduce_reports(outcomes, Reduction()) == {"success": 0.25}
 
 
 def test_workers_that_lack_a_key_do_not_count_for_it():
-    assert reduce_reports([{"a": 1.0}, {"a": 3.0, "b": 5.0}]) == {"a": 2.0, "b": 5.0}
+    assert reduce_reports([{"a": 1.0}, {"a": 3.0, "b": 5.0}], Reduction()) == {"a": 2.0, "b": 5.0}
 
 
 def test_odd_values_survive():
-    row = reduce_reports([{"a": math.nan, "b": math.inf, "d": "x", "e": np.array([])}] * 2)
+    row = reduce_reports([{"a": math.nan, "b": math.inf, "d": "x", "e": np.array([])}] * 2, Reduction())
     assert math.isnan(row["a"])
     assert row["b"] == math.inf
     assert row["d"] == "x"
     assert "e" not in row
-    assert math.isnan(reduce_reports([{"a": math.inf}, {"a": -math.inf}])["a"])
+    assert math.isnan(reduce_reports([{"a": math.inf}, {"a": -math.inf}], Reduction())["a"])
+    mixed = [{"a": 1}, {"a": np.array([3.0])}]
+    assert reduce_reports(mixed, Reduction()) == {"a/mean": 2, "a/min": 1, "a/max": 3}
+    assert reduce_reports([*mixed, {"a": "x"}], Reduction()) == {"a": "x"}
 
 
 # The pipeline
 
 
-@pytest.fixture
-def pipeline(tmp_path, monkeypatch):
-    """pipeline(workers): a pipeline in this process, with a real offline run."""
-    monkeypatch.setenv("WANDB_DATA_DIR", "")  # pipelines set both for good
-    monkeypatch.setenv("WANDB_CACHE_DIR", "")
-
-    def pipeline(workers: int, cls: type[PipelineActor] = PipelineActor, id: str = "run") -> PipelineActor:
-        settings = {"x_disable_stats": True, "x_disable_meta": True}
-        init = dict(project="p", name="n", id=id, dir=str(tmp_path), mode="offline", settings=settings)
-        made = cls(init, workers, "", os.getpid())
-        made.start()
-        return made
-
-    return pipeline
-
-
 ME = ("", os.getpid(), "me")
 
 
-def push(
-    pipeline: PipelineActor, reports: list[tuple[int, dict]], first: int = 0, sender=ME, last: bool = True
-) -> None:
-    packed = [(step, pickle.dumps(metrics)) for step, metrics in reports]
-    pipeline.call("_push", sender, first, packed, last)
+def packed(reports: list[tuple[int, dict]]) -> list[tuple[int, bytes]]:
+    return [(step, pickle.dumps(metrics)) for step, metrics in reports]
 
 
-def rows_of(pipeline: PipelineActor) -> list[dict]:
-    return [
-        {key: value for key, value in row.items() if key[0] != "_"} for row in Log(pipeline._state.report.path).rows
-    ]
+def pushed(pipeline: _Pipeline, reports: list[tuple[int, dict]], first: int = 0, sender=ME) -> list[dict]:
+    return list(pipeline.push(sender, first, packed(reports), last=False))
 
 
-def test_a_row_is_logged_when_all_workers_have_reported_and_late_ones_get_their_own(pipeline):
-    made = pipeline(2)
-    push(made, [(0, {"a": 1.0}), (1, {"a": 5.0}), (0, {"a": 3.0}), (0, {"a": 9.0})])
-    report = made.finish()
-    assert rows_of(made) == [
+def test_a_row_is_due_when_all_workers_have_reported_and_late_ones_get_their_own():
+    pipeline = _Pipeline("", workers=2)
+    assert pushed(pipeline, [(0, {"a": 1.0}), (1, {"a": 5.0})]) == []
+    late = [(0, {"a": 3.0}), (0, {"a": 9.0})]
+    assert pushed(pipeline, late, first=2) == [
         {"a": 2.0, "step": 0, "workers": 2},
         {"a": 9.0, "step": 0, "workers": 1},
-        {"a": 5.0, "step": 1, "workers": 1},
     ]
-    assert (report.reports, report.rows, report.late, report.lost) == (4, 3, 1, 0)
-    with pytest.raises(RunFinishedError):
-        push(made, [(2, {"a": 1.0})])
+    assert list(pipeline.finish()) == [{"a": 5.0, "step": 1, "workers": 1}]
+    assert pipeline.counts == {"reports": 4, "rows": 3, "late": 1, "repeats": 0}
 
 
-def test_the_order_of_the_reports_has_no_effect_on_the_row(pipeline):
+def test_the_order_of_the_reports_has_no_effect_on_the_row():
     reports = [
         {"a": 0.1, "x": np.array([0.1, 7.0])},
         {"a": 0.7, "x": np.array([3.3])},
         {"a": 1e9, "x": np.array([1e-9])},
     ]
-    made = pipeline(3)
-    for step, order in enumerate(itertools.permutations(reports)):
-        push(made, [(step, metrics) for metrics in order], first=3 * step)
-    made.finish()
-    rows = [{key: value for key, value in row.items() if key != "step"} for row in rows_of(made)]
+    rows = [
+        row
+        for order in itertools.permutations(reports)
+        for row in pushed(_Pipeline("", workers=3), [(0, metrics) for metrics in order])
+    ]
     assert len(rows) == 6
     assert all(row == rows[0] for row in rows)
 
 
-def test_totals_add_up(pipeline):
-    made = pipeline(2, TRAINING)
-    push(made, [(step, {"tokens": 10 * worker}) for step in range(3) for worker in (1, 2)])
-    made.finish()
-    assert [row["tokens_total"] for row in rows_of(made)] == [30, 60, 90]
+def test_totals_add_up():
+    pipeline = _Pipeline("training/", TrainingPipelineActor.reduction, workers=2)
+    rows = pushed(pipeline, [(step, {"tokens": 10 * worker}) for step in range(3) for worker in (1, 2)])
+    assert [row["training/tokens_total"] for row in rows] == [30, 60, 90]
 
 
-def test_what_waits_is_bounded_and_nothing_of_it_is_dropped(pipeline, monkeypatch):
-    monkeypatch.setattr(PipelineActor, "MAX_HELD", 10)
-    monkeypatch.setattr(PipelineActor, "MAX_CLOSED", 20)
-    made = pipeline(2)
+def test_what_waits_is_bounded_and_nothing_of_it_is_dropped(monkeypatch):
+    monkeypatch.setattr(_Pipeline, "MAX_WAITING", 10)
+    monkeypatch.setattr(_Pipeline, "MAX_CLOSED", 20)
+    pipeline, rows = _Pipeline("", workers=2), []
     for step in range(200):
-        push(made, [(step, {"a": 1.0})], first=step)
-        assert made._state.held == sum(map(len, made._state.open.values())) <= 11
-    for step in range(200):  # the straggler
-        push(made, [(step, {"a": 3.0})], first=step, sender=("", os.getpid(), "other"))
-        assert len(made._state.closed) <= 21
-    report = made.finish()
-    assert report.reports == 400
-    assert sum(row["workers"] for row in rows_of(made)) == 400
-    assert report.lost == 0
-    assert report.late > 0
+        rows += pushed(pipeline, [(step, {"a": 1.0})], first=step)
+        assert pipeline.waiting == sum(map(len, pipeline.open.values())) <= 11
+    for step in range(200):
+        rows += pushed(pipeline, [(step, {"a": 3.0})], first=step, sender=("", os.getpid(), "straggler"))
+        assert len(pipeline.closed) <= 21
+    rows += pipeline.finish()
+    assert pipeline.counts["reports"] == sum(row["workers"] for row in rows) == 400
+    assert pipeline.counts["late"] > 0
 
 
-def test_a_worker_that_left_is_not_waited_for(pipeline):
-    made = pipeline(2)
-    push(made, [(0, {"a": 1.0}), (1, {"a": 1.0})])
-    assert made.progress()[0].rows == 0
-    made.call("_expect", 1)
-    assert made.progress()[0].rows == 2
-    made.finish()
+def test_a_worker_that_left_is_not_waited_for():
+    pipeline = _Pipeline("", workers=2)
+    assert pushed(pipeline, [(0, {"a": 1.0}), (1, {"a": 1.0})]) == []
+    assert [row["step"] for row in pipeline.expect(1)] == [0, 1]
+    assert [row["step"] for row in pushed(pipeline, [(2, {"a": 1.0})], first=2)] == [2]
 
 
-def test_reports_that_are_sent_again_are_recognised(pipeline):
-    made = pipeline(1)
-    push(made, [(0, {"a": 1.0}), (1, {"a": 2.0})])
-    push(made, [(0, {"a": 1.0}), (1, {"a": 2.0}), (2, {"a": 3.0})])
-    report = made.finish()
-    assert (report.reports, report.rows, report.repeats) == (3, 3, 2)
+def test_reports_that_are_sent_again_are_recognised():
+    pipeline, reports = _Pipeline(""), [(step, {"a": 1.0}) for step in range(3)]
+    assert len(pushed(pipeline, reports[:2])) == 2
+    assert [row["step"] for row in pushed(pipeline, reports)] == [2]
+    assert (pipeline.counts["reports"], pipeline.counts["repeats"]) == (3, 2)
 
 
-def test_a_pipeline_that_died_goes_on_where_it_was(pipeline, tmp_path):
-    """Here without the death: the second pipeline finds the first one's journal, and what its wandb has written."""
-    first = pipeline(2, TRAINING)
-    push(first, [(0, {"tokens": 1}), (0, {"tokens": 2}), (1, {"tokens": 4})], last=False)
+def test_the_same_calls_lead_to_the_same_state_and_rows_from_any_snapshot():
+    calls = [(worker, step, float(np.random.default_rng(step).normal())) for step in range(40) for worker in range(2)]
+    pipeline, rows, snapshots = _Pipeline("", workers=2), [], []
+    for i, (worker, step, value) in enumerate(calls):
+        snapshots.append((i, len(rows), pickle.dumps(pipeline)))
+        rows += pushed(pipeline, [(step, {"a": value})], first=step, sender=("", 1, str(worker)))
+    for i, count, snapshot in snapshots[::7]:
+        again = pickle.loads(snapshot)
+        replayed = [
+            row
+            for worker, step, value in calls[i:]
+            for row in pushed(again, [(step, {"a": value})], first=step, sender=("", 1, str(worker)))
+        ]
+        assert (replayed, again) == (rows[count:], pipeline)
+
+
+@pytest.fixture
+def actor(tmp_path, monkeypatch):
+    """actor(...): a pipeline actor in this process, with a real offline run."""
+    monkeypatch.setenv("WANDB_DATA_DIR", "")  # actors set both for good
+    monkeypatch.setenv("WANDB_CACHE_DIR", "")
+
+    def actor() -> PipelineActor:
+        settings = {"x_disable_stats": True, "x_disable_meta": True}
+        init = dict(project="p", name="n", id="run", dir=str(tmp_path), mode="offline", settings=settings)
+        made = PipelineActor(init, os.getpid(), {})
+        made.join("", TrainingPipelineActor.reduction, 2)
+        return made
+
+    return actor
+
+
+def test_an_actor_that_died_goes_on_where_it_was(actor, tmp_path):
+    """Here without the death: the second actor finds the first one's journal, and what its wandb has written."""
+    first = actor()
+    first.call("", "push", ME, 0, packed([(0, {"tokens": 1}), (0, {"tokens": 2}), (1, {"tokens": 4})]), False)
     first._run.finish()
-    second = pipeline(2, TRAINING)
-    push(second, [(1, {"tokens": 4}), (1, {"tokens": 8})], first=2)
-    report = second.finish()
+    first._journal._db.close()
+    second = actor()
+    second.call("", "push", ME, 2, packed([(1, {"tokens": 4}), (1, {"tokens": 8})]), True)
+    report = second.finish(0)[""]
     assert (report.reports, report.rows, report.repeats, report.restarts, report.lost) == (4, 2, 1, 1, 0)
+    with pytest.raises(RunFinishedError):
+        second.call("", "push", ME, 4, packed([(2, {"tokens": 1})]), True)
     rows = [row for path in folders(tmp_path) for row in Log(path).rows]
     assert [(row["step"], row["tokens"], row["tokens_total"]) for row in rows] == [(0, 3, 3), (1, 12, 15)]
     assert not list(tmp_path.glob("wandb/.*"))
 
 
-def test_the_journal_survives_a_torn_entry_and_forgets_what_is_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(common._Journal, "ROTATE_BYTES", 2000)
-    monkeypatch.setattr(common._Journal, "ROTATE_SECONDS", 0.0)
-    journal, state = common._Journal(tmp_path / "journal"), common._State(common.RunReport("n", "i"), workers=1)
-    assert list(journal.replay()) == []
-    journal.open(state)
-    for i in range(500):
-        if journal.is_due():
-            state.report.reports = i
-            journal.rotate(state)
-        journal.append(("_expect", i))
-    with journal.path.open("ab") as file:
-        file.write(pickle.dumps(("_expect", 500))[:-3])
-    for _ in range(2):  # the first time cuts off the torn entry
-        oldest, *calls = journal.replay()
-        assert 0 < oldest.report.reports < 499
-        assert [i for _, i in calls] == list(range(oldest.report.reports, 500))
+def test_two_actors_can_not_have_the_same_run_at_once(actor):
+    first = actor()
+    with pytest.raises(OSError, match="is another run of this id going on"):
+        actor()
+    first.finish(0)
 
 
-def test_the_code_says_where_its_conventions_come_from():
-    """Nothing of this machine, nor of how the work on it is organised, is in the repository's files."""
+def test_a_row_that_wandb_refuses_is_counted_as_lost_and_harms_no_other(actor):
+    made = actor()
+    reports = [(0, {"a": 1.0}), (1, {"a": {1, 2}}), (2, {"a": 3.0})]  # a set: `WandbRun.log` would refuse it
+    made.call("", "push", ME, 0, packed([report for report in reports for _ in range(2)]), True)
+    report = made.finish(0)[""]
+    assert [row["step"] for row in Log(report.path).rows] == [0, 2]
+    assert (report.reports, report.rows, report.lost) == (6, 2, 2)
+    assert not report.ok
+
+
+def test_the_journal_begins_with_its_oldest_state_and_forgets_what_is_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(_Journal, "SECONDS", 0.01)
+    journal, state = _Journal(tmp_path / "journal"), _State(RunReport("n", "i"))
+    assert journal.entries() == []
+    journal.begin(state)
+    for i in range(200):
+        state.starting_step = i  # the state before call i
+        journal.append(i, state)
+        time.sleep(0.001)
+    oldest, *calls = journal.entries()
+    assert 0 < oldest.starting_step < 199
+    assert calls == list(range(oldest.starting_step, 200))
+    oldest.run.restarts = 1
+    journal.begin(oldest)
+    assert journal.entries() == [oldest, *calls]
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_code_names_nothing_of_the_machine_it_was_written_on():
     for path in Path(common.__file__).parent.glob("*.py"):
         assert not re.search(r"/(work|root|home)/", path.read_text()), path

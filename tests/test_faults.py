@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, Log, folders, logs, wait_for
 
-from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun, read_log
+from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun, read_rows
 
 
 def parent(pid: int) -> int:
@@ -45,7 +45,7 @@ def steps_on_disk(directory: Path, name: str) -> int:
     rows = 0
     for path in folders(directory):
         if name in path.name:
-            rows += len(read_log(path, ""))
+            rows += len(list(read_rows(path)))
     return rows
 
 
@@ -150,7 +150,7 @@ def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_di
 def test_wandb_s_own_process_may_die_as_well(start, tmp_path):
     process = start("demo3", "--one-run", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
     wait_for(lambda: folders(tmp_path))
-    wait_for(lambda: read_log(folders(tmp_path)[0], "training/"))
+    wait_for(lambda: list(read_rows(folders(tmp_path)[0])))
     [core] = below(process.pid, "wandb-core")
     os.kill(core, signal.SIGKILL)
     stdout, _ = process.communicate(timeout=60)

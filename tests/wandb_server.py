@@ -37,7 +37,7 @@ class Server:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_PUT = do_GET = do_POST
+            do_PUT = do_GET = do_POST  # noqa: N815
 
         self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.http.daemon_threads = True
