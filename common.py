@@ -660,11 +660,15 @@ class PipelineActor:
         try:
             for row in getattr(target, method)(*arguments) or ():
                 if self._state.rows > self._on_disk:
-                    self._run.log(row)  # never `step=`: it drops rows that come out of order
+                    self._log(row)
         except ConnectionError:  # wandb's service process has died: only a new process gets a new one
             os._exit(1)
-        except Exception as error:  # a value that wandb refuses after all; the ledger counts what is lost
-            self._warn(f"{method} failed, training goes on: {type(error).__name__}: {_line(error)}")
+
+    def _log(self, row: dict[str, Any]) -> None:
+        try:
+            self._run.log(row)  # never `step=`: it drops rows that come out of order
+        except (TypeError, ValueError) as error:  # refused after all; the ledger says what is lost
+            self._warn(f"W&B refused a row: {_line(error)}")
 
     # Artifacts: wandb blocks when the server is away, so they have threads of their own
 

@@ -410,7 +410,7 @@ def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp
         assert report.reports == 5_000
         assert report.lost > 0
         assert not report.ok
-        assert len([warning for warning in report.warnings if "space" in warning]) == 1
+        assert len([warning for warning in report.warnings if "disk is full" in warning]) == 1
         assert len(Log(report.path).rows) == report.rows == report.reports - report.lost
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
