@@ -1,4 +1,7 @@
-"""A W&B server on loopback, as much of one as `wandb` needs to log in, make a run, resume it and upload its rows."""
+"""A W&B server on loopback, as much of one as `wandb` needs to log in, make a run, resume it and upload its rows.
+
+It keeps the views that `wandb-workspaces` saves, too.
+"""
 
 import base64
 import gzip
@@ -6,6 +9,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "s3cr3t" + "0" * 34
@@ -16,6 +20,8 @@ class Server:
 
     def __init__(self, port: int = 0) -> None:
         self.runs: dict[str, dict] = {}  # id -> config, name, rows by offset, exit code
+        self.projects: set[str] = set()  # of entity `e`, as far as they are listed
+        self.views: dict[str, dict] = {}  # id -> what was sent
         self.fail: int | str | None = None
         self.fail_once = False
         outer = self
@@ -88,6 +94,24 @@ class Server:
             return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}, "bucket": bucket}}
         if operation == "Viewer":
             return {"viewer": {"id": "u", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
+        return self.dashboard(operation, variables)
+
+    def dashboard(self, operation: str, variables: dict) -> dict:
+        if operation == "GetProjects":
+            found = self.projects if variables["entity"] == "e" else ()
+            rest = {"id": "p", "entityName": "e", "createdAt": "2026-01-01", "isBenchmark": False, "user": None}
+            return {"models": edges({"name": name} | rest for name in found)}
+        if operation == "ProjectInternalId":
+            return {"project": {"id": "p", "internalId": "p"}}
+        if operation in ("View", "ProjectViews"):
+            name, kind = variables.get("viewName"), variables.get("viewType", "runs")
+            found = [view for view in self.views.values() if view["type"] == kind and name in (None, view["name"])]
+            return {"project": {"allViews": edges(found)}}
+        if operation in ("UpsertView2", "upsertView"):
+            id_ = variables.get("id") or f"view{len(self.views)}"
+            project = {"id": "p", "name": variables["projectName"], "entityName": variables["entityName"]}
+            self.views[id_] = variables | {"id": id_, "project": project}
+            return {"upsertView": {"view": self.views[id_], "inserted": not variables.get("id")}}
         return {}
 
     def bucket(self, run_id: str) -> dict:
@@ -99,3 +123,8 @@ class Server:
             "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0,
             "project": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}},
         }  # fmt: skip
+
+
+def edges(nodes: Iterable[dict]) -> dict:
+    found = [{"node": node, "cursor": "c"} for node in nodes]
+    return {"edges": found, "pageInfo": {"hasNextPage": False, "endCursor": None}}

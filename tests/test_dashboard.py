@@ -1,0 +1,162 @@
+"""The pages that `dashboard.py` makes fit what the demos log, and arrive at the server."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, Log, logs
+from wandb_server import Server
+
+PROJECTS = {"rl-agent", "rl-agent-extended", "inference-only"}
+SHORT = ("--steps", "3", "--step-seconds", "0")
+
+
+@pytest.fixture
+def dashboard(environment):
+    """dashboard("--print"): the script as a process of its own."""
+
+    def dashboard(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "dashboard.py"), *arguments]
+        variables = environment | variables
+        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
+
+    return dashboard
+
+
+@pytest.fixture
+def pages(dashboard) -> list[dict]:
+    """Demo 3's workspace, demo 4's workspace and the Report, of experiment x, as the conftest's demos are."""
+    done = dashboard("--print", "--experiment", "x")
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    made.projects = set(PROJECTS)
+    yield made
+    made.stop()
+
+
+def check_panels(panels: list[dict], *found: Log, prefix: str = "") -> None:
+    """All that these runs log is on exactly one panel, on the axis that the rows carry and the run has defined."""
+    shown = [key for panel in panels for key in panel["y"]]
+    axes = {f"{prefix}step", f"{prefix}workers"}
+    assert sorted(shown) == sorted(set.union(*(log.keys for log in found)) - axes)
+    assert {panel["x"] for panel in panels} == {f"{prefix}step"}
+    for log in found:
+        assert [m["step_metric"] for m in log.of("metric") if m.get("glob_name")] == [f"{prefix}step"]
+
+
+def test_demo3s_workspace_has_a_section_for_each_pipeline_with_all_that_it_logs(run_demo, tmp_path, pages):
+    assert run_demo("demo3", *SHORT).returncode == 0
+    found, workspace = logs(tmp_path), pages[0]
+    assert {log.run["project"] for log in found.values()} == {workspace["project"]}
+    assert [section["name"] for section in workspace["sections"]] == ["training", "inference"]
+    for section in workspace["sections"]:
+        name = section["name"]
+        check_panels(section["panels"], found[f"{name}-x"], prefix=f"{name}/")
+        assert section["panel_settings"]["x_axis"] == f"{name}/step"
+        assert section["is_open"]
+    assert workspace["runset_settings"]["filters"] == "Config(\"experiment\") == 'x'"
+
+
+def test_demo4s_workspace_shows_all_that_it_logs_by_group_and_job_type(run_demo, tmp_path, pages):
+    assert run_demo("demo4", *SHORT).returncode == 0
+    found, workspace = logs(tmp_path), pages[1]
+    assert {log.run["project"] for log in found.values()} == {workspace["project"]}
+    check_panels([panel for section in workspace["sections"] for panel in section["panels"]], *found.values())
+    compared = {key for panel in workspace["sections"][0]["panels"] for key in panel["y"]}
+    assert compared == set.intersection(*(log.keys for log in found.values())) - {"step", "workers"}
+    runs = workspace["runset_settings"]
+    assert [group["name"] for group in runs["groupby"]] == ["Group", "JobType"]
+    for log in found.values():
+        assert f"{log.run['job_type']!r}" in runs["filters"].split(" and ")[0]
+        assert "demo4" in log.run["tags"]
+    assert "Metric(\"Tags\") in ['demo4']" in runs["filters"]
+
+
+def test_the_report_compares_what_demo2_logs_to_both_of_its_projects(run_demo, tmp_path, pages):
+    assert run_demo("demo2", *SHORT, WANDB_MODE="offline").returncode == 0
+    found, [grid] = logs(tmp_path), pages[2]["blocks"]
+    assert {runset["project"]: f"{runset['name']}-x" for runset in grid["runsets"]} == {
+        log.run["project"]: name for name, log in found.items()
+    }
+    assert {runset["filters"] for runset in grid["runsets"]} == {"Config(\"experiment\") == 'x'"}
+    assert {log.config["experiment"] for log in found.values()} == {"x"}
+    shown = [key for panel in grid["panels"] for key in panel["y"]]
+    assert shown == ["e2e/speed", "e2e/latency_ms/mean", "e2e/latency_ms/p50", "e2e/latency_ms/p99"]
+    for log in found.values():
+        assert {"step", *shown} <= log.keys
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style")  # the library's own, when it is imported
+def test_the_panels_named_first_exist_and_come_first(pages):
+    import dashboard
+
+    for section, first in zip(pages[0]["sections"], (dashboard.TRAINING, dashboard.INFERENCE), strict=True):
+        assert [panel["title"] for panel in section["panels"]][: len(first)] == list(first)
+    panels = [panel for section in pages[0]["sections"] for panel in section["panels"]]
+    assert {panel["title"] for panel in panels if "smoothing_type" in panel} == set(dashboard.NOISY)
+
+
+def spec(view: dict) -> dict:
+    return json.loads(view["spec"])
+
+
+def test_saving_sends_the_pages_and_saving_again_replaces_them(dashboard, server, pages):
+    arguments = ("--entity", "e", "--experiment", "x")
+    done = dashboard(*arguments, **server.environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    paths, groups, report = server.views.values()
+    base = server.environment["WANDB_BASE_URL"]
+    slugs = [view["name"].removeprefix("nw-").removesuffix("-v") for view in (paths, groups)]
+    assert done.stdout.split()[:2] == [f"{base}/e/rl-agent?nw={slugs[0]}", f"{base}/e/rl-agent-extended?nw={slugs[1]}"]
+    assert done.stdout.split()[2].startswith(f"{base}/e/rl-agent/reports/")
+
+    sections = spec(paths)["section"]["panelBankConfig"]["sections"]
+    for sent, printed in zip(sections, pages[0]["sections"], strict=True):
+        assert sent["name"] == printed["name"]
+        configs = [panel["config"] for panel in sent["panels"]]
+        assert [(config["xAxis"], config["metrics"]) for config in configs] == [
+            (panel["x"], panel["y"]) for panel in printed["panels"]
+        ]
+    [runset] = spec(groups)["section"]["runSets"]
+    assert runset["grouping"] == [{"section": "run", "name": name} for name in ("group", "jobType")]
+    assert [(f["key"]["name"], f["op"], f["value"]) for f in runset["filters"]["filters"]] == [
+        ("jobType", "IN", ["training", "inference"]),
+        ("tags", "IN", ["demo4"]),
+        ("experiment", "=", "x"),
+    ]
+    [grid] = [block for block in spec(report)["blocks"] if block["type"] == "panel-grid"]
+    assert [runset["project"]["name"] for runset in grid["metadata"]["runSets"]] == ["rl-agent", "inference-only"]
+
+    assert dashboard(*arguments, **server.environment).stdout == done.stdout
+    assert len(server.views) == 3
+    assert dashboard("--entity", "e", **server.environment).stdout != done.stdout
+    assert len(server.views) == 6
+
+
+def check_told_in_one_line(done: subprocess.CompletedProcess, status: int, *words: str) -> None:
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
+    assert all(word in done.stderr for word in words)
+
+
+def test_what_it_cannot_do_is_told_in_one_line(dashboard, server, tmp_path):
+    check_told_in_one_line(dashboard(), 2, "--entity")
+    check_told_in_one_line(dashboard("--print", "--experiment", "a'b"), 2, "--experiment")
+    check_told_in_one_line(dashboard("--entity", "e"), 2, "wandb login")
+    short = server.environment | {"WANDB_API_KEY": "short"}
+    check_told_in_one_line(dashboard("--entity", "e", **short), 2, "WANDB_API_KEY")
+    wrong = server.environment | {"WANDB_API_KEY": "k" * 40}
+    check_told_in_one_line(dashboard("--entity", "e", **wrong), 1, "verify")
+    check_told_in_one_line(dashboard("--entity", "nobody", **server.environment), 1, "nobody", *PROJECTS)
+    server.projects.remove("inference-only")
+    check_told_in_one_line(dashboard("--entity", "e", **server.environment), 1, "inference-only")
+    server.stop()
+    check_told_in_one_line(dashboard("--entity", "e", **server.environment), 1, "connection refused")
+    assert server.views == {}
+    (tmp_path / "wandb_workspaces.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb_workspaces'\")")
+    check_told_in_one_line(dashboard("--print", PYTHONPATH=str(tmp_path)), 1, "--group dashboard")
