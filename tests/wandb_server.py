@@ -94,6 +94,10 @@ class Server:
             return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}, "bucket": bucket}}
         if operation == "Viewer":
             return {"viewer": {"id": "u", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
+        if operation == "CreateRunFiles":  # without an answer to this one wandb-core crashes
+            url = f"http://127.0.0.1:{self.port}/file"
+            files = [{"name": name, "uploadUrl": url} for name in variables["files"]]
+            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
         return self.dashboard(operation, variables)
 
     def dashboard(self, operation: str, variables: dict) -> dict:
