@@ -604,7 +604,7 @@ class PipelineActor:
         if isinstance(settings, wandb.Settings):
             settings = settings.model_dump(exclude_unset=True)
         self._timeout = settings.get("finish_timeout", 60) / 2  # for the artifacts, and again for the rows
-        settings = dict(silent=True, console="off", init_timeout=15, x_transaction_log_flush_interval=0.5) | settings
+        settings = dict(silent=True, console="off", init_timeout=10, x_transaction_log_flush_interval=0.5) | settings
         settings |= dict(finish_timeout=self._timeout, finish_timeout_raises=True)
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
         if restart:

@@ -42,10 +42,8 @@ SMOOTH = dict(smoothing_type="exponentialTimeWeighted", smoothing_factor=0.6, sm
 
 def logged(pipeline: Any, generate: Callable) -> list[str]:
     """The keys of a pipeline's rows, without prefix: of a report that is reduced as its actor does it."""
-    cls = pipeline.__ray_metadata__.modified_class
-    report = generate(0, np.random.default_rng(0))
-    row = common.reduce_reports([report], sums=cls.sums, largest=cls.largest, statistics=cls.statistics)
-    return [*row, *(f"{key}_total" for key in cls.totals)]
+    row = common.reduce_reports([generate(0, np.random.default_rng(0))], pipeline.reduction)
+    return [*row, *(f"{key}_total" for key in pipeline.reduction.totals)]
 
 
 def panels(keys: Sequence[str], first: Sequence[str] = (), prefix: str = "") -> Iterator[wr.LinePlot]:
