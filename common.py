@@ -270,7 +270,7 @@ def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -
     for key in dict.fromkeys(itertools.chain.from_iterable(reports)):
         values = [report[key] for report in reports if key in report]
         kinds = {type(value) for value in values}
-        if not kinds <= {int, float, np.ndarray}:
+        if not all(issubclass(kind, int | float | np.ndarray) for kind in kinds):
             row[key] = next(value for value in values if not isinstance(value, int | float | np.ndarray))
         elif np.ndarray in kinds:
             pooled = np.concatenate([np.ravel(value) for value in values])
@@ -609,21 +609,28 @@ class PipelineActor:
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
         if restart:
             init["resume"] = "allow"
+        before = self._folders()
         try:
             run = wandb.init(**init)
-        except wandb.errors.CommError as error:
-            if not restart and "init_timeout" not in str(error):  # the server answers, and says no
+        except wandb.Error as error:
+            if not restart and "retrying" not in str(error):  # the server answers, and says no
                 raise
+            wandb.teardown()  # its service would not take the id a second time
+            for empty in self._folders() - before:
+                shutil.rmtree(empty)
             self._warn(f"the W&B server does not answer, so the run stays on this machine (offline): {_line(error)}")
             run = wandb.init(**init | dict(mode="offline"))
         if not run.disabled:  # else artifacts are staged in the home folder, and gone when `wandb sync` needs them
             os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = f"{run.sync_dir}/artifacts"
         return run
 
+    def _folders(self) -> set[Path]:
+        """All that runs of this id have left here."""
+        return set(Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}"))
+
     def _earlier_summary(self) -> dict[str, Any]:
         """Of the latest offline folder of a run that is resumed."""
-        folders = Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}")
-        summaries = [read_summary(folder) for folder in folders if folder != Path(self._run.sync_dir)]
+        summaries = [read_summary(folder) for folder in self._folders() - {Path(self._run.sync_dir)}]
         return max(summaries, key=lambda found: found.get("start_time", ""), default={}).get("summary", {})
 
     def _join(self, prefix: str, reduction: Reduction, workers: int) -> None:
