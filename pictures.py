@@ -3,8 +3,8 @@
     uv run --group pictures python pictures.py [DEMO …]
 
 Runs the demos offline, in a temporary folder, and needs tmux, which is the terminal. Its screens become PNG rather than
-SVG: LEET draws curves in braille, and that lines up only in a font which the reader may not have. LEET colours a run by
-its folder's path, so draw a picture again if two runs on it look alike.
+SVG: LEET draws curves in braille, which the reader's font may not line up. It colours a run by its folder's path: draw
+a picture again if two runs look alike.
 """
 
 import contextlib
@@ -46,23 +46,21 @@ class Screen(NamedTuple):
 
 FILTER_OVERVIEW = ("o", "experiment|training_", "Enter")  # to what tells the runs apart
 FIND_ARTIFACTS = ("i", "/", "artifact", "Enter", "End")
-TRAINING = r"^(loss|entropy|kl|explained_variance|value_loss|e2e/speed)$"
-INFERENCE = r"^(reward/mean|success_rate|policy_version|truncated_fraction|staleness/mean|e2e/speed)$"
+BARE = r"^(loss|entropy|kl|explained_.*|value_loss|e2e/speed|reward/mean|success_.*|policy_.*|trunc.*|staleness/mean)$"
 PATHS = Screen(34, r"^(training/(loss|entropy|kl|e2e/speed)|inference/(reward/mean|e2e/speed))$", 3, 2, keys=("]",))
 SCREENS = {
-    "demo1_centralized_actors": (
-        Screen(22, TRAINING, 2, 3, "training", FILTER_OVERVIEW),
-        Screen(22, INFERENCE, 2, 3, "inference", FILTER_OVERVIEW),
-    ),
-    "demo2_project_per_job": (Screen(31, r"^e2e/(speed|latency_ms/mean)$", keys=FILTER_OVERVIEW),),
-    "demo3_hierarchical_metrics": (PATHS,),
-    "demo3_hierarchical_metrics--one-run": (PATHS,),
-    "demo4_extensions": (
+    "demo1_centralized_actors": [Screen(22, BARE, 2, 3, run, FILTER_OVERVIEW) for run in ("training", "inference")],
+    "demo2_project_per_job": [Screen(31, r"^e2e/(speed|latency_ms/mean)$", keys=FILTER_OVERVIEW)],
+    "demo3_hierarchical_metrics": [PATHS],
+    "demo3_hierarchical_metrics--one-run": [PATHS],
+    "demo4_extensions": [
         Screen(25, r"^(reward/mean|explained_variance)$", keys=FILTER_OVERVIEW),
         Screen(12, run="training", keys=FIND_ARTIFACTS),
         Screen(14, run="inference", keys=FIND_ARTIFACTS),
-    ),
+    ],
 }
+plt.rcParams |= {"xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 6.5, "legend.frameon": False}
+plt.rcParams |= {"legend.handlelength": 0.8, "legend.columnspacing": 0.8}
 STATISTICS = re.compile(r"/(mean|min|max|std|p\d+|grad_norm_\w+|running|waiting)$")  # share a panel
 
 
@@ -71,7 +69,7 @@ def show(screen: Screen, runs: Path, tmux: Sequence[str]) -> str:
     names = sorted(path.name for path in runs.glob("*run-*"))
     shown = [name for name in names if screen.run in name]
     memory = {"metrics_filter": {"query": screen.metrics}, "selected_runs": shown, "latest_run": names[-1]}
-    (runs / ".wandb-leet.json").write_text(json.dumps(memory))
+    (runs / ".wandb-leet.json").write_text(json.dumps(memory | {"pinned_run": shown[0]}))  # in front of the others
     grid = {"rows": screen.rows, "cols": screen.columns}
     config = {"metrics_grid": grid, "workspace_metrics_grid": grid, "right_sidebar_visible": False}
     config |= {"run_layout": {"left_sidebar": 0.27}, "workspace_layout": {"left_sidebar": 0.33, "right_sidebar": 0.32}}
@@ -127,11 +125,9 @@ def plot(run: Path) -> Image.Image:
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=1, label=label)
         axis.set_title(panel, loc="left", fontsize=10, family="monospace")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         if len(axis.lines) > 1:
-            look = dict(fontsize=6.5, frameon=False, handlelength=0.8, columnspacing=0.8)
-            axis.legend(loc="lower right", bbox_to_anchor=(1.03, 0.95), ncols=4, **look)
+            axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1.03, 0.95))
     figure.canvas.draw()
     return Image.frombuffer("RGBA", figure.canvas.get_width_height(), figure.canvas.buffer_rgba()).convert("RGB")
 
@@ -154,7 +150,6 @@ def main() -> None:
             pictures = {name: draw(f"\n\x1b[90m{'─' * COLUMNS}\x1b[0m\n".join(screens))}
             if name == "demo1_centralized_actors":
                 pictures |= {f"curves_{p}": plot(next(runs.glob(f"*{p}*"))) for p in ("training", "inference")}
-            (HERE / "docs").mkdir(exist_ok=True)
             for file, picture in pictures.items():
                 picture.quantize(96).save(HERE / "docs" / f"{file}.png", optimize=True)
 
