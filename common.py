@@ -177,24 +177,24 @@ def generate_training_metrics(step: int, rng: np.random.Generator) -> Metrics:
     Scalars are that worker's measurement, `e2e/latency_ms` its 8 micro-batches' times in ms (float array).
     Keys, units and shapes follow what verl, NeMo-RL and prime-rl log.
     """
-    learned, spike = _progress(step), rng.random() < 0.03
+    learned, spike = _progress(step), step % 37 == 13  # gradients are averaged: every worker sees it
     checkpoint = step % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1
     norms = rng.lognormal(np.log([0.25, 0.4]), 0.25) * (1 - 0.4 * learned) * (4 if spike else 1)
     tokens = int(32_768 * rng.uniform(0.9, 1.1))
     latency = rng.lognormal(math.log(900 * tokens / 32_768), 0.08, size=8) * (1.8 if checkpoint else 1)
-    wait_s = latency.sum() / 1000 * rng.uniform(0.05, 0.15) * (1 + 2 * learned)  # rollouts grow longer
+    wait_s = 7.2 * rng.uniform(0.05, 0.15) * (1 + 2 * learned) * (0.3 if checkpoint else 1)  # rollouts catch up
     staleness = step % SYNC_EVERY / SYNC_EVERY
     return {
         "loss": rng.normal(0.01 * math.exp(-step / 50), 0.02),
-        "value_loss": 0.05 + 0.8 * math.exp(-step / 15) * rng.lognormal(0, 0.1),
+        "value_loss": (0.05 + 0.8 * math.exp(-step / 15)) * rng.lognormal(0, 0.15),
         "explained_variance": -0.1 + 0.8 * learned + rng.normal(0, 0.03),
         "grads/grad_norm_0": norms[0],
         "grads/grad_norm_1": norms[1],
         "grads/grad_norm_total": math.hypot(*norms),
         "learning_rate": 1e-6 * min(1, (step + 1) / 8),
-        "entropy": 0.15 + 0.45 * (1 - learned) * rng.lognormal(0, 0.04),
+        "entropy": (0.15 + 0.45 * (1 - learned)) * rng.lognormal(0, 0.05),
         "kl": 0.06 * learned * rng.lognormal(0, 0.15) + (0.03 if spike else 0),
-        "clip_fraction": 0.004 + 0.02 * staleness * rng.lognormal(0, 0.2),
+        "clip_fraction": (0.004 + 0.016 * staleness) * rng.lognormal(0, 0.35),
         "mismatch_kl": 1e-3 * rng.lognormal(0, 0.2),
         "tokens": tokens,
         "e2e/speed": tokens / (latency.sum() / 1000 + wait_s),
@@ -222,13 +222,13 @@ def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
         "response_length": length,
         "truncated_fraction": wanted > 1024,
         "rollouts": 32,
-        "e2e/speed": 5_200 * load * (0.04 if syncing else 1),
+        "e2e/speed": 5_200 * load * (rng.uniform(0.03, 0.3) if syncing else 1),
         "e2e/latency_ms": rng.lognormal(math.log(1_100 * load), 0.75, 64) * (1.6 if syncing else 1),
         "kv_cache_utilization": min(0.95, 0.4 + 0.12 * (step % SYNC_EVERY) + rng.uniform(0, 0.06)),
         "requests/running": int(rng.integers(24, 65)),
         "requests/waiting": int(rng.poisson(rng.choice([1, 12]))),
         "policy_version": step // SYNC_EVERY * SYNC_EVERY,
-        "staleness": rng.choice(3, size=32, p=[0.6, 0.3, 0.1]),
+        "staleness": np.minimum(rng.poisson(0.02 + 0.25 * (step % SYNC_EVERY), 32), 2),
     }
 
 
@@ -527,10 +527,13 @@ class PipelineActor:
 
     GRACE = 5.0  # seconds that `finish` waits for the last reports of a sender that may be alive
 
-    def __init__(self, init: dict[str, Any], owner: int, environ: Mapping[str, str]):
-        """init: for `wandb.init`; owner: the process on this node that the run belongs to; environ: its WANDB_…"""
+    def __init__(self, init: dict[str, Any], owner: int, environ: Mapping[str, str], argv: list[str]):
+        """init: for `wandb.init`; owner: the process on this node that the run belongs to, its WANDB_… and command."""
         os.environ.update(environ)  # an argument, because Ray's state API lists runtime environments
         os.environ.pop("WANDB_SERVICE", None)  # of the owner's own wandb: this process needs a service of its own
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it takes a third of the time of `run.log`
+        os.environ.setdefault("WANDB_PROGRAM", os.path.abspath(argv[0]))
+        sys.argv = argv  # wandb records both; those of a Ray worker are Ray's own, addresses and all
         self._init, self._owner = init, owner
         self._changed = threading.Condition()  # its lock guards all that follows
         self._state = _State(RunReport(init["name"] or init["id"], init["id"]))
@@ -1031,7 +1034,7 @@ class WandbRun:
             init |= dict(project=project, name=name, dir=os.path.abspath(init["dir"]))
             environ = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
             here = NodeAffinitySchedulingStrategy(_node_id(), soft=False)  # where the run's folder and the login are
-            self._actor = pipeline.options(scheduling_strategy=here).remote(init, os.getpid(), environ)
+            self._actor = pipeline.options(scheduling_strategy=here).remote(init, os.getpid(), environ, sys.argv)
         else:
             self._actor = share._actor
         try:
@@ -1236,6 +1239,7 @@ def _content(file: str, value: Any) -> Any:
 # Workers and session
 
 Hook = Callable[[WandbRun, int, Metrics], None]
+FIRST_LOOK = "loss|entropy|kl|reward/mean|success_rate|e2e/speed|e2e/latency_ms/mean"
 
 
 def _work(run: WandbRun, generate: Callable, args: Args, key: Sequence[int], hook: Hook | None) -> None:
@@ -1406,11 +1410,27 @@ def _summarise(args: Args, reports: Sequence[RunReport]) -> None:
             print(f"  {warning}", file=sys.stderr)
     missing = [report for report in reports if not report.uploaded]
     folders = list(dict.fromkeys(os.path.relpath(path) for report in missing for path in report.paths))
-    if any(report.paths for report in reports):
+    if made := list(dict.fromkeys(path for report in reports for path in report.paths)):
+        _open_in_leet(args.dir / "wandb", made)
         print(f"Look at them here:  {_command('leet', os.path.relpath(args.dir / 'wandb'))}")
     if folders:
         online = ["--no-skip-online"] if any(Path(folder).name.startswith("run-") for folder in folders) else []
         print(f"Upload them:        {_command('sync', *online, *folders)}")
+
+
+def _open_in_leet(folder: Path, runs: Sequence[Path]) -> None:
+    """Has LEET show these runs, and the metrics to look at first.
+
+    On its own it shows the newest run and all metrics by alphabet. The file is its memory of a folder, which it starts
+    afresh if it can't read it; a filter that the user has typed stays.
+    """
+    memory = folder / ".wandb-leet.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        state = json.loads(memory.read_text()) if memory.exists() else {}
+        names = [path.name for path in runs]
+        state |= {"selected_runs": names, "pinned_run": names[0], "latest_run": names[-1]}
+        state.setdefault("metrics_filter", {"query": f"(^|/)({FIRST_LOOK})$"})
+        memory.write_text(json.dumps(state))
 
 
 def _command(*words: str) -> str:

@@ -145,7 +145,7 @@ def test_inference_metrics_stay_within_their_bounds():
     assert (np.diff(series["policy_version"]) >= 0).all()
     assert series["staleness/max"].max() <= 2
     speed = np.array([generate_inference_metrics(step, rng)["e2e/speed"] for step in range(20)])
-    assert (speed < 0.1 * np.median(speed)).sum() == 4
+    assert (speed < 0.4 * np.median(speed)).sum() == 4
 
 
 # Reduction
@@ -288,11 +288,12 @@ def actor(tmp_path, monkeypatch):
     """actor(...): a pipeline actor in this process, with a real offline run."""
     monkeypatch.setenv("WANDB_DATA_DIR", "")  # actors set both for good
     monkeypatch.setenv("WANDB_CACHE_DIR", "")
+    monkeypatch.setattr("sys.argv", [])
 
     def actor() -> PipelineActor:
         settings = {"x_disable_stats": True, "x_disable_meta": True}
         init = dict(project="p", name="n", id="run", dir=str(tmp_path), mode="offline", settings=settings)
-        made = PipelineActor(init, os.getpid(), {})
+        made = PipelineActor(init, os.getpid(), {}, [__file__])
         made.join("", TrainingPipelineActor.reduction, 2)
         return made
 
@@ -313,7 +314,7 @@ def test_an_actor_that_died_goes_on_where_it_was(actor, tmp_path):
         second.call("", "push", ME, 4, packed([(2, {"tokens": 1})]), True)
     rows = [row for path in folders(tmp_path) for row in Log(path).rows]
     assert [(row["step"], row["tokens"], row["tokens_total"]) for row in rows] == [(0, 3, 3), (1, 12, 15)]
-    assert not list(tmp_path.glob("wandb/.*"))
+    assert not list(tmp_path.glob("wandb/.*journal*"))
 
 
 def test_two_actors_can_not_have_the_same_run_at_once(actor):

@@ -121,7 +121,7 @@ def test_a_demo_is_quiet_says_where_its_runs_are_and_leaves_nothing_else(ran, de
     assert not [line for line in lines if "lost" in line or "late" in line]
     assert {path.name for path in directory.iterdir()} == {"wandb"}
     left = {path.name for path in (directory / "wandb").iterdir() if not path.name.startswith("offline-run-")}
-    assert left <= {"latest-run", "debug.log", "debug-internal.log"}
+    assert left <= {"latest-run", "debug.log", "debug-internal.log", ".wandb-leet.json"}
 
 
 def test_the_commands_it_prints_work_when_pasted(ran):

@@ -123,7 +123,7 @@ def test_after_a_sigkill_of_the_driver_all_is_on_disk_and_nothing_is_left_runnin
     command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, folders(tmp_path))]
     dry = subprocess.run(command, capture_output=True, text=True)
     assert "Would sync 2 run(s)" in dry.stdout + dry.stderr
-    assert not list(tmp_path.glob("wandb/.*"))
+    assert not list(tmp_path.glob("wandb/.*journal*"))
 
 
 def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_different(start, tmp_path):
@@ -144,7 +144,7 @@ def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_di
     assert sorted(by_step) == list(range(150))
     assert all(len(values) == 1 for values in by_step.values())
     assert parts[-1].rows[-1]["tokens_total"] == sum(row["tokens"] for part in parts for row in part.rows)
-    assert not list(tmp_path.glob("wandb/.*"))
+    assert not list(tmp_path.glob("wandb/.*journal*"))
 
 
 def test_wandb_s_own_process_may_die_as_well(start, tmp_path):
