@@ -823,6 +823,7 @@ class PipelineActor:
 
     def _warn(self, message: str) -> None:
         self._state.run.warnings.append(message)
+        logger.warning("W&B run %s: %s", self._state.run.name, message)  # for those who use no `_Display`
 
     def _watch_owner(self) -> None:
         """Finishes the run when the process that constructed it is gone; Ray leaves two seconds for that, or more."""
@@ -1329,9 +1330,9 @@ def run_pipelines(
     runs = {"training": training, "inference": inference}
     alive = Counter(training=args.training_workers, inference=args.inference_workers)
     kinds = (("training", TrainingWorker, after_training_step), ("inference", InferenceWorker, after_inference_step))
-    working, failed = {}, False
+    working, failed, display = {}, False, _Display(args, runs)
     try:
-        with training, inference, _Display(args, runs) as display:
+        with training, inference, display:
             for pipeline, worker, hook in kinds:
                 for index in range(alive[pipeline]):
                     actor = worker.options(scheduling_strategy="SPREAD").remote()
@@ -1355,6 +1356,7 @@ def run_pipelines(
                 inference.finish(1), training.finish(1)
     finally:
         reports = [run.finish() for run in runs.values() if run.finished]
+        display.warn(reports)
         _summarise(args, reports)
     return 0 if not failed and all(report.ok for report in reports) else 1
 
@@ -1366,25 +1368,26 @@ class _Display:
 
     def __init__(self, args: Args, runs: Mapping[str, WandbRun]):
         self._runs, self._said = runs, set[str]()
-        for run in runs.values():
-            for warning in run.warnings:
-                self.say(warning)
         look = dict(total=args.steps, bar_format="{desc:<9} {bar:30} {n_fmt}/{total_fmt} steps{postfix}", disable=None)
         self._bars = {name: tqdm(desc=name, position=i, **look) for i, name in enumerate(runs)}
 
-    def __enter__(self) -> _Display:
-        return self
+    def __enter__(self) -> None:
+        self.update()
 
     def say(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
             tqdm.write(line, file=sys.stderr)
 
+    def warn(self, reports: Sequence[RunReport]) -> None:
+        for report in reports:
+            for warning in report.warnings:
+                self.say(f"{report.name}: {warning}")
+
     def update(self) -> None:
         for name, run in self._runs.items():
             (report, row), headline = run.progress(), self.HEADLINES[name]
-            for warning in report.warnings:
-                self.say(warning)
+            self.warn([report])
             if headline in row:
                 self._bars[name].n = min(report.rows, self._bars[name].total)
                 self._bars[name].set_postfix_str(f"{headline} {row[headline]:.3f}")
@@ -1406,8 +1409,6 @@ def _summarise(args: Args, reports: Sequence[RunReport]) -> None:
         if report.id in [other.id for other in reports[i + 1 :]]:
             continue  # the next pipeline shares the run
         print(f"  {report.url or (os.path.relpath(report.path) if report.path else 'disabled: nothing is kept')}")
-        for warning in report.warnings:
-            print(f"  {warning}", file=sys.stderr)
     missing = [report for report in reports if not report.uploaded]
     folders = list(dict.fromkeys(os.path.relpath(path) for report in missing for path in report.paths))
     if made := list(dict.fromkeys(path for report in reports for path in report.paths)):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,12 +69,16 @@ def logs(directory: Path) -> dict[str, Log]:
     return {log.run["display_name"]: log for log in found}
 
 
+def no_account(home: Path) -> dict[str, str]:
+    """The environment of a user without an account: an empty home folder, no WANDB_ variables."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(home)}
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A user without an account: an empty home folder, no WANDB_ variables."""
     home = tmp_path / "home"
     home.mkdir()
-    return {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(home)}
+    return no_account(home)
 
 
 @pytest.fixture
@@ -105,6 +110,32 @@ def run_demo(start):
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run_demo
+
+
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory) -> Callable[..., tuple[subprocess.CompletedProcess, Path]]:
+    """ran("demo1", ...): a demo's process and its folder, for the tests that only read; each command line runs once."""
+    cache = {}
+
+    def ran(demo: str, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
+        if (demo, *arguments) not in cache:
+            home, directory = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp(demo)
+            command = [sys.executable, str(ROOT / DEMOS[demo]), "--experiment", "exp", "--steps", str(STEPS)]
+            done = subprocess.run(
+                [*command, *arguments],
+                cwd=directory,
+                env=no_account(home) | variables,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            cache[demo, *arguments] = done, directory
+        return cache[demo, *arguments]
+
+    return ran
 
 
 def wait_for(condition, seconds: float = 30.0, every: float = 0.1):

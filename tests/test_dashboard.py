@@ -5,29 +5,28 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Log, logs
+from conftest import ROOT, Log, logs, no_account
 from wandb_server import Server
 
 PROJECTS = {"rl-agent", "rl-agent-extended", "inference-only"}
-SHORT = ("--steps", "3", "--step-seconds", "0")
 
 
-@pytest.fixture
-def dashboard(environment):
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory):
     """dashboard("--print"): the script as a process of its own."""
 
     def dashboard(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "dashboard.py"), *arguments]
-        variables = environment | variables
+        variables = no_account(tmp_path_factory.mktemp("home")) | variables
         return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
 
     return dashboard
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pages(dashboard) -> list[dict]:
-    """Demo 3's workspace, demo 4's workspace and the Report, of experiment x, as the conftest's demos are."""
-    done = dashboard("--print", "--experiment", "x")
+    """Demo 3's workspace, demo 4's workspace and the Report, of the experiment that the conftest's demos are."""
+    done = dashboard("--print", "--experiment", "exp")
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
@@ -50,22 +49,20 @@ def check_panels(panels: list[dict], *found: Log, prefix: str = "") -> None:
         assert [m["step_metric"] for m in log.of("metric") if m.get("glob_name")] == [f"{prefix}step"]
 
 
-def test_demo3s_workspace_has_a_section_for_each_pipeline_with_all_that_it_logs(run_demo, tmp_path, pages):
-    assert run_demo("demo3", *SHORT).returncode == 0
-    found, workspace = logs(tmp_path), pages[0]
+def test_demo3s_workspace_has_a_section_for_each_pipeline_with_all_that_it_logs(ran, pages):
+    found, workspace = logs(ran("demo3")[1]), pages[0]
     assert {log.run["project"] for log in found.values()} == {workspace["project"]}
     assert [section["name"] for section in workspace["sections"]] == ["training", "inference"]
     for section in workspace["sections"]:
         name = section["name"]
-        check_panels(section["panels"], found[f"{name}-x"], prefix=f"{name}/")
+        check_panels(section["panels"], found[f"{name}-exp"], prefix=f"{name}/")
         assert section["panel_settings"]["x_axis"] == f"{name}/step"
         assert section["is_open"]
-    assert workspace["runset_settings"]["filters"] == "Config(\"experiment\") == 'x'"
+    assert workspace["runset_settings"]["filters"] == "Config(\"experiment\") == 'exp'"
 
 
-def test_demo4s_workspace_shows_all_that_it_logs_by_group_and_job_type(run_demo, tmp_path, pages):
-    assert run_demo("demo4", *SHORT).returncode == 0
-    found, workspace = logs(tmp_path), pages[1]
+def test_demo4s_workspace_shows_all_that_it_logs_by_group_and_job_type(ran, pages):
+    found, workspace = logs(ran("demo4")[1]), pages[1]
     assert {log.run["project"] for log in found.values()} == {workspace["project"]}
     check_panels([panel for section in workspace["sections"] for panel in section["panels"]], *found.values())
     compared = {key for panel in workspace["sections"][0]["panels"] for key in panel["y"]}
@@ -78,14 +75,14 @@ def test_demo4s_workspace_shows_all_that_it_logs_by_group_and_job_type(run_demo,
     assert "Metric(\"Tags\") in ['demo4']" in runs["filters"]
 
 
-def test_the_report_compares_what_demo2_logs_to_both_of_its_projects(run_demo, tmp_path, pages):
-    assert run_demo("demo2", *SHORT, WANDB_MODE="offline").returncode == 0
-    found, [grid] = logs(tmp_path), pages[2]["blocks"]
-    assert {runset["project"]: f"{runset['name']}-x" for runset in grid["runsets"]} == {
+def test_the_report_compares_what_demo2_logs_to_both_of_its_projects(ran, pages):
+    found = logs(ran("demo2", "--step-seconds", "0", WANDB_MODE="offline")[1])
+    [grid] = pages[2]["blocks"]
+    assert {runset["project"]: f"{runset['name']}-exp" for runset in grid["runsets"]} == {
         log.run["project"]: name for name, log in found.items()
     }
-    assert {runset["filters"] for runset in grid["runsets"]} == {"Config(\"experiment\") == 'x'"}
-    assert {log.config["experiment"] for log in found.values()} == {"x"}
+    assert {runset["filters"] for runset in grid["runsets"]} == {"Config(\"experiment\") == 'exp'"}
+    assert {log.config["experiment"] for log in found.values()} == {"exp"}
     shown = [key for panel in grid["panels"] for key in panel["y"]]
     assert shown == ["e2e/speed", "e2e/latency_ms/mean", "e2e/latency_ms/p50", "e2e/latency_ms/p99"]
     for log in found.values():
@@ -107,7 +104,7 @@ def spec(view: dict) -> dict:
 
 
 def test_saving_sends_the_pages_and_saving_again_replaces_them(dashboard, server, pages):
-    arguments = ("--entity", "e", "--experiment", "x")
+    arguments = ("--entity", "e", "--experiment", "exp")
     done = dashboard(*arguments, **server.environment)
     assert (done.returncode, done.stderr) == (0, "")
     paths, groups, report = server.views.values()
@@ -128,7 +125,7 @@ def test_saving_sends_the_pages_and_saving_again_replaces_them(dashboard, server
     assert [(f["key"]["name"], f["op"], f["value"]) for f in runset["filters"]["filters"]] == [
         ("jobType", "IN", ["training", "inference"]),
         ("tags", "IN", ["demo4"]),
-        ("experiment", "=", "x"),
+        ("experiment", "=", "exp"),
     ]
     [grid] = [block for block in spec(report)["blocks"] if block["type"] == "panel-grid"]
     assert [runset["project"]["name"] for runset in grid["metadata"]["runSets"]] == ["rl-agent", "inference-only"]

@@ -23,7 +23,7 @@ class Server:
         self.projects: set[str] = set()  # of entity `e`, as far as they are listed
         self.views: dict[str, dict] = {}  # id -> what was sent
         self.fail: int | str | None = None
-        self.fail_once = False
+        self.troubles: list[int] = []  # that pass: statuses for the first uploads
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -71,9 +71,8 @@ class Server:
         if path.endswith("/file_stream"):
             if self.fail == "stall":
                 time.sleep(100)
-            if self.fail:
-                status, self.fail = self.fail, None if self.fail_once else self.fail
-                return status, {"error": "as the test wants it"}
+            if self.fail or self.troubles:
+                return self.fail or self.troubles.pop(0), {"error": "as the test wants it"}
             run = self.runs[path.split("/")[-2]]
             message = json.loads(body)
             history = message.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
