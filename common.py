@@ -143,6 +143,8 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
             print("No W&B API key found, so the runs stay on this machine (offline). `wandb login` changes that.")
         args.mode = "online" if found else "offline"
 
+    if "://" in (args.address or ""):
+        parser.error(f"--address {args.address}: no Ray Client here; use HOST:PORT or `ray job submit`")
     host, _, port = (args.address or "").rpartition(":")
     if args.address not in (None, "auto"):
         try:
@@ -750,7 +752,7 @@ class PipelineActor:
         with self._changed:
             self._end(prefix)
             if not self._finished:
-                self._count_on_disk([prefix], seconds=3)  # wandb writes a run that goes on now and then
+                self._count_on_disk([prefix])
             return self._ledger(prefix)
 
     @ray.method(concurrency_group="control")
@@ -803,9 +805,12 @@ class PipelineActor:
         if self._journal:
             self._journal.remove()
 
-    def _count_on_disk(self, prefixes: Sequence[str], seconds: float = 0.0) -> None:
+    def _count_on_disk(self, prefixes: Sequence[str]) -> None:
         """Counts the rows of these pipelines in the transaction logs, and the reports they stand on."""
-        state, paths, deadline = self._state, self._state.run.paths, time.monotonic() + seconds
+        state, paths = self._state, self._state.run.paths
+        deadline = (
+            time.monotonic() + 3
+        )  # a run that goes on is written now and then, and the end a moment after `finish`
         if len(paths) == 1 and read_summary(paths[0]).get("step", -1) == state.starting_step + state.rows - 1:
             return  # all are there, so none need be read
         while paths:
@@ -1144,6 +1149,8 @@ class WandbRun:
 
     def progress(self) -> tuple[RunReport, dict[str, Any]]:
         """The ledger so far and the last row (keys without prefix)."""
+        if self._report is not None:
+            return self._report, {}
         return self._ask("progress", self._prefix) or (RunReport(self.name, self.id), {})
 
     def finish(self, exit_code: int = 0) -> RunReport:
@@ -1198,7 +1205,7 @@ class WandbRun:
 
 @atexit.register  # runs before Ray's own, which takes the actors down
 def _finish_all() -> None:
-    for run in reversed(_unfinished):  # guests before their hosts
+    for run in _unfinished[::-1]:  # guests before their hosts
         if ray.is_initialized():
             run.finish(exit_code=1 if hasattr(sys, "last_type") else 0)
 
@@ -1305,8 +1312,9 @@ def ray_session(args: Args) -> Iterator[None]:
     except KeyboardInterrupt:
         status = 128 + signals[0]
     except Exception as error:
-        print(f"{type(error).__name__}: {_line(error)}", file=sys.stderr)
         status = 2 if isinstance(error, ConnectionError) else 1  # no Ray at the address
+        hint = "; has it a token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)?" if status == 2 else ""
+        print(f"{type(error).__name__}: {_line(error)}{hint}", file=sys.stderr)
     finally:
         _finish_all()
         ray.shutdown()

@@ -168,7 +168,7 @@ def test_after_a_sigkill_of_a_worker_the_rest_goes_on_and_the_demo_says_which_it
     os.kill(below(process.pid, "ray::TrainingWorker.run")[0], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search(r"training worker \d failed", stderr)
+    assert re.fullmatch(r"training worker \d failed: its process died\n", stderr)
     check_ledger(stdout, tmp_path)
     found = logs(tmp_path)
     assert {row["step"] for row in found["training-x"].rows} == set(range(150))

@@ -1,0 +1,84 @@
+"""A real cluster of two nodes on this machine: where things run, and what is left when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from conftest import DEMOS, ROOT, Log, folders, wait_for
+
+from common import read_rows
+
+CLUSTER = """
+import json, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=2, include_dashboard=False))
+nodes = cluster.head_node, cluster.add_node(num_cpus=2)
+print(json.dumps([cluster.address, *(node.all_processes["raylet"][0].process.pid for node in nodes)]), flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def token(tmp_path, environment) -> dict[str, str]:
+    """The environment of a user whose Ray asks for a token."""
+    path = tmp_path / "token"
+    path.write_text("0123456789abcdef" * 4)
+    return environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+@pytest.fixture
+def cluster(token):
+    """(address, raylet, raylet) of a cluster; in a process of its own, because a process has one token."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: it holds sockets
+        command, pipe = [sys.executable, "-c", CLUSTER], subprocess.PIPE
+        process = subprocess.Popen(
+            command, env=token | {"RAY_TMPDIR": folder}, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
+        yield json.loads(process.stdout.readline())
+        process.communicate(timeout=30)
+
+
+def actors(raylet: int) -> dict[int, str]:
+    """What a node's raylet has started: pid -> class."""
+    found = {}
+    for pid in Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split():
+        if title := re.match(r"ray::(\w+(Worker|Actor))\b", Path(f"/proc/{pid}/cmdline").read_text()):
+            found[int(pid)] = title[1]
+    return found
+
+
+def test_workers_are_on_both_nodes_and_when_one_dies_the_rest_goes_on(cluster, tmp_path, token):
+    """The pipeline actors are on the driver's node, the runs where `--dir` says, and the ledger is right."""
+    address, head, second = cluster
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, str(ROOT / DEMOS["demo1"]), "--address", address, "--experiment", "x"]
+    command += ["--mode", "offline", "--dir", str(tmp_path), "--steps", "100", "--step-seconds", "0.04"]
+    where, pipe = tmp_path / "elsewhere", subprocess.PIPE
+    with subprocess.Popen(command, cwd=where, env=token, stdout=pipe, stderr=pipe, text=True) as process:
+        wait_for(lambda: process.poll() is not None or (len(actors(head)) == 4 and len(actors(second)) == 2))
+        wait_for(lambda: process.poll() is not None or all(list(read_rows(path)) for path in folders(tmp_path)))
+        here, there = actors(head), actors(second)
+        for pid in [*there, second]:  # all of it, as when a machine is gone
+            os.kill(pid, signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=60)
+
+    pipelines = {"TrainingPipelineActor", "InferencePipelineActor"}
+    assert set(here.values()) > pipelines, stdout + stderr
+    assert not pipelines & set(there.values())
+    assert process.returncode == 1
+    assert stderr.count("its process died") == 2
+    logs = [Log(path) for path in folders(tmp_path)]
+    for log in logs:
+        rows, name = log.rows, log.run["display_name"]
+        assert f"{name}: {len(rows)} rows from {sum(row['workers'] for row in rows)} reports\n" in stdout
+        assert log.exit_code == 1
+    steps = {step for log in logs for step in (row["step"] for row in log.rows)}
+    assert steps == set(range(100))
+    assert sum(row["workers"] for log in logs for row in log.rows) >= 200  # the two that were left
