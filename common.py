@@ -358,7 +358,7 @@ class _Pipeline:
     closed: set[int] = dataclasses.field(default_factory=set)  # steps that have their row,
     floor: int = 0  # as have all below this one
     totals: dict[str, float] = dataclasses.field(default_factory=dict)  # running sums
-    last_row: dict[str, Any] = dataclasses.field(default_factory=dict)  # keys without prefix
+    last_row: dict[str, float] = dataclasses.field(default_factory=dict)  # its numbers, keys without prefix
     finished: bool = False
 
     MAX_WAITING: ClassVar = (
@@ -414,8 +414,9 @@ class _Pipeline:
         for key in self.reduction.totals:
             if key in row:
                 row[f"{key}_total"] = self.totals[key] = self.totals.get(key, 0) + row[key]
-        self.last_row = row | {"step": step, "workers": len(together)}
-        return {self.prefix + key: value for key, value in self.last_row.items()}
+        row |= {"step": step, "workers": len(together)}
+        self.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        return {self.prefix + key: value for key, value in row.items()}
 
 
 @dataclasses.dataclass
@@ -425,8 +426,8 @@ class _State:
     run: RunReport  # what the ledgers of all its pipelines say of the run
     pipelines: dict[str, _Pipeline] = dataclasses.field(default_factory=dict)  # by prefix: the owner's, and its guests'
     starting_step: int = 0  # rows that a resumed run had already,
-    earlier: dict[str, Any] = dataclasses.field(default_factory=dict)  # and their summary
-    tasks: dict[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)  # artifacts to log or use
+    earlier: dict[str, float] = dataclasses.field(default_factory=dict)  # and the numbers of its summary
+    tasks: dict[str, tuple[str, bytes]] = dataclasses.field(default_factory=dict)  # artifacts to log or use
 
     @property
     def rows(self) -> int:
@@ -590,7 +591,8 @@ class PipelineActor:
         else:
             state.starting_step = run.starting_step
             if self._init.get("resume"):
-                state.earlier = dict(run.summary) or self._earlier_summary()
+                earlier = dict(run.summary) or self._earlier_summary()
+                state.earlier = {key: value for key, value in earlier.items() if isinstance(value, int | float)}
         known.mode = "disabled" if run.disabled else "offline" if run.offline else "online"
         known.url = run.url if known.mode == "online" else known.url
         known.paths += [] if run.disabled else [Path(run.sync_dir)]
@@ -694,9 +696,10 @@ class PipelineActor:
                 staged[file] = folder / file
                 staged[file].parent.mkdir(parents=True, exist_ok=True)
                 staged[file].write_bytes(content)
-        self.call(None, "_in_background", "log", folder.name, artifact | dict(files=staged))
+        what = pickle.dumps(artifact | dict(files=staged))  # once it is logged, a data type can't be pickled any more
+        self.call(None, "_in_background", "log", folder.name, what)
 
-    def _in_background(self, task: str, key: str, what: Any) -> None:
+    def _in_background(self, task: str, key: str, what: bytes) -> None:
         for done in [key for key, future in self._futures.items() if future.done() and not future.exception()]:
             del self._futures[done], self._state.tasks[done]
         self._state.tasks[key] = (task, what)
@@ -706,9 +709,10 @@ class PipelineActor:
         task, what = self._state.tasks[key]
         self._futures[key] = self._threads[task].submit(getattr(self, f"_{task}_artifact"), what)
 
-    def _log_artifact(self, what: Mapping[str, Any]) -> None:
+    def _log_artifact(self, pickled: bytes) -> None:
         import wandb
 
+        what = pickle.loads(pickled)
         artifact = wandb.Artifact(what["name"], what["type"], metadata=what["metadata"])
         for file, content in what["files"].items():
             if isinstance(content, Path):
@@ -717,7 +721,8 @@ class PipelineActor:
                 artifact.add(content, file)
         self._run.log_artifact(artifact, aliases=what["aliases"])
 
-    def _use_artifact(self, name: str) -> None:
+    def _use_artifact(self, encoded: bytes) -> None:
+        name = encoded.decode()
         used = dict.fromkeys([*self._run.config.get("used_artifacts", []), name])
         self._run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
         deadline = time.monotonic() + self._timeout
@@ -739,7 +744,7 @@ class PipelineActor:
 
     @ray.method(concurrency_group="control")
     def progress(self, prefix: str) -> tuple[RunReport, dict[str, Any]]:
-        """The ledger so far, and the last row (keys without prefix)."""
+        """The ledger so far, and the numbers of the last row (keys without prefix)."""
         return self._ledger(prefix), self._state.pipelines[prefix].last_row
 
     def _ledger(self, prefix: str) -> RunReport:
@@ -1141,14 +1146,14 @@ class WandbRun:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._ask("call", None, "_in_background", "use", uuid.uuid4().hex, name)
+        self._ask("call", None, "_in_background", "use", uuid.uuid4().hex, name.encode())
 
     def expect(self, workers: int) -> None:
         """From now on a step is complete with so many reports: a worker has died or joined."""
         self._ask("call", self._prefix, "expect", max(1, workers))
 
     def progress(self) -> tuple[RunReport, dict[str, Any]]:
-        """The ledger so far and the last row (keys without prefix)."""
+        """The ledger so far and the numbers of the last row (keys without prefix)."""
         if self._report is not None:
             return self._report, {}
         return self._ask("progress", self._prefix) or (RunReport(self.name, self.id), {})

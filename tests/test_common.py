@@ -334,6 +334,24 @@ def test_a_row_that_wandb_refuses_is_counted_as_lost_and_harms_no_other(actor):
     assert not report.ok
 
 
+def test_data_types_that_were_logged_do_not_get_into_the_journal_s_way(actor, monkeypatch):
+    import wandb
+
+    monkeypatch.setattr(_Journal, "SECONDS", 0.0)
+    made, table = actor(), wandb.Table(columns=["reward"], data=[[0.5]])
+    for step in range(3):
+        made.call("", "push", ME, 2 * step, packed([(step, {"a": 1.0, "rollouts": table})] * 2), step == 2)
+        made.log_artifact(
+            {"rollouts": table, "notes": b"x"}, name="trajectories", type="rollouts", metadata={}, aliases=[]
+        )
+        time.sleep(0.3)  # until it is logged
+    report = made.finish(0)[""]
+    assert (report.rows, report.lost, report.lost_artifacts, report.warnings) == (3, 0, 0, [])
+    log = Log(report.path)
+    assert [row["rollouts._type"] for row in log.rows] == ["table-file"] * 3
+    assert len(log.of("artifact")) >= 3
+
+
 def test_the_journal_begins_with_its_oldest_state_and_forgets_what_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(_Journal, "SECONDS", 0.01)
     journal, state = _Journal(tmp_path / "journal"), _State(RunReport("n", "i"))
