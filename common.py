@@ -272,8 +272,8 @@ def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -
     for key in dict.fromkeys(itertools.chain.from_iterable(reports)):
         values = [report[key] for report in reports if key in report]
         kinds = {type(value) for value in values}
-        if not all(issubclass(kind, int | float | np.ndarray) for kind in kinds):
-            row[key] = next(value for value in values if not isinstance(value, int | float | np.ndarray))
+        if kinds - {int, float} and (others := [v for v in values if not isinstance(v, int | float | np.ndarray)]):
+            row[key] = others[0]
         elif np.ndarray in kinds:
             pooled = np.concatenate([np.ravel(value) for value in values])
             if pooled.size and pooled.dtype == bool:
@@ -793,7 +793,7 @@ class PipelineActor:
         known.lost_artifacts = len(errors) + len(late)
         if known.lost_artifacts:
             why = _line(errors[0]) if errors else f"not possible within {self._timeout:.0f} s"
-            self._warn(f"{known.lost_artifacts} artifacts were not logged: {why}")
+            self._warn(f"{known.lost_artifacts} artifacts were not logged or used: {why}; see {known.path}/artifacts")
         try:
             self._run.finish(exit_code)
             known.uploaded = all(path.name.startswith("run-") for path in known.paths) and known.mode == "online"
