@@ -1343,19 +1343,20 @@ def run_pipelines(
     runs = {"training": training, "inference": inference}
     alive = Counter(training=args.training_workers, inference=args.inference_workers)
     kinds = (("training", TrainingWorker, after_training_step), ("inference", InferenceWorker, after_inference_step))
+    actors = []  # kept until their runs are finished, because a process that ends can't say that it has sent all
     working, failed, display = {}, False, _Display(args, runs)
     try:
         with training, inference, display:
             for pipeline, worker, hook in kinds:
                 for index in range(alive[pipeline]):
-                    actor = worker.options(scheduling_strategy="SPREAD").remote()
-                    ref = actor.run.remote(runs[pipeline], args, index, None if index else hook)
-                    working[ref] = pipeline, index, actor  # an actor lives as long as its handle
+                    actors.append(worker.options(scheduling_strategy="SPREAD").remote())
+                    ref = actors[-1].run.remote(runs[pipeline], args, index, None if index else hook)
+                    working[ref] = pipeline, index
             while working:
                 done, _ = ray.wait(list(working), timeout=0.1)
                 display.update()
                 for ref in done:
-                    pipeline, index, _ = working.pop(ref)
+                    pipeline, index = working.pop(ref)
                     try:
                         ray.get(ref)
                     except ray.exceptions.RayError as error:
