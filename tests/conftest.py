@@ -138,7 +138,7 @@ def ran(tmp_path_factory) -> Callable[..., tuple[subprocess.CompletedProcess, Pa
     return ran
 
 
-def wait_for(condition, seconds: float = 30.0, every: float = 0.1):
+def wait_for(condition, seconds: float = 60.0, every: float = 0.1):
     """The first true value of condition(), or a failure."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

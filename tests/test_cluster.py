@@ -42,7 +42,7 @@ def cluster(token):
             command, env=token | {"RAY_TMPDIR": folder}, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
         )
         yield json.loads(process.stdout.readline())
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
 
 
 def actors(raylet: int) -> dict[int, str]:
@@ -67,7 +67,7 @@ def test_workers_are_on_both_nodes_and_when_one_dies_the_rest_goes_on(cluster, t
         here, there = actors(head), actors(second)
         for pid in [*there, second]:  # all of it, as when a machine is gone
             os.kill(pid, signal.SIGKILL)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=120)
 
     pipelines = {"TrainingPipelineActor", "InferencePipelineActor"}
     assert set(here.values()) > pipelines, stdout + stderr
