@@ -531,7 +531,11 @@ class PipelineActor:
     GRACE = 5.0  # seconds that `finish` waits for the last reports of a sender that may be alive
 
     def __init__(self, init: dict[str, Any], owner: int, environ: Mapping[str, str], argv: list[str]):
-        """init: for `wandb.init`; owner: the process on this node that the run belongs to, its WANDB_… and command."""
+        """For `WandbRun` to call.
+
+        init: for `wandb.init`; owner: the process on this node that the run belongs to; environ: its WANDB_… variables;
+        argv: its command line.
+        """
         os.environ.update(environ)  # an argument, because Ray's state API lists runtime environments
         os.environ.pop("WANDB_SERVICE", None)  # of the owner's own wandb: this process needs a service of its own
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it takes a third of the time of `run.log`
