@@ -124,24 +124,23 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
         parser.add_argument("--one-run", action="store_true", help="both pipelines in one run")
     args = parser.parse_args(argv)
 
-    args.mode = args.mode or os.environ.get("WANDB_MODE")
-    if args.mode not in (None, "", "online", "offline", "disabled"):
+    args.mode = args.mode or os.environ.get("WANDB_MODE") or None
+    if args.mode not in (None, "online", "offline", "disabled"):
         parser.error(f"WANDB_MODE is {args.mode!r}: use online, offline or disabled")
-    if args.mode in (None, "", "online"):
+    if args.mode in (None, "online"):
         import wandb
         from wandb.sdk.lib import wbauth
 
-        settings = wandb.setup().settings
-        key = os.environ.get("WANDB_API_KEY") or settings.api_key
-        key_file = os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-        if key and (problem := wbauth.check_api_key(key)):
-            parser.error(f"WANDB_API_KEY can't be right: {problem}")
-        found = key or key_file or wbauth.read_netrc_auth(host=wbauth.HostUrl(settings.base_url))
-        if args.mode and not found:
+        host = wandb.setup().settings.base_url
+        try:
+            login = wbauth.authenticate_session(host=host, source="", prompt=False, update_session=False)
+        except wandb.errors.AuthenticationError as error:
+            parser.error(f"the API key can't be right: {_line(error)}")
+        if args.mode and not login:
             parser.error("online mode needs an API key: run `wandb login`, set WANDB_API_KEY or use --mode offline")
-        if not args.mode and not found:
+        if not args.mode and not login:
             print("No W&B API key found, so the runs stay on this machine (offline). `wandb login` changes that.")
-        args.mode = "online" if found else "offline"
+        args.mode = "online" if login else "offline"
 
     if "://" in (args.address or ""):
         parser.error(f"--address {args.address}: no Ray Client here; use HOST:PORT or `ray job submit`")
@@ -282,20 +281,12 @@ def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -
                 for name in reduction.statistics.get(key, ("mean", "min", "max")):
                     row[f"{key}/{name}"] = STATISTICS[name](pooled).item()
         elif key in reduction.sums:
-            row[key] = sum(values) if kinds == {int} else _sum(values)
+            row[key] = sum(values)
         elif key in reduction.largest:
             row[key] = max(values)
         else:
-            row[key] = _sum(values) / len(values)
+            row[key] = sum(values) / len(values)
     return row
-
-
-def _sum(values: Sequence[float]) -> float:
-    """Exact, hence the same in any order; NaN and infinities as `+` would have them."""
-    try:
-        return math.fsum(values)
-    except (OverflowError, ValueError):  # beyond 1e308, or inf - inf
-        return float(sum(values))
 
 
 # Pipeline actors
@@ -361,10 +352,8 @@ class _Pipeline:
     last_row: dict[str, float] = dataclasses.field(default_factory=dict)  # its numbers, keys without prefix
     finished: bool = False
 
-    MAX_WAITING: ClassVar = (
-        16_384  # reports that wait for the rest of their step; beyond that the oldest step is closed
-    )
-    MAX_CLOSED: ClassVar = 32_768  # steps remembered as closed
+    MAX_WAITING: ClassVar = 16_384  # reports in `open`; beyond that the oldest step is closed
+    MAX_CLOSED: ClassVar = 32_768  # steps in `closed`
 
     def push(self, sender: Sender, first: int, reports: Sequence[tuple[int, bytes]], last: bool) -> Iterator[dict]:
         """Takes a sender's next reports, each (step, pickled metrics), numbered from `first`."""
@@ -419,26 +408,11 @@ class _Pipeline:
         return {self.prefix + key: value for key, value in row.items()}
 
 
-@dataclasses.dataclass
-class _State:
-    """All that a pipeline actor must not forget when it dies."""
-
-    run: RunReport  # what the ledgers of all its pipelines say of the run
-    pipelines: dict[str, _Pipeline] = dataclasses.field(default_factory=dict)  # by prefix: the owner's, and its guests'
-    starting_step: int = 0  # rows that a resumed run had already,
-    earlier: dict[str, float] = dataclasses.field(default_factory=dict)  # and the numbers of its summary
-    tasks: dict[str, tuple[str, bytes]] = dataclasses.field(default_factory=dict)  # artifacts to log or use
-
-    @property
-    def rows(self) -> int:
-        return sum(pipeline.counts["rows"] for pipeline in self.pipelines.values())
-
-
 class _Journal:
     """Calls on a pipeline actor, written down before they take effect, so that a SIGKILL of it undoes none.
 
-    A table of pickled entries: a `_State` and the calls since, two generations of it. Nothing is synced: what is with
-    the kernel outlives the process.
+    A table of pickled calls and snapshots of the state between them, two generations of it. Nothing is synced: what is
+    with the kernel outlives the process.
     """
 
     SECONDS = 5.0  # between snapshots: ten times what wandb may hold back of the rows that a snapshot forgets
@@ -450,32 +424,27 @@ class _Journal:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=OFF")
         self._db.execute("CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY, snapshot INTEGER, entry BLOB)")
-        self._taken = time.monotonic()
 
-    def entries(self) -> list[Any]:
-        """The oldest state that is kept, then each call since; empty for a new journal."""
-        rows = self._db.execute("SELECT snapshot, entry FROM entries ORDER BY id").fetchall()
-        return [pickle.loads(entry) for i, (snapshot, entry) in enumerate(rows) if not (i and snapshot)]
+    def read(self) -> tuple[list[Any], list[tuple]]:
+        """The snapshots, and the calls since the first of them."""
+        rows = self._db.execute("SELECT snapshot, entry FROM entries ORDER BY id")
+        entries = [(snapshot, pickle.loads(entry)) for snapshot, entry in rows]
+        return [entry for snapshot, entry in entries if snapshot], [call for snapshot, call in entries if not snapshot]
 
-    def begin(self, state: _State) -> None:
-        """Makes this the state before all calls."""
-        self._db.execute("BEGIN")
-        self._db.execute("DELETE FROM entries WHERE snapshot")
-        [(first,)] = self._db.execute("SELECT coalesce(min(id), 1) FROM entries")
-        self._insert(first - 1, True, state)
-        self._db.execute("COMMIT")
-
-    def append(self, call: tuple, state: _State) -> None:
+    def append(self, call: tuple, state: Any) -> None:
         """Adds a call, after a snapshot of the state before it if one is due."""
         if time.monotonic() - self._taken > self.SECONDS:
             self._db.execute("DELETE FROM entries WHERE id < (SELECT max(id) FROM entries WHERE snapshot)")
-            self._insert(None, True, state)
-            self._taken = time.monotonic()
-        self._insert(None, False, call)
+            self.snapshot(state)
+        self._insert(False, call)
 
-    def _insert(self, number: int | None, snapshot: bool, entry: Any) -> None:
+    def snapshot(self, state: Any) -> None:
+        self._insert(True, state)
+        self._taken = time.monotonic()
+
+    def _insert(self, snapshot: bool, entry: Any) -> None:
         blob = pickle.dumps(entry, pickle.HIGHEST_PROTOCOL)
-        self._db.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, snapshot, blob))
+        self._db.execute("INSERT INTO entries (snapshot, entry) VALUES (?, ?)", (snapshot, blob))
 
     def remove(self) -> None:
         self._db.close()
@@ -483,29 +452,25 @@ class _Journal:
             path.unlink()
 
 
-@contextlib.contextmanager
-def _inspect(path: Path, *flags: str) -> Iterator[Iterator[str]]:
+def _inspect(path: Path, *flags: str) -> list[str]:
     """`wandb leet inspect --json`, by its binary: the command in front of it takes a second to start."""
     from wandb.util import get_core_path
 
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *flags]
-    command += ["--run-file", *map(str, path.glob("*.wandb")), str(path.parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        yield iter(process.stdout)
+    return [*command, "--run-file", *map(str, path.glob("*.wandb")), str(path.parent)]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows in a run folder's transaction log, with wandb's own `_step`."""
-    with _inspect(path) as lines:
-        for line in lines:
+    with subprocess.Popen(_inspect(path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
             if '"type":"history"' in line[:60]:
                 yield json.loads(line)["history"]["item"]
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """What a run folder's transaction log ends with: `state`, `step` (the last row's `_step`), `summary`, …"""
-    with _inspect(path, "--summary") as lines:
-        return json.loads("".join(lines) or "{}")
+    return json.loads(subprocess.run(_inspect(path, "--summary"), capture_output=True).stdout or "{}")
 
 
 def _distinct_rows(paths: Sequence[Path]) -> dict[tuple[Path | None, int], dict[str, Any]]:
@@ -543,13 +508,14 @@ class PipelineActor:
         sys.argv = argv  # wandb records both; those of a Ray worker are Ray's own, addresses and all
         self._init, self._owner = init, owner
         self._changed = threading.Condition()  # its lock guards all that follows
-        self._state = _State(RunReport(init["name"] or init["id"], init["id"]))
-        self._run: wandb.Run | None = None
-        self._finished = False
+        self._report = RunReport(init["name"] or init["id"], init["id"])  # what all its pipelines' ledgers say of it
+        self._pipelines = dict[str, _Pipeline]()  # by prefix
+        self._tasks = dict[str, tuple[str, bytes]]()  # artifacts that are being logged or used, by a key of their own
+        self._futures, self._threads = dict[str, Future](), dict(log=ThreadPoolExecutor(1), use=ThreadPoolExecutor(1))
         self._closing = collections.defaultdict(threading.Event)  # by prefix
-        self._threads, self._futures = dict(log=ThreadPoolExecutor(1), use=ThreadPoolExecutor(1)), dict[str, Future]()
         self._on_disk = 0  # rows that a replay need not log again
-        self._counted = dict[str, dict[str, int]]()  # by prefix: what the transaction logs say at the end
+        self._finished = False
+        self._run: wandb.Run | None = None
         self._journal: _Journal | None = None
         self._journal_path = Path(init["dir"], "wandb", f".{init['id']}.journal")
         if self._journal_path.exists():  # a restart
@@ -567,46 +533,59 @@ class PipelineActor:
                 except Exception as error:  # wandb's own kinds don't all survive the way to the caller
                     kind = type(error) if type(error) in (TypeError, ValueError, OSError) else RuntimeError
                     raise kind(" ".join(str(error).split())[:500]) from error
-            self.call(None, "_join", prefix, reduction, workers)
+            earlier = self._earlier_summary() if self._init.get("resume") else {}
+            totals = {key: earlier.get(f"{prefix}{key}_total", 0) for key in reduction.totals}
+            self.call(None, "_join", prefix, reduction, workers, totals)
             return self._ledger(prefix)
+
+    def _join(self, prefix: str, reduction: Reduction, workers: int, totals: dict[str, float]) -> None:
+        pipeline = self._pipelines.setdefault(prefix, _Pipeline(prefix, reduction, totals=totals))
+        pipeline.workers, pipeline.finished = workers, False
+        self._define_axis(prefix)
+
+    def _define_axis(self, prefix: str) -> None:
+        self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
+        self._run.define_metric(f"{prefix}step", hidden=True)
+        self._run.define_metric(f"{prefix}workers", step_metric=f"{prefix}step", hidden=True)
 
     def _start(self) -> None:
         """Starts the run, or picks up where a dead actor left it."""
         self._journal_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._journal = _Journal(self._journal_path)
-            entries = self._journal.entries()
+            snapshots, calls = self._journal.read()
         except sqlite3.Error as error:
             raise OSError(f"{self._journal_path}: {error}; is another run of this id going on?") from None
-        self._state, *calls = entries or [self._state]
-        state, known = self._state, self._state.run
+        if snapshots:
+            self._report, (_, self._pipelines, self._tasks) = snapshots[-1][0], snapshots[0]
         try:
-            run = self._run = self._wandb_init(restart=bool(entries))
+            run = self._run = self._wandb_init(restart=bool(snapshots))
         except Exception:
-            if not entries:
+            if not snapshots:
                 self._journal.remove()
             raise
-        if entries:
-            rows = _distinct_rows(known.paths)
-            self._on_disk, known.restarts = len(rows), known.restarts + 1
+        report = self._report
+        if snapshots:
+            rows = _distinct_rows(report.paths)
+            self._on_disk, report.restarts = len(rows), report.restarts + 1
             for (folder, number), row in rows.items():  # what the dead actor's client had not brought to the server yet
                 if not run.offline and folder is None and number >= run.starting_step:
                     run.log({key: value for key, value in row.items() if key[0] != "_"})
-        else:
-            state.starting_step = run.starting_step
-            if self._init.get("resume"):
-                earlier = dict(run.summary) or self._earlier_summary()
-                state.earlier = {key: value for key, value in earlier.items() if isinstance(value, int | float)}
-        known.mode = "disabled" if run.disabled else "offline" if run.offline else "online"
-        known.url = run.url if known.mode == "online" else known.url
-        known.paths += [] if run.disabled else [Path(run.sync_dir)]
-        self._journal.begin(state)
-        for prefix in state.pipelines:
+        report.mode = "disabled" if run.disabled else "offline" if run.offline else "online"
+        report.url = run.url if report.mode == "online" else report.url
+        report.paths += [] if run.disabled else [Path(run.sync_dir)]
+        for prefix in self._pipelines:
             self._define_axis(prefix)
-        for key in state.tasks:
-            self._submit(key)
+        for key, task in list(self._tasks.items()):
+            self._in_background(key, *task)
         for call in calls:
             self._do(*call)
+        self._journal.snapshot(self._state)
+
+    @property
+    def _state(self) -> tuple:
+        """All that must not be forgotten when this process dies."""
+        return self._report, self._pipelines, self._tasks
 
     def _wandb_init(self, restart: bool) -> wandb.Run:
         import wandb
@@ -618,8 +597,7 @@ class PipelineActor:
         settings = dict(silent=True, console="off", init_timeout=10, x_transaction_log_flush_interval=0.5) | settings
         settings |= dict(finish_timeout=self._timeout, finish_timeout_raises=True)
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
-        if restart:
-            init["resume"] = "allow"
+        init |= dict(resume="allow") if restart else {}
         before = self._folders()
         try:
             run = wandb.init(**init)
@@ -627,7 +605,7 @@ class PipelineActor:
             if not restart and "retrying" not in str(error):  # the server answers, and says no
                 raise
             wandb.teardown()  # its service would not take the id a second time
-            for empty in self._folders() - before:
+            for empty in set(self._folders()) - set(before):
                 shutil.rmtree(empty)
             self._warn(f"the W&B server does not answer, so the run stays on this machine (offline): {_line(error)}")
             run = wandb.init(**init | dict(mode="offline"))
@@ -635,34 +613,23 @@ class PipelineActor:
             os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = f"{run.sync_dir}/artifacts"
         return run
 
-    def _folders(self) -> set[Path]:
-        """All that runs of this id have left here."""
-        return set(Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}"))
+    def _folders(self) -> list[Path]:
+        """What runs of this id have left here, oldest first."""
+        folders = Path(self._init["dir"], "wandb").glob(f"*run-*-{self._init['id']}")
+        return sorted(folders, key=lambda folder: folder.name.removeprefix("offline-"))
 
     def _earlier_summary(self) -> dict[str, Any]:
-        """Of the latest offline folder of a run that is resumed."""
-        summaries = [read_summary(folder) for folder in self._folders() - {Path(self._run.sync_dir)}]
-        return max(summaries, key=lambda found: found.get("start_time", ""), default={}).get("summary", {})
-
-    def _join(self, prefix: str, reduction: Reduction, workers: int) -> None:
-        totals = {key: self._state.earlier.get(f"{prefix}{key}_total") for key in reduction.totals}
-        totals = {key: total for key, total in totals.items() if total}
-        pipeline = self._state.pipelines.setdefault(prefix, _Pipeline(prefix, reduction, totals=totals))
-        pipeline.workers, pipeline.finished = workers, False
-        self._define_axis(prefix)
-
-    def _define_axis(self, prefix: str) -> None:
-        self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
-        self._run.define_metric(f"{prefix}step", hidden=True)
-        self._run.define_metric(f"{prefix}workers", step_metric=f"{prefix}step", hidden=True)
+        """Of the run that is resumed: the latest one here, and the server's."""
+        earlier = [folder for folder in self._folders() if folder not in self._report.paths][-1:]
+        return (read_summary(*earlier).get("summary", {}) if earlier else {}) | dict(self._run.summary)
 
     # Receiving
 
     def call(self, prefix: str | None, method: str, *arguments: Any) -> None:
         """Calls a method of a pipeline (of this actor for None) so that a SIGKILL can't undo it."""
         with self._changed:
-            if self._finished or (prefix is not None and self._state.pipelines[prefix].finished):
-                raise RunFinishedError(f"run {self._state.run.name!r} is finished, so nothing more can be logged to it")
+            if self._finished or (prefix is not None and self._pipelines[prefix].finished):
+                raise RunFinishedError(f"run {self._report.name!r} is finished, so nothing more can be logged to it")
             call = (prefix, method, *arguments)
             try:
                 if self._journal:
@@ -674,10 +641,10 @@ class PipelineActor:
             self._changed.notify_all()
 
     def _do(self, prefix: str | None, method: str, *arguments: Any) -> None:
-        target = self if prefix is None else self._state.pipelines[prefix]
+        target = self if prefix is None else self._pipelines[prefix]
         try:
             for row in getattr(target, method)(*arguments) or ():
-                if self._state.rows > self._on_disk:
+                if not self._on_disk or sum(p.counts["rows"] for p in self._pipelines.values()) > self._on_disk:
                     self._log(row)
         except ConnectionError:  # wandb's service process has died: only a new process gets a new one
             os._exit(1)
@@ -693,24 +660,19 @@ class PipelineActor:
     @ray.method(concurrency_group="control")
     def log_artifact(self, files: Mapping[str, Any], **artifact: Any) -> None:
         """Writes the files (bytes, or W&B data types) into the run's folder and has the artifact logged."""
-        folder = Path(self._state.run.path or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex)
-        staged = dict(files)
+        folder, staged = Path(self._report.path or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex), dict(files)
         for file, content in files.items():
             if isinstance(content, bytes):
                 staged[file] = folder / file
                 staged[file].parent.mkdir(parents=True, exist_ok=True)
                 staged[file].write_bytes(content)
         what = pickle.dumps(artifact | dict(files=staged))  # once it is logged, a data type can't be pickled any more
-        self.call(None, "_in_background", "log", folder.name, what)
+        self.call(None, "_in_background", folder.name, "log", what)
 
-    def _in_background(self, task: str, key: str, what: bytes) -> None:
+    def _in_background(self, key: str, task: str, what: bytes) -> None:
         for done in [key for key, future in self._futures.items() if future.done() and not future.exception()]:
-            del self._futures[done], self._state.tasks[done]
-        self._state.tasks[key] = (task, what)
-        self._submit(key)
-
-    def _submit(self, key: str) -> None:
-        task, what = self._state.tasks[key]
+            del self._futures[done], self._tasks[done]
+        self._tasks[key] = task, what
         self._futures[key] = self._threads[task].submit(getattr(self, f"_{task}_artifact"), what)
 
     def _log_artifact(self, pickled: bytes) -> None:
@@ -730,7 +692,7 @@ class PipelineActor:
         used = dict.fromkeys([*self._run.config.get("used_artifacts", []), name])
         self._run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
         deadline = time.monotonic() + self._timeout
-        while self._state.run.mode == "online":
+        while self._report.mode == "online":
             try:
                 self._run.use_artifact(name)
                 return
@@ -749,95 +711,82 @@ class PipelineActor:
     @ray.method(concurrency_group="control")
     def progress(self, prefix: str) -> tuple[RunReport, dict[str, Any]]:
         """The ledger so far, and the numbers of the last row (keys without prefix)."""
-        return self._ledger(prefix), self._state.pipelines[prefix].last_row
+        return self._ledger(prefix), self._pipelines[prefix].last_row
 
     def _ledger(self, prefix: str) -> RunReport:
-        counts = self._state.pipelines[prefix].counts | self._counted.get(prefix, {})
-        return dataclasses.replace(self._state.run, prefix=prefix, **counts)
+        return dataclasses.replace(self._report, prefix=prefix, **self._pipelines[prefix].counts)
 
     @ray.method(concurrency_group="control")
-    def finish_pipeline(self, prefix: str) -> RunReport:
-        """Finishes one pipeline of a run that goes on; returns its ledger so far."""
+    def finish(self, exit_code: int, prefix: str | None = None) -> dict[str, RunReport]:
+        """Finishes the run, or only one pipeline of a run that goes on; returns the ledgers by prefix."""
         with self._changed:
-            self._end(prefix)
-            if not self._finished:
-                self._count_on_disk([prefix])
-            return self._ledger(prefix)
-
-    @ray.method(concurrency_group="control")
-    def finish(self, exit_code: int) -> dict[str, RunReport]:
-        """Finishes the run with all its pipelines; returns the ledgers by prefix."""
-        with self._changed:
-            self._end(*self._state.pipelines)
-            if not self._finished:
+            prefixes = list(self._pipelines) if prefix is None else [prefix]
+            self._end(prefixes)
+            if prefix is None and not self._finished:
                 self._finish_run(exit_code)
-            return {prefix: self._ledger(prefix) for prefix in self._state.pipelines}
+            return {prefix: self._ledger(prefix) for prefix in prefixes}
 
-    def _end(self, *prefixes: str) -> None:
+    def _end(self, prefixes: Sequence[str]) -> None:
         """Waits for the last reports of each sender and logs the open steps."""
-        pipelines = [self._state.pipelines[prefix] for prefix in prefixes]
-        for prefix in prefixes:
-            self._closing[prefix].set()
+        pipelines = [self._pipelines[prefix] for prefix in prefixes if not self._pipelines[prefix].finished]
+        for pipeline in pipelines:
+            self._closing[pipeline.prefix].set()
         deadline = time.monotonic() + self.GRACE
         while silent := [
-            s for p in pipelines if not p.finished for s in p.received if s not in p.left and _may_send(s)
+            sender for p in pipelines for sender in p.received if sender not in p.left and _may_send(sender)
         ]:
             if time.monotonic() > deadline:
                 self._warn(f"{len(silent)} processes did not send within {self.GRACE} s what they may still have")
                 break
             self._changed.wait(0.1)
         for pipeline in pipelines:
-            if not pipeline.finished:
-                self.call(pipeline.prefix, "finish")
+            self.call(pipeline.prefix, "finish")
 
     def _finish_run(self, exit_code: int) -> None:
-        known = self._state.run
+        report = self._report
         done, late = wait(self._futures.values(), timeout=self._timeout)
         errors = [future.exception() for future in done if future.exception()]
-        known.lost_artifacts = len(errors) + len(late)
-        if known.lost_artifacts:
+        report.lost_artifacts = len(errors) + len(late)
+        if report.lost_artifacts:
             why = _line(errors[0]) if errors else f"not possible within {self._timeout:.0f} s"
-            self._warn(f"{known.lost_artifacts} artifacts were not logged or used: {why}; see {known.path}/artifacts")
+            self._warn(f"{report.lost_artifacts} artifacts were not logged or used: {why}; see {report.path}/artifacts")
         try:
             self._run.finish(exit_code)
-            known.uploaded = all(path.name.startswith("run-") for path in known.paths) and known.mode == "online"
+            report.uploaded = all(path.name.startswith("run-") for path in report.paths) and report.mode == "online"
         except TimeoutError:
             self._warn(f"the upload did not end within {self._timeout:.0f} s")
         except ConnectionError:
             os._exit(1)  # as in `_do`; Ray repeats the call on the next actor
         # wandb tells nobody of a server that refuses the rows for good, but writes it into the run's own log
-        if known.uploaded and '"level":"ERROR"' in (known.path / "logs" / "debug-internal.log").read_text():
-            known.uploaded = False
+        if report.uploaded and '"level":"ERROR"' in (report.path / "logs" / "debug-internal.log").read_text():
+            report.uploaded = False
             self._warn("the W&B server refused the upload")
-        self._count_on_disk(list(self._state.pipelines))
+        if missing := self._count_on_disk():
+            self._warn(f"{missing} reports are not on disk")
         self._finished = True
         if self._journal:
             self._journal.remove()
 
-    def _count_on_disk(self, prefixes: Sequence[str]) -> None:
-        """Counts the rows of these pipelines in the transaction logs, and the reports they stand on."""
-        state, paths = self._state, self._state.run.paths
-        deadline = (
-            time.monotonic() + 3
-        )  # a run that goes on is written now and then, and the end a moment after `finish`
-        if len(paths) == 1 and read_summary(paths[0]).get("step", -1) == state.starting_step + state.rows - 1:
-            return  # all are there, so none need be read
+    def _count_on_disk(self) -> int:
+        """Counts the rows in the transaction logs, and the reports they stand on; returns how many are in none."""
+        counts, paths = [pipeline.counts for pipeline in self._pipelines.values()], self._report.paths
+        last, deadline = sum(count["rows"] for count in counts) - 1, time.monotonic() + 3
         while paths:
-            rows, missing = _distinct_rows(paths).values(), 0
-            for prefix in prefixes:
-                counts = self._state.pipelines[prefix].counts
+            if len(paths) == 1 and read_summary(paths[0]).get("step", -1) == last:
+                break  # all are there, so none need be read
+            rows = _distinct_rows(paths).values()
+            for prefix, pipeline in self._pipelines.items():
                 reports = [row[f"{prefix}workers"] for row in rows if f"{prefix}workers" in row]
-                self._counted[prefix] = dict(rows=len(reports), lost=max(0, counts["reports"] - sum(reports)))
-                missing += self._counted[prefix]["lost"]
-            if not missing or time.monotonic() > deadline:
+                pipeline.counts["rows"] = len(reports)
+                pipeline.counts["lost"] = max(0, pipeline.counts["reports"] - sum(reports))
+            if time.monotonic() > deadline or not any(count["lost"] for count in counts):
                 break
-            self._changed.wait(0.2)
-        if paths and missing:
-            self._warn(f"{missing} reports are not on disk")
+            time.sleep(0.2)  # the last rows are written a moment after `run.finish`
+        return sum(count["lost"] for count in counts)
 
     def _warn(self, message: str) -> None:
-        self._state.run.warnings.append(message)
-        logger.warning("W&B run %s: %s", self._state.run.name, message)  # for those who use no `_Display`
+        self._report.warnings.append(message)
+        logger.warning("W&B run %s: %s", self._report.name, message)  # for those who use no `_Display`
 
     def _watch_owner(self) -> None:
         """Finishes the run when the process that constructed it is gone; Ray leaves two seconds for that, or more."""
@@ -861,11 +810,9 @@ def _may_send(sender: Sender) -> bool:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, or a system without /proc
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's
+    return True
 
 
 def _node_id() -> str:
@@ -941,18 +888,16 @@ class _Outbox:
     def put(self, step: int, report: bytes) -> None:
         """Appends a report. Waits while the outbox is full, and the first time until the actor knows of this sender."""
         with self._changed:
-            while len(self._waiting) >= self.LIMIT and not self._closed:
-                self._changed.wait()
+            self._changed.wait_for(lambda: len(self._waiting) < self.LIMIT or self._closed)
             if self._error and not ray.is_initialized():
                 raise RuntimeError("Ray is not running any more, so nothing more can be logged")
-            if self._error and not self._closed:
-                self.lost += 1
+            if self._error:
+                self.lost += not self._closed
             elif not self._closed:
                 self._waiting.append((step, report))
                 if len(self._waiting) == 1:
                     self._changed.notify_all()
-                while not self._known:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._known)
             if self._closed:
                 raise RunFinishedError("the run is finished, so nothing more can be logged to it")
 
@@ -1097,7 +1042,7 @@ class WandbRun:
             step = int(step)
         if step < 0:
             raise ValueError(f"step must not be negative, as {step} is")
-        report = {key: value if type(value) in (float, int) else _value(key, value) for key, value in metrics.items()}
+        report = {key: value if type(value) is float else _value(key, value) for key, value in metrics.items()}
         for key in report:
             if type(key) is not str or not key or key[0] == "_" or key in ("step", "workers"):
                 raise _key_error(key)
@@ -1173,12 +1118,10 @@ class WandbRun:
         if not ray.is_initialized():
             raise RuntimeError(f"Ray is not running any more, so run {self.name!r} can't be finished; see {self.path}")
         try:
-            if self._is_guest:
-                self._report = ray.get(self._actor.finish_pipeline.remote(self._prefix))
-            else:
-                reports = ray.get(self._actor.finish.remote(exit_code))
-                for run in (self, *self._guests):
-                    run._report = reports[run._prefix]
+            reports = ray.get(self._actor.finish.remote(exit_code, self._prefix if self._is_guest else None))
+            for run in (self, *self._guests):
+                run._report = reports[run._prefix]
+            if not self._is_guest:
                 ray.kill(self._actor)
         except ray.exceptions.RayActorError as error:
             self._report = self._report_of_the_disk(error)
@@ -1188,13 +1131,11 @@ class WandbRun:
     def _report_of_the_disk(self, error: Exception) -> RunReport:
         """The ledger where the actor is gone for good, or another copy of this handle has finished the run."""
         paths = [self.path] if self.path else []
-        workers = [row.get(f"{self._prefix}workers", 0) for row in _distinct_rows(paths).values()]
-        outbox = _outboxes.get((self._actor._actor_id, self._prefix))
-        lost = outbox.lost if outbox else 0
-        report = RunReport(self.name, self.id, self.mode, self.url, paths, prefix=self._prefix, lost=lost)
-        report.rows, report.reports = sum(map(bool, workers)), sum(workers) + lost
-        report.warnings = [f"the pipeline actor is gone, so what it had not logged yet is lost: {_line(error)}"]
-        return report
+        workers = [n for row in _distinct_rows(paths).values() if (n := row.get(f"{self._prefix}workers"))]
+        lost = getattr(_outboxes.get((self._actor._actor_id, self._prefix)), "lost", 0)
+        counts = dict(prefix=self._prefix, rows=len(workers), reports=sum(workers) + lost, lost=lost)
+        gone = f"the pipeline actor is gone, so what it had not logged yet is lost: {_line(error)}"
+        return RunReport(self.name, self.id, self.mode, self.url, paths, warnings=[gone], **counts)
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
@@ -1221,7 +1162,7 @@ def _finish_all() -> None:
 
 def _value(key: object, value: Any) -> Any:
     """`value` as int, float, str, numeric array or W&B data type."""
-    if isinstance(value, str) or _is_data_type(value):
+    if isinstance(value, str) or _is_data_type(value) or (type(value) is int and abs(value) < 2**63):
         return value
     with contextlib.suppress(Exception):  # ragged lists, tensors that can't be read from here
         array = np.asarray(value)

@@ -18,11 +18,9 @@ from common import (
     PipelineActor,
     Reduction,
     RunFinishedError,
-    RunReport,
     TrainingPipelineActor,
     _Journal,
     _Pipeline,
-    _State,
     generate_inference_metrics,
     generate_training_metrics,
     parse_args,
@@ -352,21 +350,20 @@ def test_data_types_that_were_logged_do_not_get_into_the_journal_s_way(actor, mo
     assert len(log.of("artifact")) >= 3
 
 
-def test_the_journal_begins_with_its_oldest_state_and_forgets_what_is_on_disk(tmp_path, monkeypatch):
+def test_the_journal_forgets_what_is_on_disk_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(_Journal, "SECONDS", 0.01)
-    journal, state = _Journal(tmp_path / "journal"), _State(RunReport("n", "i"))
-    assert journal.entries() == []
-    journal.begin(state)
+    journal = _Journal(tmp_path / "journal")
+    assert journal.read() == ([], [])
+    journal.snapshot(0)
     for i in range(200):
-        state.starting_step = i  # the state before call i
-        journal.append(i, state)
+        journal.append((i,), i)  # `i` is the state before call i
         time.sleep(0.001)
-    oldest, *calls = journal.entries()
-    assert 0 < oldest.starting_step < 199
-    assert calls == list(range(oldest.starting_step, 200))
-    oldest.run.restarts = 1
-    journal.begin(oldest)
-    assert journal.entries() == [oldest, *calls]
+    (oldest, *later), calls = journal.read()
+    assert 0 < oldest < 199
+    assert len(later) == 1
+    assert calls == [(i,) for i in range(oldest, 200)]
+    journal.snapshot(200)  # as after a restart: what was replayed may not be on disk yet
+    assert journal.read() == ([oldest, *later, 200], calls)
     journal.remove()
     assert list(tmp_path.iterdir()) == []
 

@@ -293,7 +293,7 @@ def test_what_can_not_be_logged_raises_at_the_caller_and_harms_nothing(run):
             made.log({key: 1.0}, 0)
     with pytest.raises(TypeError, match="5"):
         made.log({5: 1.0}, 0)
-    for value in (None, nothing, {"a": 1}, [[1], [2, 3]], np.array(["x"]), 1j):
+    for value in (None, nothing, {"a": 1}, [[1], [2, 3]], np.array(["x"]), 1j, 10**400):
         with pytest.raises(TypeError, match="'bad'"):
             made.log({"good": 1.0, "bad": value}, 0)
     for step in (-1, 1.5, "1", None, True):
