@@ -661,11 +661,15 @@ class PipelineActor:
     def log_artifact(self, files: Mapping[str, Any], **artifact: Any) -> None:
         """Writes the files (bytes, or W&B data types) into the run's folder and has the artifact logged."""
         folder, staged = Path(self._report.path or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex), dict(files)
-        for file, content in files.items():
-            if isinstance(content, bytes):
+        try:
+            for file in [file for file, content in files.items() if isinstance(content, bytes)]:
                 staged[file] = folder / file
                 staged[file].parent.mkdir(parents=True, exist_ok=True)
-                staged[file].write_bytes(content)
+                staged[file].write_bytes(files[file])
+        except OSError as error:  # the disk is full
+            self._report.lost_artifacts += 1
+            self._warn(f"artifact {artifact['name']!r} is lost: {_line(error)}")
+            return
         what = pickle.dumps(artifact | dict(files=staged))  # once it is logged, a data type can't be pickled any more
         self.call(None, "_in_background", folder.name, "log", what)
 
@@ -746,10 +750,10 @@ class PipelineActor:
         report = self._report
         done, late = wait(self._futures.values(), timeout=self._timeout)
         errors = [future.exception() for future in done if future.exception()]
-        report.lost_artifacts = len(errors) + len(late)
-        if report.lost_artifacts:
+        if failed := len(errors) + len(late):
+            report.lost_artifacts += failed
             why = _line(errors[0]) if errors else f"not possible within {self._timeout:.0f} s"
-            self._warn(f"{report.lost_artifacts} artifacts were not logged or used: {why}; see {report.path}/artifacts")
+            self._warn(f"{failed} artifacts were not logged or used: {why}; see {report.path}/artifacts")
         try:
             self._run.finish(exit_code)
             report.uploaded = all(path.name.startswith("run-") for path in report.paths) and report.mode == "online"
@@ -1006,17 +1010,12 @@ class WandbRun:
             message = f"W&B run {name or init.get('id')!r} of {project!r} can't start: {_line(error.cause)}{hint}"
             raise type(error.cause)(message) from None
         self.name, self.id, self.mode = started.name, started.id, started.mode
-        self.url, self.path, self.warnings = started.url, started.path, started.warnings
+        self.url, self.path = started.url, started.path
         self._closing = self._actor.closing.remote(prefix)
         if share is not None:
             share._guests.append(self)
             share._prefixes.append(prefix)
         _unfinished.append(self)
-
-    @property
-    def finished(self) -> bool:
-        """Whether this handle has finished the run."""
-        return self._report is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | dict(_guests=[], _report=None)
@@ -1095,7 +1094,7 @@ class WandbRun:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._ask("call", None, "_in_background", "use", uuid.uuid4().hex, name.encode())
+        self._ask("call", None, "_in_background", uuid.uuid4().hex, "use", name.encode())
 
     def expect(self, workers: int) -> None:
         """From now on a step is complete with so many reports: a worker has died or joined."""
@@ -1162,7 +1161,7 @@ def _finish_all() -> None:
 
 def _value(key: object, value: Any) -> Any:
     """`value` as int, float, str, numeric array or W&B data type."""
-    if isinstance(value, str) or _is_data_type(value) or (type(value) is int and abs(value) < 2**63):
+    if (type(value) is int and abs(value) < 2**63) or isinstance(value, str) or _is_data_type(value):
         return value
     with contextlib.suppress(Exception):  # ragged lists, tensors that can't be read from here
         array = np.asarray(value)
@@ -1248,14 +1247,13 @@ def ray_session(args: Args) -> Iterator[None]:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, interrupt)
 
-    options: dict[str, Any] = dict(address="local", include_dashboard=False)  # None may join a stranger's Ray
+    status, options = 0, dict(address="local", include_dashboard=False)  # None may join a stranger's Ray
     if args.address:
         options = dict(address=args.address, runtime_env=dict(py_modules=[__file__]))  # workers import this module
-    status = 0
-    catch_signals()
     where = args.address or "this machine"
     print(f"Experiment {args.experiment}: {args.steps} steps of training and of inference, Ray on {where}", flush=True)
     try:
+        catch_signals()
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         catch_signals()  # Ray has set its own
         yield
@@ -1291,7 +1289,7 @@ def run_pipelines(
     actors = []  # kept until their runs are finished, because a process that ends can't say that it has sent all
     working, failed, display = {}, False, _Display(args, runs)
     try:
-        with training, inference, display:
+        with training, inference, contextlib.closing(display):
             for pipeline, worker, hook in kinds:
                 for index in range(alive[pipeline]):
                     actors.append(worker.options(scheduling_strategy="SPREAD").remote())
@@ -1305,8 +1303,7 @@ def run_pipelines(
                     try:
                         ray.get(ref)
                     except ray.exceptions.RayError as error:
-                        failed = True
-                        cause = getattr(error, "cause", None)
+                        failed, cause = True, getattr(error, "cause", None)
                         why = f"{type(cause).__name__}: {_line(cause)}" if cause else "its process died"
                         display.say(f"{pipeline} worker {index} failed: {why}")
                         alive[pipeline] -= 1
@@ -1314,8 +1311,8 @@ def run_pipelines(
             if failed:
                 inference.finish(1), training.finish(1)
     finally:
-        reports = [run.finish() for run in runs.values() if run.finished]
-        display.warn(reports)
+        display.update()  # what was found out in finishing
+        reports = [run._report for run in runs.values() if run._report]
         _summarise(args, reports)
     return 0 if not failed and all(report.ok for report in reports) else 1
 
@@ -1330,28 +1327,21 @@ class _Display:
         look = dict(total=args.steps, bar_format="{desc:<9} {bar:30} {n_fmt}/{total_fmt} steps{postfix}", disable=None)
         self._bars = {name: tqdm(desc=name, position=i, **look) for i, name in enumerate(runs)}
 
-    def __enter__(self) -> None:
-        self.update()
-
     def say(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
             tqdm.write(line, file=sys.stderr)
 
-    def warn(self, reports: Sequence[RunReport]) -> None:
-        for report in reports:
-            for warning in report.warnings:
-                self.say(f"{report.name}: {warning}")
-
     def update(self) -> None:
         for name, run in self._runs.items():
-            (report, row), headline = run.progress(), self.HEADLINES[name]
-            self.warn([report])
+            (report, row), bar, headline = run.progress(), self._bars[name], self.HEADLINES[name]
+            for warning in report.warnings:
+                self.say(f"{report.name}: {warning}")
             if headline in row:
-                self._bars[name].n = min(report.rows, self._bars[name].total)
-                self._bars[name].set_postfix_str(f"{headline} {row[headline]:.3f}")
+                bar.n = min(report.rows, bar.total)
+                bar.set_postfix_str(f"{headline} {row[headline]:.3f}")
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.update()
         for bar in self._bars.values():
             bar.close()
@@ -1362,20 +1352,17 @@ def _summarise(args: Args, reports: Sequence[RunReport]) -> None:
     for i, report in enumerate(reports):
         counts = {"late": report.late, "lost": report.lost, "artifacts lost": report.lost_artifacts}
         counts |= {"restarts": report.restarts, "repeats": report.repeats}
-        ledger = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        ledger = "".join(f", {n} {what}" for what, n in counts.items() if n)
         name = f"{report.name} {report.prefix}" if args.one_run else report.name
-        print(f"{name}: {report.rows} rows from {report.reports} reports{ledger and ', '}{ledger}")
-        if report.id in [other.id for other in reports[i + 1 :]]:
-            continue  # the next pipeline shares the run
-        print(f"  {report.url or (os.path.relpath(report.path) if report.path else 'disabled: nothing is kept')}")
-    missing = [report for report in reports if not report.uploaded]
-    folders = list(dict.fromkeys(os.path.relpath(path) for report in missing for path in report.paths))
-    if made := list(dict.fromkeys(path for report in reports for path in report.paths)):
-        _open_in_leet(args.dir / "wandb", made)
+        print(f"{name}: {report.rows} rows from {report.reports} reports{ledger}")
+        if report.id not in [other.id for other in reports[i + 1 :]]:  # else the next pipeline shares the run
+            print(f"  {report.url or (report.path and os.path.relpath(report.path)) or 'disabled: nothing is kept'}")
+    if folders := list(dict.fromkeys(path for report in reports for path in report.paths)):
+        _open_in_leet(args.dir / "wandb", folders)
         print(f"Look at them here:  {_command('leet', os.path.relpath(args.dir / 'wandb'))}")
-    if folders:
-        online = ["--no-skip-online"] if any(Path(folder).name.startswith("run-") for folder in folders) else []
-        print(f"Upload them:        {_command('sync', *online, *folders)}")
+    if missing := dict.fromkeys(path for report in reports for path in report.paths if not report.uploaded):
+        online = ["--no-skip-online"] if any(path.name.startswith("run-") for path in missing) else []
+        print(f"Upload them:        {_command('sync', *online, *map(os.path.relpath, missing))}")
 
 
 def _open_in_leet(folder: Path, runs: Sequence[Path]) -> None:
