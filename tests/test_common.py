@@ -287,6 +287,7 @@ def actor(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", "")  # actors set both for good
     monkeypatch.setenv("WANDB_CACHE_DIR", "")
     monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr(common, "_stay_on_one_core", lambda: None)  # this process is pytest's
 
     def actor() -> PipelineActor:
         settings = {"x_disable_stats": True, "x_disable_meta": True}
