@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMOS, ROOT, Log, folders, wait_for
+from wandb_server import KEY, Server
 
 from common import read_rows
 
@@ -83,3 +84,21 @@ def test_workers_are_on_both_nodes_and_when_one_dies_the_rest_goes_on(cluster, t
     steps = {step for log in logs for step in (row["step"] for row in log.rows)}
     assert steps == set(range(200))
     assert sum(row["workers"] for log in logs for row in log.rows) >= 200 * (4 - len(there))  # those that were left
+
+
+def test_the_users_login_is_found_by_the_actors_of_a_cluster_that_was_started_without_it(cluster, tmp_path, token):
+    address, *_ = cluster
+    server, command = Server(), [sys.executable, str(ROOT / DEMOS["demo1"]), "--address", address, "--steps", "5"]
+    command += ["--dir", str(tmp_path), "--experiment"]
+    by_environment = token | server.environment
+    by_netrc = token | {"WANDB_BASE_URL": server.environment["WANDB_BASE_URL"]}
+    try:
+        subprocess.run([*command, "a"], env=by_environment, check=True, capture_output=True, timeout=120)
+        netrc = Path(token["HOME"], ".netrc")
+        netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
+        netrc.chmod(0o600)
+        subprocess.run([*command, "b"], env=by_netrc, check=True, capture_output=True, timeout=120)
+    finally:
+        server.stop()
+    for run in (f"demo1-{pipeline}-{experiment}" for pipeline in ("training", "inference") for experiment in "ab"):
+        assert [row["step"] for row in server.rows(run)] == list(range(5))

@@ -1,6 +1,7 @@
 """With an account: the real client against a W&B server on loopback that works, fails, stalls or goes away."""
 
 import contextlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from conftest import ROOT, Log, folders, wait_for
 from test_faults import below
 from wandb_server import KEY, Server
+
+from common import read_rows
 
 
 @pytest.fixture
@@ -118,6 +121,26 @@ def test_what_a_server_refuses_or_misses_is_on_disk_with_the_command_that_brings
     repaired.stop()
     for prefix in ("training", "inference"):
         assert sorted(row[f"{prefix}/step"] for row in rows if f"{prefix}/step" in row) == list(range(60))
+
+
+def test_artifacts_that_find_no_server_are_counted_hold_nothing_up_and_their_files_stay(start, tmp_path, server):
+    process = start("demo4", "--steps", "60", "--finish-timeout", "6", **server.environment)
+    wait_for(lambda: len(folders(tmp_path)) == 2)
+    wait_for(lambda: all(list(read_rows(path)) for path in folders(tmp_path)))
+    server.stop()
+    began = time.monotonic()
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 45
+    assert stderr.count("artifacts were not logged or used") == 2
+    lost = [int(n) for n in re.findall(r"60 rows from 120 reports, (\d+) artifacts lost", stdout)]
+    assert len(lost) == 2
+    assert lost[0] >= 5  # of 6 checkpoints: the first may have found the server
+    for path in folders(tmp_path):
+        log = Log(path)
+        assert steps(log.rows) == list(range(60))
+        kept = [*path.glob("artifacts/*/weights.npy")]
+        assert len(kept) == (6 if log.run["job_type"] == "training" else 0)
 
 
 def test_passing_troubles_of_the_server_lose_nothing(run_demo, server):
