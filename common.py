@@ -235,16 +235,6 @@ def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
 
 # Reduction
 
-STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
-    "mean": np.mean,
-    "min": np.min,
-    "max": np.max,
-    "std": np.std,
-    "p50": lambda samples: np.percentile(samples, 50),
-    "p90": lambda samples: np.percentile(samples, 90),
-    "p99": lambda samples: np.percentile(samples, 99),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
@@ -253,7 +243,17 @@ class Reduction:
     sums: Sequence[str] = ()  # rates and counts, which add up over workers
     totals: Sequence[str] = ()  # summed keys whose running sum over steps is logged too, as `<key>_total`
     largest: Sequence[str] = ()  # the largest worker's value passes through
-    statistics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of samples, from `STATISTICS`
+    statistics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of samples: mean, p99, …
+
+    def __post_init__(self) -> None:
+        for name in itertools.chain.from_iterable(self.statistics.values()):
+            if not re.fullmatch(r"mean|min|max|std|p\d\d?", name):
+                raise ValueError(f"statistic {name!r} must be mean, min, max, std or a percentile such as p99")
+
+
+def _statistic(name: str, samples: np.ndarray) -> float:
+    value = np.percentile(samples, int(name[1:])) if name[0] == "p" else getattr(np, name)(samples)
+    return value.item()
 
 
 def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -
                 row[key] = pooled.mean().item()
             elif pooled.size:
                 for name in reduction.statistics.get(key, ("mean", "min", "max")):
-                    row[f"{key}/{name}"] = STATISTICS[name](pooled).item()
+                    row[f"{key}/{name}"] = _statistic(name, pooled)
         elif key in reduction.sums:
             row[key] = sum(values)
         elif key in reduction.largest:
@@ -897,7 +897,7 @@ class _Outbox:
         self._error: Exception | None = None
         self.lost = 0
         threading.Thread(target=self._send, daemon=True).start()
-        threading.Thread(target=self._close_after, args=(closing,), daemon=True).start()
+        closing.future().add_done_callback(self._close)
 
     def put(self, step: int, report: bytes) -> None:
         """Appends a report. Waits while the outbox is full, and the first time until the actor knows of this sender."""
@@ -915,16 +915,12 @@ class _Outbox:
             if self._closed:
                 raise RunFinishedError("the run is finished, so nothing more can be logged to it")
 
-    def _close_after(self, closing: ray.ObjectRef) -> None:
-        try:
-            ray.get(closing)
-        except ray.exceptions.ActorDiedError:
-            return  # `_send` hears of it too
-        except Exception:  # the driver is gone; the actor, for a while, is not
-            pass
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+    def _close(self, closing: Future) -> None:
+        """Called when the run is being finished or the driver is gone."""
+        if not isinstance(closing.exception(), ray.exceptions.ActorDiedError):  # `_send` hears of that
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
 
     def _send(self) -> None:
         sent, last = 0, False

@@ -168,6 +168,11 @@ def test_samples_are_pooled_before_any_statistic():
     assert set(row) == {"latency/mean", "latency/p99", "latency/max"}
 
 
+def test_a_statistic_that_is_none_is_refused_where_it_is_named():
+    with pytest.raises(ValueError, match="'p999'"):
+        Reduction(statistics={"latency": ("mean", "p999")})
+
+
 def test_outcomes_are_pooled_to_one_fraction():
     outcomes = [{"success": np.array([True])}, {"success": np.zeros(3, bool)}]
     assert reduce_reports(outcomes, Reduction()) == {"success": 0.25}
