@@ -599,17 +599,17 @@ class PipelineActor:
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
         init |= dict(resume="allow") if restart else {}
         before = self._folders()
-        try:
-            run = wandb.init(**init)
-        except wandb.Error as error:
-            if not restart and "retrying" not in str(error):  # the server answers, and says no
-                raise
-            wandb.teardown()  # its service would not take the id a second time
-            for empty in set(self._folders()) - set(before):
-                shutil.rmtree(empty)
-            self._warn(f"the W&B server does not answer, so the run stays on this machine (offline): {_line(error)}")
-            run = wandb.init(**init | dict(mode="offline"))
-        _stay_on_one_core()
+        with _core_of_its_own():
+            try:
+                run = wandb.init(**init)
+            except wandb.Error as error:
+                if not restart and "retrying" not in str(error):  # the server answers, and says no
+                    raise
+                self._warn(f"the W&B server does not answer, so the run is kept here (offline): {_line(error)}")
+                wandb.teardown()  # its service would not take the id a second time
+                for empty in set(self._folders()) - set(before):
+                    shutil.rmtree(empty)
+                run = wandb.init(**init | dict(mode="offline"))
         if not run.disabled:  # else artifacts are staged in the home folder, and gone when `wandb sync` needs them
             os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = f"{run.sync_dir}/artifacts"
         return run
@@ -806,13 +806,21 @@ class PipelineActor:
         ray.kill(ray.get_runtime_context().current_actor)
 
 
-def _stay_on_one_core() -> None:
-    """`run.log` hands each row to a thread of wandb's and waits for it: across cores that takes up to twice as long."""
-    if sys.platform == "linux":
-        core = {random.choice(sorted(os.sched_getaffinity(0)))}
+@contextlib.contextmanager
+def _core_of_its_own() -> Iterator[None]:
+    """Keeps this process on one core, and the wandb-core that is started in here on the others.
+
+    `run.log` hands each row to another thread and waits for it, which on one core takes half the time.
+    """
+    cores = os.sched_getaffinity(0) if sys.platform == "linux" else {0}
+    own = {random.choice(sorted(cores))}
+    if cores > own:
+        os.sched_setaffinity(0, cores - own)
+    yield
+    if cores > own:
         for thread in os.listdir("/proc/self/task"):
             with contextlib.suppress(OSError):  # it has ended
-                os.sched_setaffinity(int(thread), core)
+                os.sched_setaffinity(int(thread), own)
 
 
 def _may_send(sender: Sender) -> bool:

@@ -506,10 +506,11 @@ def scaling(load: Load, rounds: int, reports: int = 32_000) -> dict[str, dict[st
 
 
 def thousand(load: Load) -> dict[str, dict[str, float]]:
-    """The reports of 1,000 workers into one pipeline: in steps of 1 s, and flat out."""
+    """The reports of 1,000 workers into one pipeline: in steps of 1 s and of 0.25 s, and flat out."""
     return {
         "1000 workers, 1 s": one_pipeline(load, 1000, 20_000, arrays=False, seconds=1.0),
         "1000 workers, 1 s, arrays": one_pipeline(load, 1000, 20_000, arrays=True, seconds=1.0),
+        "1000 workers, 0.25 s": one_pipeline(load, 1000, 40_000, arrays=False, seconds=0.25),
         "1000 workers, flat out": one_pipeline(load, 1000, 100_000, arrays=False),
     }
 

@@ -1,5 +1,6 @@
 """What needs no Ray: arguments, dummy metrics, reduction, the pipeline's logic and its journal."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -292,7 +293,7 @@ def actor(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", "")  # actors set both for good
     monkeypatch.setenv("WANDB_CACHE_DIR", "")
     monkeypatch.setattr("sys.argv", [])
-    monkeypatch.setattr(common, "_stay_on_one_core", lambda: None)  # this process is pytest's
+    monkeypatch.setattr(common, "_core_of_its_own", contextlib.nullcontext)  # this process is pytest's
 
     def actor() -> PipelineActor:
         settings = {"x_disable_stats": True, "x_disable_meta": True}
