@@ -501,7 +501,7 @@ def scaling(load: Load, rounds: int, reports: int = 32_000) -> dict[str, dict[st
         for arrays in (False, True):
             for senders in (4, 16, 64):
                 name = f"{senders} workers, {'arrays' if arrays else 'numbers'}"
-                runs[name].append(one_pipeline(load, senders, reports // (4 if arrays else 1), arrays))
+                runs[name].append(one_pipeline(load, senders, reports // (2 if arrays else 1), arrays))
     return {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
 
 

@@ -285,6 +285,17 @@ def test_a_straggler_ten_thousand_steps_behind_gets_its_rows(ray_here, run):
     assert {row["step"] for row in rows} == set(range(20_000))
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_pipeline_actor_has_one_core_and_wandb_core_the_others(run):
+    made = run()
+    actor = below(os.getpid(), "ray::TrainingPipelineActor")[-1]
+    [core] = below(actor, "wandb-core")
+    [own] = {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir(f"/proc/{actor}/task")}
+    assert len(own) == 1
+    assert os.sched_getaffinity(core) == os.sched_getaffinity(0) - own
+    made.finish()
+
+
 def test_what_can_not_be_logged_raises_at_the_caller_and_harms_nothing(run):
     made = run()
     nothing = object()
