@@ -653,7 +653,9 @@ class PipelineActor:
     def _log(self, row: dict[str, Any]) -> None:
         try:
             self._run.log(row)  # never `step=`: it drops rows that come out of order
-        except (TypeError, ValueError) as error:  # refused after all; the ledger says what is lost
+        except ConnectionError:
+            raise
+        except (TypeError, ValueError, OSError) as error:  # refused after all; the ledger says what is lost
             self._warn(f"W&B refused a row: {_line(error)}")
 
     # Artifacts: wandb blocks when the server is away, so they have threads of their own
@@ -745,7 +747,8 @@ class PipelineActor:
                 break
             self._changed.wait(0.1)
         for pipeline in pipelines:
-            self.call(pipeline.prefix, "finish")
+            if not pipeline.finished:  # by another caller, while this one waited
+                self.call(pipeline.prefix, "finish")
 
     def _finish_run(self, exit_code: int) -> None:
         report = self._report
@@ -775,10 +778,11 @@ class PipelineActor:
     def _count_on_disk(self) -> int:
         """Counts the rows in the transaction logs, and the reports they stand on; returns how many are in none."""
         counts, paths = [pipeline.counts for pipeline in self._pipelines.values()], self._report.paths
-        last, deadline = sum(count["rows"] for count in counts) - 1, time.monotonic() + 3
+        last = self._run.starting_step + sum(count["rows"] for count in counts) - 1
+        if len(paths) == 1 and read_summary(paths[0]).get("step", -1) == last:
+            return 0  # all are there, so none need be read
+        deadline = time.monotonic() + 3
         while paths:
-            if len(paths) == 1 and read_summary(paths[0]).get("step", -1) == last:
-                break  # all are there, so none need be read
             rows = _distinct_rows(paths).values()
             for prefix, pipeline in self._pipelines.items():
                 reports = [row[f"{prefix}workers"] for row in rows if f"{prefix}workers" in row]
