@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -81,48 +80,37 @@ class Args:
         return dict(mode=self.mode, entity=self.entity, dir=self.dir, resume="allow", config=config, settings=settings)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
     """Parses a demo's command line; `doc`, its docstring, is the help text.
 
     Exits with status 2 and one line on stderr for anything that could not work, before Ray is started.
     """
-
-    def number(kind: type, least: float) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
-            value = kind(text)
-            if not least <= value < math.inf:
-                raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {least}")
-            return value
-
-        parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-        return parse
-
-    def plain_name(text: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", text):
-            raise argparse.ArgumentTypeError(f"{text!r} must be 1 to 60 letters, digits, '.', '_' or '-'")
-        return text
-
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--steps", type=number(int, 1), default=20, help="rows per pipeline (%(default)s)")
-    parser.add_argument("--training-workers", type=number(int, 1), default=2, metavar="N", help="(%(default)s)")
-    parser.add_argument("--inference-workers", type=number(int, 1), default=2, metavar="N", help="(%(default)s)")
-    parser.add_argument("--step-seconds", type=number(float, 0), default=0.05, metavar="S", help="(%(default)s)")
-    parser.add_argument("--seed", type=number(int, 0), default=42, help="(%(default)s)")
+    form = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)  # errors are one line
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **form)
+    parser.add_argument("--steps", type=int, default=20, help="rows per pipeline (%(default)s)")
+    parser.add_argument("--training-workers", type=int, default=2, metavar="N", help="(%(default)s)")
+    parser.add_argument("--inference-workers", type=int, default=2, metavar="N", help="(%(default)s)")
+    parser.add_argument("--step-seconds", type=float, default=0.05, metavar="S", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="(%(default)s)")
     parser.add_argument("--mode", choices=("online", "offline", "disabled"), help="(WANDB_MODE, else by login)")
-    parser.add_argument("--entity", type=plain_name, help="W&B user or team (your default one)")
+    parser.add_argument("--entity", help="W&B user or team (your default one)")
     parser.add_argument("--dir", type=Path, default=Path(), help="runs go to DIR/wandb (this folder)")
-    parser.add_argument("--experiment", type=plain_name, default=now, metavar="ID", help="in run names (the clock)")
+    parser.add_argument("--experiment", default=now, metavar="ID", help="in run names (the clock)")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS") or None, help="Ray cluster (start one here)")
-    parser.add_argument("--finish-timeout", type=number(float, 1), default=60, metavar="S", help="upload (%(default)s)")
+    parser.add_argument("--finish-timeout", type=float, default=60, metavar="S", help="upload (%(default)s)")
     if "--one-run" in doc:
         parser.add_argument("--one-run", action="store_true", help="both pipelines in one run")
     args = parser.parse_args(argv)
+
+    least = dict(steps=1, training_workers=1, inference_workers=1, step_seconds=0, seed=0, finish_timeout=1)
+    for name, minimum in least.items():
+        if not minimum <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a finite number of at least {minimum}")
+    for name in ("entity", "experiment"):
+        value = getattr(args, name)
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", value):
+            parser.error(f"--{name} {value!r} must be 1 to 60 letters, digits, '.', '_' or '-'")
 
     args.mode = args.mode or os.environ.get("WANDB_MODE") or None
     if args.mode not in (None, "online", "offline", "disabled"):
@@ -251,11 +239,6 @@ class Reduction:
                 raise ValueError(f"statistic {name!r} must be mean, min, max, std or a percentile such as p99")
 
 
-def _statistic(name: str, samples: np.ndarray) -> float:
-    value = np.percentile(samples, int(name[1:])) if name[0] == "p" else getattr(np, name)(samples)
-    return value.item()
-
-
 def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -> dict[str, Any]:
     """The reports of one step, one per worker, as one row. The rule sits in the value:
 
@@ -279,7 +262,8 @@ def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -
                 row[key] = pooled.mean().item()
             elif pooled.size:
                 for name in reduction.statistics.get(key, ("mean", "min", "max")):
-                    row[f"{key}/{name}"] = _statistic(name, pooled)
+                    value = np.percentile(pooled, int(name[1:])) if name[0] == "p" else getattr(np, name)(pooled)
+                    row[f"{key}/{name}"] = value.item()
         elif key in reduction.sums:
             row[key] = sum(values)
         elif key in reduction.largest:
@@ -310,6 +294,7 @@ class RunReport:
     restarts: int = 0  # of the pipeline actor, after it died
     uploaded: bool = False  # online: the server has it all
     lost_artifacts: int = 0
+    gone: bool = False  # the pipeline actor, for good; what others had not sent yet is counted nowhere
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     prefix: str = ""
@@ -327,7 +312,7 @@ class RunReport:
     @property
     def ok(self) -> bool:
         """Whether all that was logged is where it should be."""
-        return not (self.lost or self.lost_artifacts) and (self.uploaded or self.mode != "online")
+        return not (self.gone or self.lost or self.lost_artifacts) and (self.uploaded or self.mode != "online")
 
 
 @dataclasses.dataclass
@@ -357,9 +342,10 @@ class _Pipeline:
 
     def push(self, sender: Sender, first: int, reports: Sequence[tuple[int, bytes]], last: bool) -> Iterator[dict]:
         """Takes a sender's next reports, each (step, pickled metrics), numbered from `first`."""
-        repeats = min(max(self.received.get(sender, 0) - first, 0), len(reports))
-        self.received[sender] = max(self.received.get(sender, 0), first + len(reports))
-        self.counts.update(reports=len(reports) - repeats, repeats=repeats)
+        known = self.received.get(sender, 0)
+        repeats = min(max(known - first, 0), len(reports))
+        self.received[sender] = max(known, first + len(reports))
+        self.counts.update(reports=self.received[sender] - known, repeats=repeats)  # with those that a full disk lost
         if last:
             self.left.add(sender)
         for step, report in reports[repeats:]:
@@ -510,13 +496,16 @@ class PipelineActor:
         self._changed = threading.Condition()  # its lock guards all that follows
         self._report = RunReport(init["name"] or init["id"], init["id"])  # what all its pipelines' ledgers say of it
         self._pipelines = dict[str, _Pipeline]()  # by prefix
-        self._tasks = dict[str, tuple[str, bytes]]()  # artifacts that are being logged or used, by a key of their own
+        self._tasks = dict[
+            str, tuple[str, bytes | str]
+        ]()  # artifacts that are being logged or used, by a key of their own
         self._futures, self._threads = dict[str, Future](), dict(log=ThreadPoolExecutor(1), use=ThreadPoolExecutor(1))
-        self._closing = collections.defaultdict(threading.Event)  # by prefix
+        self._closing = dict[str, threading.Event]()  # by prefix
         self._on_disk = 0  # rows that a replay need not log again
         self._finished = False
         self._run: wandb.Run | None = None
         self._journal: _Journal | None = None
+        self._disk_is_full = False
         self._journal_path = Path(init["dir"], "wandb", f".{init['id']}.journal")
         if self._journal_path.exists():  # a restart
             self._start()
@@ -541,9 +530,10 @@ class PipelineActor:
     def _join(self, prefix: str, reduction: Reduction, workers: int, totals: dict[str, float]) -> None:
         pipeline = self._pipelines.setdefault(prefix, _Pipeline(prefix, reduction, totals=totals))
         pipeline.workers, pipeline.finished = workers, False
-        self._define_axis(prefix)
+        self._prepare(prefix)
 
-    def _define_axis(self, prefix: str) -> None:
+    def _prepare(self, prefix: str) -> None:
+        self._closing.setdefault(prefix, threading.Event())
         self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
         self._run.define_metric(f"{prefix}step", hidden=True)
         self._run.define_metric(f"{prefix}workers", step_metric=f"{prefix}step", hidden=True)
@@ -575,7 +565,7 @@ class PipelineActor:
         report.url = run.url if report.mode == "online" else report.url
         report.paths += [] if run.disabled else [Path(run.sync_dir)]
         for prefix in self._pipelines:
-            self._define_axis(prefix)
+            self._prepare(prefix)
         for key, task in list(self._tasks.items()):
             self._in_background(key, *task)
         for call in calls:
@@ -633,10 +623,10 @@ class PipelineActor:
                 raise RunFinishedError(f"run {self._report.name!r} is finished, so nothing more can be logged to it")
             call = (prefix, method, *arguments)
             try:
-                if self._journal:
+                if not self._disk_is_full:
                     self._journal.append(call, self._state)
-            except sqlite3.Error as error:  # the disk is full
-                self._journal = None
+            except sqlite3.Error as error:
+                self._disk_is_full = True
                 self._warn(f"{_line(error)}: rows may get lost from now on, training goes on")
             self._do(*call)
             self._changed.notify_all()
@@ -676,7 +666,7 @@ class PipelineActor:
         what = pickle.dumps(artifact | dict(files=staged))  # once it is logged, a data type can't be pickled any more
         self.call(None, "_in_background", folder.name, "log", what)
 
-    def _in_background(self, key: str, task: str, what: bytes) -> None:
+    def _in_background(self, key: str, task: str, what: bytes | str) -> None:
         for done in [key for key, future in self._futures.items() if future.done() and not future.exception()]:
             del self._futures[done], self._tasks[done]
         self._tasks[key] = task, what
@@ -694,8 +684,7 @@ class PipelineActor:
                 artifact.add(content, file)
         self._run.log_artifact(artifact, aliases=what["aliases"])
 
-    def _use_artifact(self, encoded: bytes) -> None:
-        name = encoded.decode()
+    def _use_artifact(self, name: str) -> None:
         used = dict.fromkeys([*self._run.config.get("used_artifacts", []), name])
         self._run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
         deadline = time.monotonic() + self._timeout
@@ -738,10 +727,12 @@ class PipelineActor:
         pipelines = [self._pipelines[prefix] for prefix in prefixes if not self._pipelines[prefix].finished]
         for pipeline in pipelines:
             self._closing[pipeline.prefix].set()
-        deadline = time.monotonic() + self.GRACE
-        while silent := [
-            sender for p in pipelines for sender in p.received if sender not in p.left and _may_send(sender)
-        ]:
+        deadline, here = time.monotonic() + self.GRACE, _node_id()
+
+        def may_send(sender: Sender) -> bool:
+            return not any(sender in p.left for p in pipelines) and (sender[0] != here or _is_alive(sender[1]))
+
+        while silent := [sender for pipeline in pipelines for sender in pipeline.received if may_send(sender)]:
             if time.monotonic() > deadline:
                 self._warn(f"{len(silent)} processes did not send within {self.GRACE} s what they may still have")
                 break
@@ -772,8 +763,7 @@ class PipelineActor:
         if missing := self._count_on_disk():
             self._warn(f"{missing} reports are not on disk")
         self._finished = True
-        if self._journal:
-            self._journal.remove()
+        self._journal.remove()
 
     def _count_on_disk(self) -> int:
         """Counts the rows in the transaction logs, and the reports they stand on; returns how many are in none."""
@@ -803,11 +793,13 @@ class PipelineActor:
         while _is_alive(self._owner):
             time.sleep(0.1)
         self.GRACE = 0.5
-        if self._run:
-            self.finish(1)
-        if os.getppid() != raylet:  # all of Ray is gone
-            os._exit(0)
-        ray.kill(ray.get_runtime_context().current_actor)
+        try:
+            if self._run:
+                self.finish(1)
+        finally:
+            if os.getppid() != raylet:  # all of Ray is gone
+                os._exit(0)
+            ray.kill(ray.get_runtime_context().current_actor)
 
 
 @contextlib.contextmanager
@@ -827,18 +819,14 @@ def _core_of_its_own() -> Iterator[None]:
                 os.sched_setaffinity(int(thread), own)
 
 
-def _may_send(sender: Sender) -> bool:
-    """Whether the process may be alive: that is known of those on this node only."""
-    node, pid, _ = sender
-    return node != _node_id() or _is_alive(pid)
-
-
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # another user's
-    return True
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
 
 
 def _node_id() -> str:
@@ -917,14 +905,15 @@ class _Outbox:
             self._changed.wait_for(lambda: len(self._waiting) < self.LIMIT or self._closed)
             if self._error and not ray.is_initialized():
                 raise RuntimeError("Ray is not running any more, so nothing more can be logged")
-            if self._error:
-                self.lost += not self._closed
-            elif not self._closed:
+            taken = not (self._error or self._closed)
+            if taken:
                 self._waiting.append((step, report))
                 if len(self._waiting) == 1:
                     self._changed.notify_all()
                 self._changed.wait_for(lambda: self._known)
-            if self._closed:
+            elif not self._closed:
+                self.lost += 1
+            if self._closed and (self._error or not taken):
                 raise RunFinishedError("the run is finished, so nothing more can be logged to it")
 
     def _close(self, closing: Future) -> None:
@@ -1021,6 +1010,9 @@ class WandbRun:
             self._actor = share._actor
         try:
             started: RunReport = ray.get(self._actor.join.remote(prefix, pipeline.reduction, workers))
+        except ray.exceptions.RayActorError as error:  # it found a journal, and failed in its constructor
+            why = str(error).strip().splitlines()[-1]
+            raise RuntimeError(f"W&B run {name or init.get('id')!r} of {project!r} can't start: {why}") from None
         except ray.exceptions.RayTaskError as error:
             if share is None:
                 ray.kill(self._actor)
@@ -1062,7 +1054,10 @@ class WandbRun:
         report = {key: value if type(value) is float else _value(key, value) for key, value in metrics.items()}
         for key in report:
             if type(key) is not str or not key or key[0] == "_" or key in ("step", "workers"):
-                raise _key_error(key)
+                kind = ValueError if isinstance(key, str) else TypeError
+                raise kind(
+                    f"metric key {key!r} must be a string, not empty, no 'step' or 'workers', not start with '_'"
+                )
         outbox = _outboxes.get((self._actor._actor_id, self._prefix)) or self._new_outbox()
         outbox.put(step, pickle.dumps(report, pickle.HIGHEST_PROTOCOL))
 
@@ -1100,9 +1095,12 @@ class WandbRun:
             files = {Path(path).name: path for path in ([files] if isinstance(files, str | Path) else files)}
         if not files:
             raise ValueError(f"artifact {name!r} has no files")
-        content = {file: _content(file, value) for file, value in files.items()}
+        files = {f: Path(what).read_bytes() if isinstance(what, str | Path) else what for f, what in files.items()}
+        for file, what in files.items():  # bytes, because the pipeline actor may be on another node
+            if not isinstance(what, bytes) and not _is_data_type(what):
+                raise TypeError(f"file {file!r} must be bytes, a path or a W&B data type, not {what!r:.80}")
         artifact = dict(name=name, type=type, metadata=dict(metadata or {}), aliases=list(aliases))
-        self._ask("log_artifact", content, **artifact)
+        self._ask("log_artifact", files, **artifact)
 
     def use_artifact(self, name: str) -> None:
         """Records that this run uses artifact `name`, such as "checkpoint:step-10".
@@ -1112,7 +1110,7 @@ class WandbRun:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._ask("call", None, "_in_background", uuid.uuid4().hex, "use", name.encode())
+        self._ask("call", None, "_in_background", uuid.uuid4().hex, "use", name)
 
     def expect(self, workers: int) -> None:
         """From now on a step is complete with so many reports: a worker has died or joined."""
@@ -1138,7 +1136,7 @@ class WandbRun:
             reports = ray.get(self._actor.finish.remote(exit_code, self._prefix if self._is_guest else None))
             for run in (self, *self._guests):
                 run._report = reports[run._prefix]
-            if not self._is_guest:
+            if not self._is_guest and self in _unfinished:  # a copy's end is not the end of the others
                 ray.kill(self._actor)
         except ray.exceptions.RayActorError as error:
             self._report = self._report_of_the_disk(error)
@@ -1146,13 +1144,13 @@ class WandbRun:
         return self._report
 
     def _report_of_the_disk(self, error: Exception) -> RunReport:
-        """The ledger where the actor is gone for good, or another copy of this handle has finished the run."""
+        """The ledger where the actor is gone for good."""
         paths = [self.path] if self.path else []
         workers = [n for row in _distinct_rows(paths).values() if (n := row.get(f"{self._prefix}workers"))]
         lost = getattr(_outboxes.get((self._actor._actor_id, self._prefix)), "lost", 0)
         counts = dict(prefix=self._prefix, rows=len(workers), reports=sum(workers) + lost, lost=lost)
         gone = f"the pipeline actor is gone, so what it had not logged yet is lost: {_line(error)}"
-        return RunReport(self.name, self.id, self.mode, self.url, paths, warnings=[gone], **counts)
+        return RunReport(self.name, self.id, self.mode, self.url, paths, gone=True, warnings=[gone], **counts)
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
@@ -1162,7 +1160,7 @@ class WandbRun:
             raise RunFinishedError(f"run {self.name!r} is finished, so nothing more can be logged to it") from None
         except ray.exceptions.RayError as error:
             self._raise_if_finished()
-            logger.warning("W&B run %s: %s failed, training goes on: %s", self.name, method, _line(error))
+            _warn_once(f"W&B run {self.name}: {method} failed, training goes on: {_line(error)}")
 
     def _raise_if_finished(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -1171,16 +1169,23 @@ class WandbRun:
 
 
 @atexit.register  # runs before Ray's own, which takes the actors down
-def _finish_all() -> None:
+def _finish_all(failed: bool = False) -> None:
     for run in _unfinished[::-1]:  # guests before their hosts
         if ray.is_initialized():
-            run.finish(exit_code=1 if hasattr(sys, "last_type") else 0)
+            run.finish(exit_code=1 if failed or hasattr(sys, "last_type") else 0)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _value(key: object, value: Any) -> Any:
     """`value` as int, float, str, numeric array or W&B data type."""
-    if (type(value) is int and abs(value) < 2**63) or isinstance(value, str) or _is_data_type(value):
+    if (type(value) is int and abs(value) < 2**63) or _is_data_type(value):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass, which the actor might not know
     with contextlib.suppress(Exception):  # ragged lists, tensors that can't be read from here
         array = np.asarray(value)
         if array.dtype.kind in "iufb":
@@ -1189,26 +1194,9 @@ def _value(key: object, value: Any) -> Any:
     raise TypeError(f"metric {key!r} must be {expected}, not {value!r:.80} ({type(value).__name__})")
 
 
-def _key_error(key: object) -> Exception:
-    if not isinstance(key, str):
-        return TypeError(f"metric key {key!r} must be a string")
-    if key in ("step", "workers"):
-        return ValueError(f"metric key {key!r} is taken: every row has its own")
-    return ValueError(f"metric key {key!r} must not be empty or start with '_': wandb would drop it without a word")
-
-
 def _is_data_type(value: Any) -> bool:
     """Whether it is a `wandb.Table`, `wandb.Histogram` or the like."""
     return "wandb" in sys.modules and isinstance(value, sys.modules["wandb"].sdk.data_types.base_types.wb_value.WBValue)
-
-
-def _content(file: str, value: Any) -> Any:
-    """A file's bytes (the pipeline actor may be on another node), or the W&B data type."""
-    if isinstance(value, bytes) or _is_data_type(value):
-        return value
-    if isinstance(value, str | Path):
-        return Path(value).read_bytes()
-    raise TypeError(f"file {file!r} must be bytes, a path or a W&B data type, not {value!r:.80}")
 
 
 # Workers and session
@@ -1282,7 +1270,7 @@ def ray_session(args: Args) -> Iterator[None]:
         hint = "; has it a token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)?" if status == 2 else ""
         print(f"{type(error).__name__}: {_line(error)}{hint}", file=sys.stderr)
     finally:
-        _finish_all()
+        _finish_all(failed=status != 0)
         ray.shutdown()
     if status:
         sys.exit(status)

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,52 @@ def test_a_row_that_wandb_refuses_is_counted_as_lost_and_harms_no_other(actor):
     assert [row["step"] for row in Log(report.path).rows] == [0, 2]
     assert (report.reports, report.rows, report.lost) == (6, 2, 2)
     assert not report.ok
+
+
+def test_a_row_whose_file_is_gone_is_counted_as_lost_and_harms_no_other(actor):
+    import wandb
+
+    made, page = actor(), wandb.Html("rollout")
+    os.unlink(page._path)  # it was in the folder of a worker that has ended
+    reports = [(0, {"a": 1.0}), (1, {"a": page}), (2, {"a": 3.0})]
+    made.call("", "push", ME, 0, packed([report for report in reports for _ in range(2)]), True)
+    report = made.finish(0)[""]
+    assert [row["step"] for row in Log(report.path).rows] == [0, 2]
+    assert (report.reports, report.rows, report.lost, report.ok) == (6, 2, 2, False)
+
+
+def test_rows_that_come_to_disk_while_they_are_counted_are_not_called_lost(actor, monkeypatch):
+    """The lag is wandb's own, a few milliseconds; here it is made to fall between two looks."""
+    made, looks, distinct_rows = actor(), [], common._distinct_rows
+    made.call("", "push", ME, 0, packed([(step, {"a": 1.0}) for step in range(5) for _ in range(2)]), True)
+
+    def first_without_the_last(paths):
+        rows = distinct_rows(paths)
+        looks.append(len(rows))
+        return dict(list(rows.items())[:-1]) if len(looks) == 1 else rows
+
+    monkeypatch.setattr(common, "_distinct_rows", first_without_the_last)
+    read_summary = common.read_summary
+    monkeypatch.setattr(common, "read_summary", lambda path: read_summary(path) if looks else {})
+    report = made.finish(0)[""]
+    assert looks == [5, 5]
+    assert (report.reports, report.rows, report.lost, report.warnings) == (10, 5, 0, [])
+
+
+def test_two_may_finish_a_run_at_once(actor, monkeypatch):
+    monkeypatch.setattr(PipelineActor, "GRACE", 1.0)
+    made = actor()
+    made.call("", "push", ME, 0, packed([(0, {"a": 1.0})]), False)  # more may come: both wait for that
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(made.finish, (0, 1))
+    assert one == other
+    assert (one[""].reports, one[""].rows, one[""].lost) == (1, 1, 0)
+
+
+def test_what_was_lost_between_two_batches_is_counted():
+    pipeline = _Pipeline("")
+    rows = pushed(pipeline, [(0, {"a": 1.0})]) + pushed(pipeline, [(3, {"a": 1.0})], first=3)
+    assert (pipeline.counts["reports"], len(rows)) == (4, 2)
 
 
 def test_data_types_that_were_logged_do_not_get_into_the_journal_s_way(actor, monkeypatch):

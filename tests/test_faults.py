@@ -296,6 +296,10 @@ def test_a_pipeline_actor_has_one_core_and_wandb_core_the_others(run):
     made.finish()
 
 
+class Text(str):
+    """A kind of string that no pipeline actor knows."""
+
+
 def test_what_can_not_be_logged_raises_at_the_caller_and_harms_nothing(run):
     made = run()
     nothing = object()
@@ -320,7 +324,7 @@ def test_what_can_not_be_logged_raises_at_the_caller_and_harms_nothing(run):
             made.log_artifact(*arguments)
     with pytest.raises(ValueError, match="aliases"):
         made.log_artifact("name", "model", {"f": b"x"}, aliases=["a:b"])
-    made.log({"a": np.float32(1.5), "b": True, "c": "x", "d": [1, 2], "e": np.array([])}, np.int64(3))
+    made.log({"a": np.float32(1.5), "b": True, "c": Text("x"), "d": [1, 2], "e": np.array([])}, np.int64(3))
     report = made.finish()
     assert report.reports == 1
     [row] = Log(made.path).rows
@@ -373,6 +377,57 @@ def test_after_finish_log_raises_everywhere_and_finish_returns_the_same(ray_here
     assert len(Log(made.path).rows) == 1
 
 
+def test_a_copy_may_finish_the_run_and_the_ledger_is_the_same(ray_here, run):
+    @ray_here.remote
+    def finish(made: WandbRun):
+        made.log({"a": 1.0}, 0)
+        return made.finish()
+
+    made = run()
+    report = ray_here.get(finish.remote(made))
+    assert (report.reports, report.rows, report.ok) == (1, 1, True)
+    with pytest.raises(RunFinishedError, match="finished"):
+        made.log({"a": 1.0}, 1)
+    assert made.finish() == report
+
+
+def test_an_actor_that_is_gone_for_good_is_no_success(ray_here, run, caplog):
+    made = run()
+    made.log({"a": 1.0}, 0)
+    wait_for(lambda: list(read_rows(made.path)))
+    ray_here.kill(made._actor)
+    for _ in range(5):
+        made.progress()
+    assert caplog.text.count("progress failed") == 1
+    report = made.finish()
+    assert (report.rows, report.gone, report.ok) == (1, True, False)
+    assert len(report.warnings) == 1
+    Path(made.path.parent, f".{made.id}.journal").unlink()
+
+
+def test_an_id_can_not_be_used_twice_at_once(run):
+    made = run(id="same")
+    with pytest.raises(RuntimeError, match="is another run of this id going on"):
+        run(id="same")
+    made.log({"a": 1.0}, 0)
+    assert made.finish().rows == 1
+
+
+def test_a_run_whose_neighbour_can_not_start_has_failed(tmp_path, environment):
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from common import WandbRun, parse_args, ray_session
+args = parse_args("", ["--dir", {str(tmp_path)!r}, "--mode", "offline"])
+with ray_session(args):
+    WandbRun("p", "n", **args.init)
+    WandbRun("", "m", **args.init)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "ValueError: project must be a name, not ''\n")
+    [path] = folders(tmp_path)
+    assert Log(path).exit_code == 1
+
+
 def test_one_run_can_carry_two_pipelines(run):
     training = run(prefix="training/", workers=2)
     inference = WandbRun("p", pipeline=InferencePipelineActor, share=training)
@@ -423,6 +478,7 @@ def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp
         assert not report.ok
         assert len([warning for warning in report.warnings if "disk is full" in warning]) == 1
         assert len(Log(report.path).rows) == report.rows == report.reports - report.lost
+        assert not list(disk.glob("wandb/.*journal*"))
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
