@@ -1362,13 +1362,18 @@ def _summarise(args: Args, reports: Sequence[RunReport]) -> None:
         name = f"{report.name} {report.prefix}" if args.one_run else report.name
         print(f"{name}: {report.rows} rows from {report.reports} reports{ledger}")
         if report.id not in [other.id for other in reports[i + 1 :]]:  # else the next pipeline shares the run
-            print(f"  {report.url or (report.path and os.path.relpath(report.path)) or 'disabled: nothing is kept'}")
+            print(f"  {report.url or (report.path and _shown(report.path)) or 'disabled: nothing is kept'}")
     if folders := list(dict.fromkeys(path for report in reports for path in report.paths)):
         _open_in_leet(args.dir / "wandb", folders)
-        print(f"Look at them here:  {_command('leet', os.path.relpath(args.dir / 'wandb'))}")
+        print(f"Look at them here:  {_command('leet', _shown(args.dir / 'wandb'))}")
     if missing := dict.fromkeys(path for report in reports for path in report.paths if not report.uploaded):
         online = ["--no-skip-online"] if any(path.name.startswith("run-") for path in missing) else []
-        print(f"Upload them:        {_command('sync', *online, *map(os.path.relpath, missing))}")
+        print(f"Upload them:        {_command('sync', *online, *map(_shown, missing))}")
+
+
+def _shown(path: Path) -> str:
+    """Relative if it is below the folder that the user is in."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _open_in_leet(folder: Path, runs: Sequence[Path]) -> None:
@@ -1392,5 +1397,5 @@ def _command(*words: str) -> str:
     command = ["wandb"] if shutil.which("wandb") == script else [script]
     if "UV" in os.environ:  # `uv run` puts it on the PATH of this program, not of the shell
         here = Path(__file__).parent
-        command = ["uv", "run", *(["--project", os.path.relpath(here)] if Path.cwd() != here else []), "wandb"]
+        command = ["uv", "run", *(["--project", _shown(here)] if Path.cwd() != here else []), "wandb"]
     return shlex.join([*command, *words])
