@@ -494,14 +494,14 @@ def one_pipeline(load: Load, senders: int, reports: int, arrays: bool, seconds: 
     return result
 
 
-def scaling(load: Load, rounds: int, reports: int = 32_000) -> dict[str, dict[str, float]]:
-    """From 4 to 64 workers on one pipeline, with numbers and with arrays (4 keys of 64 samples)."""
+def scaling(load: Load, rounds: int, reports: int = 4_000) -> dict[str, dict[str, float]]:
+    """From 4 to 64 workers with so many reports each on one pipeline: numbers, and arrays (4 keys of 64 samples)."""
     runs = collections.defaultdict(list)
     for _ in range(rounds):
         for arrays in (False, True):
             for senders in (4, 16, 64):
                 name = f"{senders} workers, {'arrays' if arrays else 'numbers'}"
-                runs[name].append(one_pipeline(load, senders, reports // (2 if arrays else 1), arrays))
+                runs[name].append(one_pipeline(load, senders, senders * reports, arrays))
     return {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
 
 
