@@ -105,8 +105,8 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
 
     least = dict(steps=1, training_workers=1, inference_workers=1, step_seconds=0, seed=0, finish_timeout=1)
     for name, minimum in least.items():
-        if not minimum <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be a finite number of at least {minimum}")
+        if not minimum <= getattr(args, name) <= 2**32:
+            parser.error(f"--{name.replace('_', '-')} must be a number from {minimum} to {2**32}")
     for name in ("entity", "experiment"):
         value = getattr(args, name)
         if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", value):
@@ -135,7 +135,10 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
     host, _, port = (args.address or "").rpartition(":")
     if args.address not in (None, "auto"):
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            with socket.create_connection((host, int(port)), timeout=5) as connection:
+                plain = os.environ.get("RAY_USE_TLS") != "1"
+                if plain and connection.recv(4)[3:] != b"\x04":  # gRPC begins with HTTP/2 SETTINGS
+                    raise OSError("something else does")
         except (OSError, ValueError, OverflowError) as error:
             parser.error(f"--address {args.address}: no Ray cluster answers there ({error}); give HOST:PORT")
 
@@ -167,11 +170,11 @@ def generate_training_metrics(step: int, rng: np.random.Generator) -> Metrics:
     Keys, units and shapes follow what verl, NeMo-RL and prime-rl log.
     """
     learned, spike = _progress(step), step % 37 == 13  # gradients are averaged: every worker sees it
-    checkpoint = step % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1
+    checkpoint = step % CHECKPOINT_EVERY == 0
     norms = rng.lognormal(np.log([0.25, 0.4]), 0.25) * (1 - 0.4 * learned) * (4 if spike else 1)
     tokens = int(32_768 * rng.uniform(0.9, 1.1))
     latency = rng.lognormal(math.log(900 * tokens / 32_768), 0.08, size=8) * (1.8 if checkpoint else 1)
-    wait_s = 7.2 * rng.uniform(0.05, 0.15) * (1 + 2 * learned) * (0.3 if checkpoint else 1)  # rollouts catch up
+    wait_s = 7.2 * rng.uniform(0.05, 0.15) * (1 + learned) * (0.3 if checkpoint else 1)  # rollouts catch up
     staleness = step % SYNC_EVERY / SYNC_EVERY
     return {
         "loss": rng.normal(0.01 * math.exp(-step / 50), 0.02),
@@ -246,9 +249,9 @@ def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -
     - an array (any shape) holds samples: pooled over the workers before any statistic is taken; the statistics become
       `key/mean`, … (mean, min and max if `reduction` names none)
     - a bool array holds outcomes: pooled to one fraction under `key`
-    - strings and W&B data types pass through
+    - strings and W&B data types pass through, those of one worker: let only one log them
 
-    Workers that lack a key don't count for it.
+    Workers that lack a key, or have an empty array for it, don't count for it.
     """
     row: dict[str, Any] = {}
     for key in dict.fromkeys(itertools.chain.from_iterable(reports)):
@@ -257,10 +260,11 @@ def reduce_reports(reports: Sequence[Mapping[str, Any]], reduction: Reduction) -
         if kinds - {int, float} and (others := [v for v in values if not isinstance(v, int | float | np.ndarray)]):
             row[key] = others[0]
         elif np.ndarray in kinds:
-            pooled = np.concatenate([np.ravel(value) for value in values])
-            if pooled.size and pooled.dtype == bool:
+            samples = [np.ravel(value) for value in values if np.size(value)]
+            pooled = np.concatenate([[], *samples])  # as float64
+            if samples and all(some.dtype == bool for some in samples):
                 row[key] = pooled.mean().item()
-            elif pooled.size:
+            elif samples:
                 for name in reduction.statistics.get(key, ("mean", "min", "max")):
                     value = np.percentile(pooled, int(name[1:])) if name[0] == "p" else getattr(np, name)(pooled)
                     row[f"{key}/{name}"] = value.item()
@@ -387,7 +391,7 @@ class _Pipeline:
         metrics = [pickle.loads(report) for report in sorted(together)]  # the order they came in has no effect
         row = reduce_reports(metrics, self.reduction)
         for key in self.reduction.totals:
-            if key in row:
+            if isinstance(row.get(key), int | float):
                 row[f"{key}_total"] = self.totals[key] = self.totals.get(key, 0) + row[key]
         row |= {"step": step, "workers": len(together)}
         self.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
@@ -507,7 +511,7 @@ class PipelineActor:
         self._journal: _Journal | None = None
         self._disk_is_full = False
         self._journal_path = Path(init["dir"], "wandb", f".{init['id']}.journal")
-        if self._journal_path.exists():  # a restart
+        if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
             self._start()
         threading.Thread(target=self._watch_owner, daemon=True).start()
 
@@ -524,6 +528,7 @@ class PipelineActor:
                     raise kind(" ".join(str(error).split())[:500]) from error
             earlier = self._earlier_summary() if self._init.get("resume") else {}
             totals = {key: earlier.get(f"{prefix}{key}_total", 0) for key in reduction.totals}
+            totals = {key: float(total) if total in ("NaN", "Infinity") else total for key, total in totals.items()}
             self.call(None, "_join", prefix, reduction, workers, totals)
             return self._ledger(prefix)
 
@@ -582,8 +587,8 @@ class PipelineActor:
 
         settings = self._init.get("settings") or {}
         if isinstance(settings, wandb.Settings):
-            settings = settings.model_dump(exclude_unset=True)
-        self._timeout = settings.get("finish_timeout", 60) / 2  # for the artifacts, and again for the rows
+            settings = {key: getattr(settings, key) for key in settings.model_fields_set}
+        self._timeout = (settings.get("finish_timeout") or 60) / 2  # for the artifacts, and again for the rows
         settings = dict(silent=True, console="off", init_timeout=10, x_transaction_log_flush_interval=0.5) | settings
         settings |= dict(finish_timeout=self._timeout, finish_timeout_raises=True)
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
@@ -645,7 +650,7 @@ class PipelineActor:
             self._run.log(row)  # never `step=`: it drops rows that come out of order
         except ConnectionError:
             raise
-        except (TypeError, ValueError, OSError) as error:  # refused after all; the ledger says what is lost
+        except Exception as error:  # refused after all; the ledger says what is lost
             self._warn(f"W&B refused a row: {_line(error)}")
 
     # Artifacts: wandb blocks when the server is away, so they have threads of their own
@@ -653,7 +658,9 @@ class PipelineActor:
     @ray.method(concurrency_group="control")
     def log_artifact(self, files: Mapping[str, Any], **artifact: Any) -> None:
         """Writes the files (bytes, or W&B data types) into the run's folder and has the artifact logged."""
-        folder, staged = Path(self._report.path or tempfile.mkdtemp(), "artifacts", uuid.uuid4().hex), dict(files)
+        if self._report.mode == "disabled":
+            return
+        folder, staged = self._report.path / "artifacts" / uuid.uuid4().hex, dict(files)
         try:
             for file in [file for file, content in files.items() if isinstance(content, bytes)]:
                 staged[file] = folder / file
@@ -839,6 +846,8 @@ def _line(error: BaseException) -> str:
 
 def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
     """Makes a pipeline an actor that comes back when it dies, and outlives its driver until the run is finished."""
+    if not issubclass(cls, PipelineActor):
+        raise TypeError(f"{cls.__name__} must be derived from PipelineActor")
     lives = dict(max_restarts=-1, max_task_retries=-1, lifetime="detached")
     threads = {"closing": 8, "control": 8}  # next to the one that takes the reports
     return ray.remote(concurrency_groups=threads, num_cpus=0, **lives)(cls)
@@ -982,37 +991,42 @@ class WandbRun:
     ):
         if not ray.is_initialized():
             raise RuntimeError("Ray is not running: call ray.init() before making a WandbRun")
-        if not isinstance(pipeline, ray.actor.ActorClass):
+        if not (isinstance(pipeline, ray.actor.ActorClass) and isinstance(pipeline, PipelineActor)):
             raise TypeError(f"pipeline must be a class decorated with @pipeline_actor, not {pipeline!r}")
         if not isinstance(project, str) or not project:
             raise ValueError(f"project must be a name, not {project!r}")
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
             raise ValueError(f"workers must be a positive integer, not {workers!r}")
         if share is not None:
-            prefix = prefix or pipeline.prefix
+            if not isinstance(share, WandbRun) or share._report is not None:
+                raise ValueError(f"share must be a WandbRun that is not finished, not {share!r}")
+            share, prefix = share._host or share, prefix or pipeline.prefix
             if init or project != share.project:
                 raise ValueError(f"share= takes the project ({share.project!r}) and the settings of the run it shares")
             if any(prefix.startswith(other) or other.startswith(prefix) for other in share._prefixes):
                 raise ValueError(f"prefix {prefix!r} overlaps with {share._prefixes}: each pipeline needs its own")
-        if not re.fullmatch(r"([^_/][^/]*/)*", prefix):
+        if not isinstance(prefix, str) or not re.fullmatch(r"([^_/*][^/*]*/)*", prefix):
             raise ValueError(f"prefix must be a path that ends with '/', such as 'training/', not {prefix!r}")
 
         self.project, self._prefix, self._prefixes = project, prefix, [prefix]
-        self._is_guest, self._guests, self._report = share is not None, list[WandbRun](), None
+        self._host, self._guests, self._report = share, list[WandbRun](), None
         if share is None:
             init = {key: value for key, value in init.items() if value is not None}
-            init = dict(id=uuid.uuid4().hex[:8], job_type=pipeline.job_type, dir=".") | init
+            folder = os.environ.get("WANDB_DIR", ".")
+            init = dict(id=uuid.uuid4().hex[:8], job_type=pipeline.job_type, dir=folder) | init
             init |= dict(project=project, name=name, dir=os.path.abspath(init["dir"]))
             environ = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
             here = NodeAffinitySchedulingStrategy(_node_id(), soft=False)  # where the run's folder and the login are
             self._actor = pipeline.options(scheduling_strategy=here).remote(init, os.getpid(), environ, sys.argv)
         else:
             self._actor = share._actor
+        joining = self._actor.join.remote(prefix, pipeline.reduction, workers)
         try:
-            started: RunReport = ray.get(self._actor.join.remote(prefix, pipeline.reduction, workers))
-        except ray.exceptions.RayActorError as error:  # it found a journal, and failed in its constructor
-            why = str(error).strip().splitlines()[-1]
-            raise RuntimeError(f"W&B run {name or init.get('id')!r} of {project!r} can't start: {why}") from None
+            started: RunReport = ray.get(joining)
+        except KeyboardInterrupt:  # let it get ready, and record it as failed
+            ray.get(joining)
+            self.finish(1)
+            raise
         except ray.exceptions.RayTaskError as error:
             if share is None:
                 ray.kill(self._actor)
@@ -1045,6 +1059,8 @@ class WandbRun:
 
         Raises TypeError or ValueError naming the key that wandb would refuse or drop, RunFinishedError after `finish`.
         """
+        if not isinstance(metrics, Mapping):
+            raise TypeError(f"metrics must be a mapping from key to value, not {metrics!r:.80}")
         if type(step) is not int:
             if isinstance(step, bool) or not isinstance(step, np.integer):
                 raise TypeError(f"step must be an integer, not {step!r}")
@@ -1092,9 +1108,15 @@ class WandbRun:
         if isinstance(aliases, str) or any(not isinstance(a, str) or not a or set(a) & set("/:") for a in aliases):
             raise ValueError(f"aliases must be names without '/' and ':', not {aliases!r}")
         if not isinstance(files, Mapping):
-            files = {Path(path).name: path for path in ([files] if isinstance(files, str | Path) else files)}
+            paths = [files] if isinstance(files, str | Path) else list(files)
+            files = {Path(path).name: path for path in paths}
+            if len(files) < len(paths):
+                raise ValueError(f"files of artifact {name!r} share a name: pass a mapping from name to path")
         if not files:
             raise ValueError(f"artifact {name!r} has no files")
+        for file in files:
+            if not isinstance(file, str) or not file or file[0] == "/" or ".." in Path(file).parts:
+                raise ValueError(f"file {file!r} must be a relative path without '..', as its name in the artifact")
         files = {f: Path(what).read_bytes() if isinstance(what, str | Path) else what for f, what in files.items()}
         for file, what in files.items():  # bytes, because the pipeline actor may be on another node
             if not isinstance(what, bytes) and not _is_data_type(what):
@@ -1130,13 +1152,15 @@ class WandbRun:
         """
         if self._report is not None:
             return self._report
+        if not isinstance(exit_code, int):
+            raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
         if not ray.is_initialized():
             raise RuntimeError(f"Ray is not running any more, so run {self.name!r} can't be finished; see {self.path}")
         try:
-            reports = ray.get(self._actor.finish.remote(exit_code, self._prefix if self._is_guest else None))
+            reports = ray.get(self._actor.finish.remote(exit_code, self._prefix if self._host else None))
             for run in (self, *self._guests):
                 run._report = reports[run._prefix]
-            if not self._is_guest and self in _unfinished:  # a copy's end is not the end of the others
+            if not self._host and self in _unfinished:  # a copy's end is not the end of the others
                 ray.kill(self._actor)
         except ray.exceptions.RayActorError as error:
             self._report = self._report_of_the_disk(error)
@@ -1242,12 +1266,14 @@ def ray_session(args: Args) -> Iterator[None]:
     Ends the program with status 130 after Ctrl-C, 143 after SIGTERM and 1 after an exception, told in one line.
     """
     signals: list[int] = []
+    ending = False
 
     def interrupt(signum: int, _: object) -> None:
         if signals:  # the second time, at once
             os._exit(128 + signum)
         signals.append(signum)
-        raise KeyboardInterrupt
+        if not ending:
+            raise KeyboardInterrupt
 
     def catch_signals() -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -1264,16 +1290,17 @@ def ray_session(args: Args) -> Iterator[None]:
         catch_signals()  # Ray has set its own
         yield
     except KeyboardInterrupt:
-        status = 128 + signals[0]
+        status = 1  # and what the signal says
     except Exception as error:
-        status = 2 if isinstance(error, ConnectionError) else 1  # no Ray at the address
+        status = 2 if type(error) is ConnectionError else 1  # no Ray at the address
         hint = "; has it a token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)?" if status == 2 else ""
         print(f"{type(error).__name__}: {_line(error)}{hint}", file=sys.stderr)
     finally:
+        ending = True
         _finish_all(failed=status != 0)
         ray.shutdown()
-    if status:
-        sys.exit(status)
+    if status or signals:
+        sys.exit(128 + signals[0] if signals else status)
 
 
 def run_pipelines(

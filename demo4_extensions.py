@@ -19,7 +19,6 @@ import numpy as np
 
 from common import (
     CHECKPOINT_EVERY,
-    SYNC_EVERY,
     Args,
     InferencePipelineActor,
     Metrics,
@@ -78,17 +77,17 @@ class Checkpoints:
 
 
 def log_trajectories(run: WandbRun, step: int, metrics: Metrics) -> None:
-    """Logs a table of this batch's rollouts, every `SYNC_EVERY` batches, with the checkpoint they were made with."""
-    if step % SYNC_EVERY:
+    """Logs a table of this batch's rollouts, each time there is a new checkpoint, and says which one made them."""
+    if step % CHECKPOINT_EVERY:
         return
     import wandb  # here, in the one worker that needs it
 
-    checkpoint = f"checkpoint:step-{step // CHECKPOINT_EVERY * CHECKPOINT_EVERY}"
+    checkpoint = f"checkpoint:step-{metrics['policy_version']}"
     run.use_artifact(checkpoint)
     rollouts = zip(metrics["reward"], metrics["response_length"], metrics["success_rate"], strict=True)
     rows = [[step, i, float(r), int(length), bool(success)] for i, (r, length, success) in enumerate(rollouts)]
     table = wandb.Table(columns=["step", "rollout", "reward", "response_length", "success"], data=rows)
-    metadata = {"step": step, "policy_version": metrics["policy_version"], "checkpoint": checkpoint}
+    metadata = {"step": step, "checkpoint": checkpoint}
     run.log_artifact(
         "trajectories", "rollouts", {"rollouts": table}, metadata=metadata, aliases=["latest", f"step-{step}"]
     )

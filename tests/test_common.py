@@ -178,6 +178,12 @@ def test_a_statistic_that_is_none_is_refused_where_it_is_named():
 def test_outcomes_are_pooled_to_one_fraction():
     outcomes = [{"success": np.array([True])}, {"success": np.zeros(3, bool)}]
     assert reduce_reports(outcomes, Reduction()) == {"success": 0.25}
+    assert reduce_reports([*outcomes, {"success": np.array([])}], Reduction()) == {"success": 0.25}
+
+
+def test_samples_of_a_narrow_type_are_pooled_as_doubles():
+    reduction = Reduction(statistics={"a": ("p50", "p99", "max")})
+    assert reduce_reports([{"a": np.array([-100, 100], np.int8)}], reduction) == {"a/p50": 0, "a/p99": 98, "a/max": 100}
 
 
 def test_workers_that_lack_a_key_do_not_count_for_it():
@@ -208,6 +214,12 @@ def packed(reports: list[tuple[int, dict]]) -> list[tuple[int, bytes]]:
 
 def pushed(pipeline: _Pipeline, reports: list[tuple[int, dict]], first: int = 0, sender=ME) -> list[dict]:
     return list(pipeline.push(sender, first, packed(reports), last=False))
+
+
+def test_a_total_leaves_out_what_is_no_number():
+    pipeline = _Pipeline("", Reduction(sums=("n",), totals=("n",)))
+    rows = pushed(pipeline, [(0, {"n": 1}), (1, {"n": "x"}), (2, {"n": 2})])
+    assert [row.get("n_total") for row in rows] == [1, None, 3]
 
 
 def test_a_row_is_due_when_all_workers_have_reported_and_late_ones_get_their_own():

@@ -208,9 +208,9 @@ def test_demo4_ties_the_runs_of_an_experiment_together(ran):
     rollouts = independent(generate_inference_metrics, 1)
     trajectories = artifacts(found["inference-exp"], "trajectories")
     assert [json.loads(version["metadata"])["checkpoint"] for version in trajectories] == [
-        *("checkpoint:step-0", "checkpoint:step-0", "checkpoint:step-10")
+        *("checkpoint:step-0", "checkpoint:step-10")
     ]
-    for step, version in zip((0, 5, 10), trajectories, strict=True):
+    for step, version in zip((0, 10), trajectories, strict=True):
         table = json.loads(contents(version)["rollouts.table.json"].read_text())
         assert table["columns"] == ["step", "rollout", "reward", "response_length", "success"]
         assert [row[2] for row in table["data"]] == pytest.approx(list(rollouts[step][0]["reward"]))
