@@ -974,8 +974,8 @@ class WandbRun:
     init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).
 
     Attributes: `id`, `project`, `mode`, `url` (None if not online), `path` (the run's folder, None if disabled).
-    Raises ValueError or TypeError for arguments that can't work, OSError for a folder that can't be written and
-    RuntimeError if the run can't start.
+    Raises ValueError or TypeError for arguments that can't work, OSError for a folder that can't be
+    written or an id in use, and RuntimeError if the run can't start.
     """
 
     def __init__(

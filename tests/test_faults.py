@@ -407,7 +407,7 @@ def test_an_actor_that_is_gone_for_good_is_no_success(ray_here, run, caplog):
 
 def test_an_id_can_not_be_used_twice_at_once(run):
     made = run(id="same")
-    with pytest.raises(RuntimeError, match="is another run of this id going on"):
+    with pytest.raises(OSError, match="is another run of this id going on"):
         run(id="same")
     made.log({"a": 1.0}, 0)
     assert made.finish().rows == 1
