@@ -511,7 +511,8 @@ class PipelineActor:
         self._journal: _Journal | None = None
         self._disk_is_full = False
         self._journal_path = Path(init["dir"], "wandb", f".{init['id']}.journal")
-        if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
+        restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        if restarted and self._journal_path.exists():  # else `join` starts the run, where its errors reach the caller
             self._start()
         threading.Thread(target=self._watch_owner, daemon=True).start()
 
@@ -528,7 +529,8 @@ class PipelineActor:
                     raise kind(" ".join(str(error).split())[:500]) from error
             earlier = self._earlier_summary() if self._init.get("resume") else {}
             totals = {key: earlier.get(f"{prefix}{key}_total", 0) for key in reduction.totals}
-            totals = {key: float(total) if total in ("NaN", "Infinity") else total for key, total in totals.items()}
+            not_finite = ("NaN", "Infinity", "-Infinity")  # as summaries spell them
+            totals = {key: float(total) if total in not_finite else total for key, total in totals.items()}
             self.call(None, "_join", prefix, reduction, workers, totals)
             return self._ledger(prefix)
 
