@@ -20,9 +20,9 @@ from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 import common
+
+import numpy as np
 
 try:
     import wandb

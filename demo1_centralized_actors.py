@@ -12,15 +12,8 @@ both on one page needs a Report, and finds what belongs together by the experime
 
 import sys
 
-from common import (
-    Args,
-    InferencePipelineActor,
-    TrainingPipelineActor,
-    WandbRun,
-    parse_args,
-    ray_session,
-    run_pipelines,
-)
+from common import InferencePipelineActor, TrainingPipelineActor, WandbRun
+from session import Args, InferenceWorker, TrainingWorker, parse_args, ray_session, run_to_end
 
 
 def strategy(args: Args) -> tuple[WandbRun, WandbRun]:
@@ -48,7 +41,9 @@ def main() -> int:
     args = parse_args(__doc__)
     with ray_session(args):
         training, inference = strategy(args)
-        return run_pipelines(args, training, inference)
+        workers = [TrainingWorker.remote(training, args, rank) for rank in range(args.training_workers)]
+        workers += [InferenceWorker.remote(inference, args, rank) for rank in range(args.inference_workers)]
+        return run_to_end(args, workers, training, inference)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,8 @@ Report has to be made, and the link from an inference run to its training run is
 
 import sys
 
-from common import (
-    Args,
-    InferencePipelineActor,
-    TrainingPipelineActor,
-    WandbRun,
-    parse_args,
-    ray_session,
-    run_pipelines,
-)
+from common import InferencePipelineActor, TrainingPipelineActor, WandbRun
+from session import Args, InferenceWorker, TrainingWorker, parse_args, ray_session, run_to_end
 
 
 def strategy(args: Args) -> tuple[WandbRun, WandbRun]:
@@ -50,7 +43,9 @@ def main() -> int:
     args = parse_args(__doc__)
     with ray_session(args):
         training, inference = strategy(args)
-        return run_pipelines(args, training, inference)
+        workers = [TrainingWorker.remote(training, args, rank) for rank in range(args.training_workers)]
+        workers += [InferenceWorker.remote(inference, args, rank) for rank in range(args.inference_workers)]
+        return run_to_end(args, workers, training, inference)
 
 
 if __name__ == "__main__":

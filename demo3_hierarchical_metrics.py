@@ -1,8 +1,8 @@
 """How are metrics named? In one project, paths such as `training/loss` become the sections of its dashboard.
 
     pipeline    project     run name          keys
-    training    rl-agent    training-<ID>     training/loss, training/grads/grad_norm_0, …
-    inference   rl-agent    inference-<ID>    inference/reward/mean, inference/e2e/speed, …
+    training    rl-experiment    training-<ID>     training/loss, training/grads/grad_norm_0, …
+    inference   rl-experiment    inference-<ID>    inference/reward/mean, inference/e2e/speed, …
 
 Choose it when one team wants all of an experiment on one page. It costs longer names, and a project in which every
 experiment is two runs. `--one-run` puts both pipelines into one run called <ID>, each on its own step axis, as most RL
@@ -13,21 +13,14 @@ systems do: fewer runs to keep track of, but one that ends, resumes and fails as
 
 import sys
 
-from common import (
-    Args,
-    InferencePipelineActor,
-    TrainingPipelineActor,
-    WandbRun,
-    parse_args,
-    ray_session,
-    run_pipelines,
-)
+from common import InferencePipelineActor, TrainingPipelineActor, WandbRun
+from session import Args, InferenceWorker, TrainingWorker, parse_args, ray_session, run_to_end
 
 
 def strategy(args: Args) -> tuple[WandbRun, WandbRun]:
     """One project; each pipeline's keys begin with its own path, in a run each or both in one."""
     training = WandbRun(
-        "rl-agent",
+        "rl-experiment",
         args.experiment if args.one_run else f"training-{args.experiment}",
         pipeline=TrainingPipelineActor,
         workers=args.training_workers,
@@ -37,7 +30,7 @@ def strategy(args: Args) -> tuple[WandbRun, WandbRun]:
     )
     own_run = {"id": f"demo3-inference-{args.experiment}", **args.init}
     inference = WandbRun(
-        "rl-agent",
+        "rl-experiment",
         f"inference-{args.experiment}",
         pipeline=InferencePipelineActor,
         workers=args.inference_workers,
@@ -51,7 +44,9 @@ def main() -> int:
     args = parse_args(__doc__)
     with ray_session(args):
         training, inference = strategy(args)
-        return run_pipelines(args, training, inference)
+        workers = [TrainingWorker.remote(training, args, rank) for rank in range(args.training_workers)]
+        workers += [InferenceWorker.remote(inference, args, rank) for rank in range(args.inference_workers)]
+        return run_to_end(args, workers, training, inference)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ configuration.
 import io
 import sys
 
-import numpy as np
-
 from common import (
     CHECKPOINT_EVERY,
     Args,
@@ -28,6 +26,8 @@ from common import (
     ray_session,
     run_pipelines,
 )
+
+import numpy as np
 
 
 def strategy(args: Args) -> tuple[WandbRun, WandbRun]:

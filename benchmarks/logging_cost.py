@@ -47,11 +47,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # Ray's workers
 
+import common  # before ray: it sets what Ray reads when it is imported
+
 import numpy as np
 import ray
 from ray.util.queue import Queue
-
-import common  # before ray: it sets what Ray reads when it is imported
 
 STEP_SECONDS = 0.01
 WARM_UP = 3  # log calls of a worker that are not counted: they open connections

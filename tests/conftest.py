@@ -151,9 +151,9 @@ def wait_for(condition, seconds: float = 60.0, every: float = 0.1):
 @pytest.fixture(scope="session")
 def ray_here():
     """One Ray for all tests that use `WandbRun` directly."""
-    import ray
-
     import common  # sets what Ray reads when it is imported
+
+    import ray
 
     assert common
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=4)

@@ -9,11 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common import read_rows
+
 import pytest
 from conftest import DEMOS, ROOT, Log, folders, wait_for
 from wandb_server import KEY, Server
-
-from common import read_rows
 
 CLUSTER = """
 import json, sys

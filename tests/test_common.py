@@ -10,10 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import pytest
-from conftest import Log, folders
-
 import common
 from common import (
     InferencePipelineActor,
@@ -28,6 +24,10 @@ from common import (
     parse_args,
     reduce_reports,
 )
+
+import numpy as np
+import pytest
+from conftest import Log, folders
 
 # Arguments
 

@@ -6,11 +6,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from common import generate_inference_metrics, generate_training_metrics
+
 import numpy as np
 import pytest
 from conftest import DEMOS, ROOT, STEPS, Log, folders, logs
-
-from common import generate_inference_metrics, generate_training_metrics
 
 TRAINING_KEYS = {
     *("loss", "value_loss", "explained_variance", "learning_rate", "entropy", "kl", "clip_fraction", "mismatch_kl"),

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun, read_rows
+
 import numpy as np
 import pytest
 from conftest import ROOT, Log, folders, logs, wait_for
-
-from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun, read_rows
 
 
 def parent(pid: int) -> int:

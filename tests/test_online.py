@@ -11,12 +11,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from common import read_rows
+
 import pytest
 from conftest import ROOT, Log, folders, wait_for
 from test_faults import below
 from wandb_server import KEY, Server
-
-from common import read_rows
 
 
 @pytest.fixture

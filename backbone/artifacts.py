@@ -1,0 +1,193 @@
+"""Artifacts: their files staged in the run's folder, a queue in the store, and threads of their own.
+
+wandb blocks when the server is away, and an artifact that is used may still be on its way there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from . import values, wandb_internals
+from .ledger import line
+from .store import Store
+
+if TYPE_CHECKING:
+    from .writer import Writer
+
+PIECE = 8 << 20  # bytes of a file that travel at once between nodes
+
+
+class Artifacts:
+    """What is to be logged or used, in order; over a restart of the actor each once.
+
+    lock: whoever has it may use the store.
+    """
+
+    def __init__(self, store: Store, writer: Writer, lock: threading.Condition | threading.RLock):
+        self._store, self._writer, self._lock = store, writer, lock
+        self._threads = {"log": ThreadPoolExecutor(1), "use": ThreadPoolExecutor(1)}
+        self._futures: list[Future] = []
+        on_disk = set().union(*(wandb_internals.logged_artifacts(Path(path)) for path in store.facts.get("paths", ())))
+        for id_, task, client, done in store.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall():
+            finished = done or "ledgers" in store.facts or (client in on_disk and store.facts["mode"] == "offline")
+            if not finished:
+                self._submit(id_, *pickle.loads(task))
+
+    def log(self, key: str, what: Mapping[str, Any]) -> None:
+        """key: folder with the staged files; what: name, type, metadata, aliases, files, references, objects."""
+        self._add("log", {**what, "folder": key})
+
+    def use(self, name: str) -> None:
+        self._add("use", {"name": name})
+
+    def _add(self, kind: str, what: Mapping[str, Any]) -> None:
+        if self._store.facts["mode"] == "disabled":
+            return
+        try:
+            added = self._store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (pickle.dumps((kind, what)),))
+        except sqlite3.Error as error:  # the disk is full
+            return self.lose(what["name"], error)
+        self._submit(added.lastrowid, kind, what)
+
+    def lose(self, name: str, error: Exception) -> None:
+        self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + 1)
+        self._store.warn("artifact", f"artifact {name!r} is lost: {line(error)}")
+
+    def _submit(self, id_: int, kind: str, what: Mapping[str, Any]) -> None:
+        work = {"log": self._log, "use": self._use}[kind]
+        self._futures.append(self._threads[kind].submit(work, id_, **what))
+
+    def _log(
+        self, id_: int, *, name: str, type: str, metadata: dict, aliases: list, folder: str, **content: Any
+    ) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(name, type, metadata=metadata)
+        for file in content["files"]:
+            artifact.add_file(f"{folder}/{file}", file, policy="immutable", skip_cache=True)
+        for file, reference in content["references"].items():
+            artifact.add_reference(reference, file, checksum=False)
+        for file, value in values.unpack(content["objects"]).items():
+            artifact.add(value, file)
+        self._note("client = ?", wandb_internals.client_id(artifact), id_)
+        logged = self._writer.run.log_artifact(artifact, aliases=aliases)
+        if self._store.facts["mode"] == "online":
+            logged.wait()  # else a restart could bring it a second time, and its aliases back
+            self._note("done = ?", 1, id_)
+
+    def _use(self, id_: int, *, name: str) -> None:
+        run = self._writer.run
+        used = dict.fromkeys([*run.config.get("used_artifacts", []), name])
+        run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
+        deadline = time.monotonic() + self._writer.timeout
+        while self._store.facts["mode"] == "online":
+            try:
+                run.use_artifact(name)
+                break
+            except Exception:  # the run that makes it may not have uploaded it yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+        self._note("done = ?", 1, id_)
+
+    def _note(self, change: str, value: Any, id_: int) -> None:
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            self._store.db.execute(f"UPDATE artifacts SET {change} WHERE id = ?", (value, id_))
+
+    def finish(self, timeout: float) -> None:
+        """Waits for all of them; counts those that were not possible."""
+        futures, self._futures = self._futures, []
+        done, late = wait(futures, timeout)
+        errors = [future.exception() for future in done if future.exception()]
+        if failed := len(errors) + len(late):
+            self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + failed)
+            why = line(errors[0]) if errors else f"not possible within {timeout:.0f} s"
+            where = f"{self._store.facts['paths'][-1]}/artifacts"
+            self._store.warn("artifacts", f"{failed} artifacts were not logged or used: {why}; see {where}")
+
+
+# In the worker
+
+
+def check(name: str, type: str, metadata: Mapping[str, Any] | None, aliases: Sequence[str]) -> dict[str, Any]:
+    """An artifact's description. Raises ValueError for what W&B refuses."""
+    import wandb
+
+    wandb.Artifact(name, type, metadata=dict(metadata or {}))
+    if isinstance(aliases, str) or any(not isinstance(a, str) or not a or set(a) & set("/:") for a in aliases):
+        raise ValueError(f"aliases must be names without '/' and ':', not {aliases!r}")
+    return dict(name=name, type=type, metadata=dict(metadata or {}), aliases=list(aliases))
+
+
+def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
+    """An artifact's `files` (name -> bytes or path), `references` and `objects` of W&B's.
+
+    files: all of these by name, or paths only; a folder stands for the files below it. Raises ValueError, TypeError or
+    OSError.
+    """
+    if isinstance(files, str | Path):
+        files = {"" if Path(files).is_dir() else Path(files).name: files}
+    elif not isinstance(files, Mapping):
+        paths = list(files)
+        files = {Path(path).name: path for path in paths}
+        if len(files) < len(paths):
+            raise ValueError(f"files of artifact {artifact!r} share a name: pass a mapping from name to path")
+    found: dict[str, Any] = {}
+    for name, what in files.items():
+        if isinstance(what, str | Path) and "://" not in str(what) and Path(what).is_dir():
+            below = {str(PurePosixPath(name, path.relative_to(what))): path for path in Path(what).rglob("*")}
+            found |= {inner: path for inner, path in below.items() if path.is_file()}
+        else:
+            found[name] = what
+    if not found:
+        raise ValueError(f"artifact {artifact!r} has no files")
+    sorted_: dict[str, dict[str, Any]] = {"files": {}, "references": {}, "objects": {}}
+    for name, what in found.items():
+        if not isinstance(name, str) or not name or name[0] == "/" or ".." in Path(name).parts:
+            raise ValueError(f"file {name!r} must be a relative path without '..', as its name in the artifact")
+        if values.is_data_type(what):
+            sorted_["objects"][name] = what
+        elif isinstance(what, str) and "://" in what:
+            sorted_["references"][name] = what
+        elif isinstance(what, bytes | str | Path):
+            if not isinstance(what, bytes):
+                open(what, "rb").close()  # raises here and now
+            sorted_["files"][name] = what
+        else:
+            raise TypeError(f"file {name!r} must be bytes, a path, a reference or a W&B data type, not {what!r:.80}")
+    return sorted_
+
+
+def copy(content: bytes | str | Path, to: Path) -> None:
+    """Puts a file into the run's folder, on its own node: later changes of the original don't change it."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        to.write_bytes(content)
+    else:
+        shutil.copyfile(content, to)
+
+
+def pieces(content: bytes | str | Path) -> Iterator[tuple[int, bytes]]:
+    """A file for another node: offset and bytes of each piece; at least one."""
+    size, offset = len(content) if isinstance(content, bytes) else Path(content).stat().st_size, 0
+    with contextlib.nullcontext() if isinstance(content, bytes) else open(content, "rb") as file:
+        while offset == 0 or offset < size:
+            yield offset, content[offset : offset + PIECE] if file is None else file.read(PIECE)
+            offset += PIECE
+
+
+def put_piece(to: Path, offset: int, piece: bytes) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.touch()
+    with to.open("r+b") as file:
+        file.seek(offset)
+        file.write(piece)

@@ -1,0 +1,52 @@
+"""Calls of the pipeline actor that are waited for: in Python, because what waits inside Ray hangs when Ray is gone."""
+
+from __future__ import annotations
+
+import re
+import socket
+from concurrent.futures import wait
+from typing import Any
+
+import ray
+
+
+class ActorGoneError(RuntimeError):
+    """The pipeline actor is gone for good, or all of Ray is."""
+
+
+def answer(method: ray.actor.ActorMethod, *arguments: Any) -> Any:
+    """Calls a method of the pipeline actor. Raises what the method raised, or ActorGoneError."""
+    if not ray.is_initialized():
+        raise ActorGoneError("Ray is not running any more")
+    return result(method.remote(*arguments))
+
+
+def result(call: ray.ObjectRef) -> Any:
+    """What a call has returned or raised; ActorGoneError where it can't any more."""
+    future = call.future()
+    while not wait([future], timeout=1.0).done:
+        if not ray_answers():
+            raise ActorGoneError("Ray is not running any more")
+    error = future.exception()
+    if isinstance(error, ray.exceptions.RayTaskError):
+        raise error.cause from None
+    if isinstance(error, ray.exceptions.RayError):
+        raise ActorGoneError(plain(error))
+    return future.result()
+
+
+def ray_answers() -> bool:
+    """Whether something listens at the address of the cluster's GCS."""
+    try:
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except Exception:  # Ray's own, where it is not initialized
+        return False
+    return True
+
+
+def plain(error: BaseException) -> str:
+    """What an error of Ray's says, in one line without colours; of an actor that could not start, its own error."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    first, _, last = text.partition("\n")[0], "", text.rpartition("\n")[2]
+    return (last if "creation task" in first or "is dead because" in last else first).rstrip(".")

@@ -1,0 +1,97 @@
+"""The files that a run keeps outside of its folder: they are private, and one process at a time has them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import sqlite3
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger("wandb_run")
+
+
+def store_path(folder: Path, run_id: str) -> Path:
+    """Where the store of a run below `folder` is: in `folder`, or on this node where that has no locks (Lustre)."""
+    if has_locks(folder):
+        return folder / f".{run_id}.store"
+    name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:12]
+    return Path(tempfile.gettempdir(), f"wandb-run-{name}-{run_id}.store")
+
+
+def has_locks(folder: Path) -> bool:
+    if fcntl is None:
+        return True  # SQLite has its own way there
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        try:
+            fcntl.lockf(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def check_run_id(run_id: str) -> None:
+    """Raises ValueError for an id that W&B refuses, or that can't be part of a file's name."""
+    if (
+        not isinstance(run_id, str)
+        or not re.fullmatch(r"[^\s./\\#?%:\x00-\x1f][^/\\#?%:\x00-\x1f]{0,127}", run_id)
+        or run_id != run_id.strip()
+    ):
+        raise ValueError(rf"id {run_id!r} must be 1 to 128 characters without / \ # ? % :, and can't begin with '.'")
+
+
+def is_private(path: Path) -> bool:
+    """Whether it is a file of this user that no other may write or read: only that is ever unpickled."""
+    found = path.lstat()
+    owned = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o600)
+    return stat.S_ISREG(found.st_mode) and owned and found.st_nlink == 1
+
+
+def open_database(path: Path, patience: float = 3.0) -> sqlite3.Connection:
+    """The database at `path`, for this process alone; a new one if there is none, or what is there can't be trusted.
+
+    patience: seconds to wait for a process that has it. Raises OSError if that does not end.
+    """
+    for sibling in (path, *(path.with_name(path.name + end) for end in ("-wal", "-journal", "-shm"))):
+        if os.path.lexists(sibling) and not is_private(sibling):
+            _set_aside(sibling, "is no private file of this user")
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    database = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("PRAGMA locking_mode=EXCLUSIVE")
+        database.execute("PRAGMA journal_mode=WAL")  # takes the lock
+        database.execute("PRAGMA synchronous=OFF")
+        database.execute("SELECT * FROM sqlite_master").fetchall()
+    except sqlite3.OperationalError as error:
+        database.close()
+        if "locked" in str(error):
+            raise OSError(errno.EBUSY, "another process has this run, for its id is in use", str(path)) from None
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    except sqlite3.DatabaseError as error:
+        database.close()
+        _set_aside(path, str(error))
+        return open_database(path, patience)
+    return database
+
+
+def _set_aside(path: Path, why: str) -> None:
+    aside = path.with_name(f"{path.name}.set-aside-{time.time_ns()}")
+    path.rename(aside)
+    logger.warning("%s %s: it is set aside as %s", path, why, aside.name)
+
+
+def remove_database(path: Path) -> None:
+    for end in ("", "-wal", "-journal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + end).unlink()

@@ -1,0 +1,99 @@
+"""What outboxes send to a pipeline: each sender's batches in order and once, also when a restart shuffles them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .store import Store
+
+# What a worker says: its name, step, whether it is done with the step, packed metrics. Without a step it is gone.
+Item = tuple[str, int | None, bool, bytes]
+
+
+class Batch(NamedTuple):
+    """What an outbox sends at once."""
+
+    prefix: str
+    sender: str  # the outbox
+    where: str  # its process and node, for people
+    serial: int
+    oldest: int  # the lowest serial that the sender has no answer to: all below it have been here
+    said: int  # reports that the sender was given so far, with those that it found no room for
+    last: bool  # it has no more, and nobody there holds a copy of the run
+    items: Sequence[Item]
+
+
+@dataclasses.dataclass
+class Sender:
+    """An outbox, as far as the pipeline knows it."""
+
+    where: str
+    worker: str = ""  # the last one that logged through it
+    floor: int = 0  # the lowest serial that has not been taken
+    received: int = 0  # reports
+    said: int = 0
+    heard: float = 0.0
+    ended: bool = False  # it has said its last word for now, or is dead
+    early: set[int] = dataclasses.field(default_factory=set)  # serials that came before some below them
+
+
+class Inbox:
+    """The senders of a pipeline. Its state is in the store after `save`."""
+
+    def __init__(self, store: Store, prefix: str):
+        self._db, self._prefix = store.db, prefix
+        found = self._db.execute("SELECT id, state FROM senders WHERE prefix = ?", (prefix,))
+        self.senders: dict[str, Sender] = {id_: pickle.loads(sender) for id_, sender in found}
+        self._changed: set[str] = set()
+
+    def hear_of(self, batch: Batch) -> Sender:
+        """Notes what a batch says of its sender."""
+        sender = self.senders.setdefault(batch.sender, Sender(batch.where))
+        sender.said, sender.heard = max(sender.said, batch.said), time.time()
+        self._changed.add(batch.sender)
+        return sender
+
+    def put(self, batch: Batch) -> list[Batch] | None:
+        """The batches that can be taken now, in order: this one and those that waited for it. None for a repeat."""
+        sender = self.hear_of(batch)
+        if batch.serial < sender.floor or batch.serial in sender.early:
+            return None
+        due = max(sender.floor, batch.oldest)
+        if batch.serial == due and not sender.early:
+            return self._taken(sender, [batch])
+        self._db.execute("INSERT INTO early VALUES (?, ?, ?)", (batch.sender, batch.serial, pickle.dumps(batch)))
+        sender.early.add(batch.serial)
+        while due in sender.early:
+            due += 1
+        return self._early(batch.sender, below=due)
+
+    def dead(self, sender_id: str) -> list[Batch]:
+        """A sender's batches that waited for one that will not come."""
+        batches = self._early(sender_id, below=2**62)
+        self.senders[sender_id].ended = True
+        self._changed.add(sender_id)
+        return batches
+
+    def _early(self, sender_id: str, below: int) -> list[Batch]:
+        where = "FROM early WHERE sender = ? AND serial < ?"
+        found = self._db.execute(f"SELECT batch {where} ORDER BY serial", (sender_id, below)).fetchall()
+        self._db.execute(f"DELETE {where}", (sender_id, below))
+        return self._taken(self.senders[sender_id], [pickle.loads(batch) for (batch,) in found])
+
+    def _taken(self, sender: Sender, batches: list[Batch]) -> list[Batch]:
+        for batch in batches:
+            sender.early.discard(batch.serial)
+            sender.floor = batch.serial + 1
+            sender.received += sum(item[1] is not None for item in batch.items)
+            sender.ended = batch.last
+            sender.worker = batch.items[-1][0] if batch.items else sender.worker
+        return batches
+
+    def save(self) -> None:
+        rows = [(id_, self._prefix, pickle.dumps(self.senders[id_])) for id_ in self._changed]
+        self._db.executemany("INSERT OR REPLACE INTO senders VALUES (?, ?, ?)", rows)
+        self._changed.clear()

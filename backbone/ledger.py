@@ -1,0 +1,51 @@
+"""The account of a pipeline: what its workers said, and how much of it W&B has."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+
+class RunFinishedError(RuntimeError):
+    """Something was logged to a run after `finish`."""
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What came in from the workers of a pipeline, and what is there: `reports` = reports in rows + `lost`."""
+
+    name: str
+    id: str
+    mode: str = ""  # online, offline or disabled
+    url: str | None = None
+    paths: list[Path] = dataclasses.field(default_factory=list)  # the run's folders: one, and one more per restart
+    restarts: int = 0  # of the pipeline actor, after it died
+    uploaded: bool = False  # online: the server has it all
+    lost_artifacts: int = 0
+    gone: bool = False  # the pipeline actor, for good; what workers said after that is counted nowhere
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    prefix: str = ""
+    reports: int = 0  # calls of `log` that the pipeline has heard of
+    rows: int = 0  # that are in a transaction log or on the server
+    partial: int = 0  # of the rows: on fewer workers than the pipeline has
+    repeats: int = 0  # batches that came again after a restart, and were recognised
+    lost: int = 0  # reports that are in no row
+    lost_values: int = 0  # values that W&B refused; the rest of their rows is there
+    silent: int = 0  # processes that may have had more to say, and did not answer at the end
+
+    @property
+    def path(self) -> Path | None:
+        """The run's folder, the latest if it was restarted; None for a disabled run."""
+        return self.paths[-1] if self.paths else None
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was logged is where it should be, and nobody's word is missing."""
+        missing = self.lost or self.lost_values or self.lost_artifacts or self.silent or self.gone
+        return not missing and (self.uploaded or self.mode != "online")
+
+
+def line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of one line."""
+    return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")

@@ -1,0 +1,159 @@
+"""All reports of a step become one row: group by key, reduce by the kind of the value. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .ledger import line
+
+Warn = Callable[[str, str], None]  # (what kind of thing, what exactly): a kind is told once
+REFUSED = "refused"  # the kind that means a lost value
+
+
+class Rule(NamedTuple):
+    """How the values of one key become one."""
+
+    how: str = "mean"  # or "sum", or "largest"
+    weight: str | None = None  # key of the same report
+    total: bool = False
+    statistics: Sequence[str] = ("mean", "min", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """What `reduce_reports` can't tell from a value: how a pipeline's metrics are combined over workers.
+
+    A key may be a pattern: `reward/*` is every key below `reward/`; the first that fits counts.
+
+    Per-token means need `weights`, because ranks have unequal numbers of tokens. With `weights={"loss": "tokens"}` two
+    ranks that report (loss 1, 10 tokens) and (loss 0, 990 tokens) make a loss of 0.01; the mean of their means would
+    be 0.5.
+    """
+
+    sums: Sequence[str] = ()  # rates and counts, which add up over workers
+    totals: Sequence[str] = ()  # keys whose running sum over steps is logged too, as `<key>_total`
+    largest: Sequence[str] = ()  # the largest worker's value passes through
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of a mean: key -> key of its weight
+    statistics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of samples: mean, p99, …
+
+    def __post_init__(self) -> None:
+        for name in itertools.chain.from_iterable(self.statistics.values()):
+            if not re.fullmatch(r"mean|min|max|std|histogram|p\d\d?", name):
+                raise ValueError(f"statistic {name!r} must be mean, min, max, std, histogram or a percentile as p99")
+        object.__setattr__(self, "_rules", {})
+
+    def rule(self, key: str) -> Rule:
+        """What is declared for `key`, by name or by pattern."""
+        if key not in self._rules:
+            how = "sum" if _first(self.sums, key) else "largest" if _first(self.largest, key) else "mean"
+            weight = self.weights.get(_first(self.weights, key))
+            names = self.statistics.get(_first(self.statistics, key), Rule().statistics)
+            self._rules[key] = Rule(how, weight, bool(_first(self.totals, key)), names)
+        return self._rules[key]
+
+
+def _first(patterns: Iterable[str], key: str) -> str | None:
+    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(key, pattern)), None)
+
+
+def reduce_reports(
+    reports: Sequence[Mapping[str, Any]], reduction: Reduction, warn: Warn = lambda kind, what: None
+) -> dict[str, Any]:
+    """The reports of one step as one row. The rule sits in the value:
+
+    - a scalar is a worker's measurement: averaged over the reports that have it, unless `reduction` names its key
+    - an array (any shape) holds samples: pooled over the reports before any statistic is taken; the statistics become
+      `key/mean`, … (mean, min and max if `reduction` names none)
+    - a bool array holds outcomes: pooled to one fraction under `key`
+    - tables of the same columns become one table with all their rows
+    - of strings and other W&B data types one passes through; if they differ, a warning says so
+
+    Reports that lack a key, or have an empty array for it, don't count for it. NaN makes a result NaN.
+    """
+    row: dict[str, Any] = {}
+    computed: dict[str, Any] = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(reports)):
+        values = [report[key] for report in reports if key in report]
+        kinds = {type(value) for value in values}
+        try:
+            if kinds <= {int, float}:
+                row[key] = _scalar(key, values, reports, reduction.rule(key), warn)
+            elif kinds <= {int, float, np.ndarray}:
+                computed |= _statistics(key, values, reduction.rule(key).statistics)
+            else:
+                row[key] = _object(key, values, warn)
+        except Exception as error:  # of a class that the user has derived from one of W&B's
+            warn(REFUSED, f"the values of {key!r} can't be reduced to one: {line(error)}")
+    for key in row.keys() & computed.keys():
+        warn("logged and computed", f"{key!r} is logged, and computed from samples as well: the computed value is kept")
+    return row | computed
+
+
+def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rule, warn: Warn) -> float:
+    if rule.how == "sum":
+        return sum(values)
+    if rule.how == "largest":
+        return max(values, key=lambda value: (math.isnan(value), value))
+    if rule.weight:
+        weights = [report.get(rule.weight) for report in reports if key in report]
+        if all(isinstance(weight, int | float) for weight in weights) and sum(weights):
+            return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+        warn(
+            f"no weight {key}",
+            f"{key!r} was reported without its weight {rule.weight!r}: such a row has the plain mean",
+        )
+    return sum(values) / len(values)
+
+
+def _statistics(key: str, values: list[Any], names: Sequence[str]) -> dict[str, Any]:
+    samples = [np.ravel(value) for value in values if np.size(value)]
+    if not samples:
+        return {}
+    pooled = np.concatenate([[], *samples])  # as float64
+    if all(some.dtype == bool for some in samples):
+        return {key: pooled.mean().item()}
+    return {f"{key}/{name}": _statistic(name, pooled) for name in names}
+
+
+def _statistic(name: str, pooled: np.ndarray) -> Any:
+    if name == "histogram":
+        import wandb
+
+        return wandb.Histogram(pooled[np.isfinite(pooled)])  # it takes no others
+    if name[0] == "p":
+        return np.percentile(pooled, int(name[1:])).item()
+    return getattr(np, name)(pooled).item()
+
+
+def _object(key: str, values: list[Any], warn: Warn) -> Any:
+    first, *others = [value for value in values if not isinstance(value, int | float | np.ndarray)]
+    columns = _columns(first)
+    if others and columns and all(_columns(value) == columns for value in others):
+        return _one_table([first, *others])
+    if len(values) > 1 + len(others) or any(other != first for other in others):
+        warn(f"differs {key}", f"{key!r} differs between workers: one of them is kept")
+    return first
+
+
+def _columns(value: Any) -> list | None:
+    """Of a `wandb.Table`, else None."""
+    return value.columns if getattr(value, "_log_type", None) == "table" else None
+
+
+def _one_table(tables: Sequence[Any]) -> Any:
+    import wandb
+
+    data = [row for table in tables for row in table.data]
+    options = dict(columns=list(tables[0].columns), data=data, log_mode=tables[0].log_mode)
+    try:
+        return wandb.Table(**options)
+    except TypeError:  # a column's types differ between workers
+        return wandb.Table(**options, allow_mixed_types=True)

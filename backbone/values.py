@@ -1,0 +1,156 @@
+"""What may be logged, and how it gets to another process and to a restarted actor."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .ledger import line
+
+_KNOWN_KEYS: set[str] = set()  # that were found right before; looking here is cheaper than looking at them again
+_RESERVED = ("step", "workers")  # what every row has
+
+
+def as_report(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What is sent for `metrics`: nested mappings as paths, without None, tensors and the like as numbers or arrays.
+
+    Raises TypeError or ValueError that name the key.
+    """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a mapping from key to value, not {metrics!r:.80}")
+    report: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if type(value) is float and key in _KNOWN_KEYS and key not in report:
+            report[key] = value
+        else:
+            _add(report, key, value)
+    return report
+
+
+def _add(report: dict[str, Any], key: Any, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if not isinstance(name, str | int):
+                raise TypeError(f"metric key {name!r} below {key!r} must be a string, not {type(name).__name__}")
+            _add(report, f"{key}/{name}", inner)
+        return
+    if key not in _KNOWN_KEYS:
+        _check_key(key)
+    if key in report:
+        raise ValueError(f"metric key {key!r} is there twice, once as a path and once as a nested mapping")
+    report[key] = _value(key, value)
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, str):
+        raise TypeError(f"metric key {key!r} must be a string, not {type(key).__name__}")
+    if not key or key[0] == "_" or key in _RESERVED:
+        raise ValueError(f"metric key {key!r} must not be empty, 'step' or 'workers', nor start with '_'")
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"metric key {key!r} can't be encoded: {error.reason}") from None
+    if len(_KNOWN_KEYS) < 10_000:
+        _KNOWN_KEYS.add(key)
+
+
+def _value(key: str, value: Any) -> Any:
+    """`value` as int, float, str, numeric array, W&B data type or list of W&B media."""
+    if isinstance(value, float):
+        return float(value)
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
+    if is_data_type(value):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass, which the actor might not know
+    if isinstance(value, list | tuple) and value and all(map(is_data_type, value)):
+        return list(value)
+    array = None
+    with contextlib.suppress(Exception):  # ragged lists, tensors that can't be read from here
+        array = _as_array(value)
+    if array is None or array.dtype.kind not in "iufb":
+        raise TypeError(
+            f"metric {key!r} must be a number, a string, an array or tensor of numbers, or a W&B data type, not "
+            f"{value!r:.80} ({type(value).__name__}): log a number of it, its str(), or a wandb.Image, wandb.Table, …"
+        )
+    if array.ndim:
+        return array
+    if array.dtype.kind == "f":
+        return float(array)
+    if not -(2**63) <= (number := int(array)) < 2**63:
+        raise TypeError(f"metric {key!r} must be below 2**63, not {number}: log it as a float")
+    return number
+
+
+def _as_array(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a torch tensor, maybe with gradient, maybe on a GPU
+        value = value.detach().cpu()
+        try:
+            value = value.numpy()
+        except TypeError:  # bfloat16, which numpy has not
+            value = value.float().numpy()
+    array = np.asarray(value)
+    if array.dtype.kind == "V" and array.dtype.names is None:  # jax's bfloat16
+        array = array.astype(np.float64)
+    return array.astype(np.float64) if array.dtype == np.longdouble else array
+
+
+def is_data_type(value: Any) -> bool:
+    """Whether it is a `wandb.Table`, `wandb.Histogram`, a chart of `wandb.plot` or the like."""
+    if "wandb" not in sys.modules:  # then nobody can have made one
+        return False
+    import wandb
+    from wandb.sdk.data_types.base_types.wb_value import WBValue
+
+    return isinstance(value, WBValue | wandb.plot.CustomChart)
+
+
+class _Pickler(pickle.Pickler):
+    """Puts the bytes of media beside them, which otherwise are a path in a temporary folder of one process."""
+
+    def reducer_override(self, value: Any) -> Any:
+        path = getattr(value, "_path", None) if is_data_type(value) else None
+        if not isinstance(path, str) or "://" in path:
+            return NotImplemented
+        return _restore, (type(value), value.__dict__, Path(path).read_bytes())
+
+
+def _restore(kind: type, state: dict[str, Any], content: bytes) -> Any:
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    value = kind.__new__(kind)
+    descriptor, path = tempfile.mkstemp(Path(state["_path"]).name, dir=MEDIA_TMP.name)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    value.__dict__.update(state, _path=path, _is_tmp=True)
+    return value
+
+
+def pack(report: Mapping[str, Any]) -> bytes:
+    """A report or a row as bytes, media included. Raises TypeError that names the key of what can't be sent."""
+    if "wandb" not in sys.modules:
+        return pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
+    buffer = io.BytesIO()
+    try:
+        _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(report)
+    except Exception as error:
+        if len(report) > 1:
+            for key, value in report.items():
+                pack({key: value})
+        raise TypeError(f"metric {next(iter(report))!r} can't be sent: {line(error)}") from error
+    return buffer.getvalue()
+
+
+unpack = pickle.loads

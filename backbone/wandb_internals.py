@@ -1,0 +1,150 @@
+"""Every interface of wandb that this project uses without its being public, each with the reason for it.
+
+`tests/test_wandb_internals.py` fails when wandb changes one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import wandb
+
+FLUSH_EVERY = {"x_transaction_log_flush_interval": 0.5}  # `x_` may change. By default a run's log is written every 15 s
+
+_BLOCK, _HEADER = 32_768, struct.Struct("<IHB")  # LevelDB's log format: checksum, length, kind of a chunk
+_FULL, _LAST = 1, 4
+
+
+def records(folder: Path) -> Iterator[Any]:
+    """The records of a run folder's transaction log, as `wandb_internal_pb2.Record`s, up to where it was cut.
+
+    `wandb leet inspect --json` is the public reader, and takes 25 times as long: 44 s for 200,000 rows.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in folder.glob("*.wandb"):
+        data = path.read_bytes()
+        position, parts = 7, []  # behind the file's header
+        while position + _HEADER.size <= len(data):
+            if _BLOCK - position % _BLOCK < _HEADER.size:  # the end of a block is filled up
+                position += _BLOCK - position % _BLOCK
+                continue
+            _, length, kind = _HEADER.unpack_from(data, position)
+            position += _HEADER.size
+            if not kind or position + length > len(data):
+                break
+            parts.append(data[position : position + length])
+            position += length
+            if kind in (_FULL, _LAST):
+                yield Record.FromString(b"".join(parts))
+                parts = []
+
+
+def numbers(folder: Path) -> set[int]:
+    """W&B's own step (`_step`) of each row in a run folder's transaction log."""
+    return {record.history.step.num for record in records(folder) if record.HasField("history")}
+
+
+def last_values(folder: Path) -> dict[str, Any]:
+    """The last value of each key in a run folder's rows."""
+    found = {}
+    for record in records(folder):
+        found |= {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+    return {key: json.loads(value) for key, value in found.items()}
+
+
+def logged_artifacts(folder: Path) -> set[str]:
+    """The client ids of the artifacts in a run folder's transaction log: all that tells two versions apart there."""
+    return {record.artifact.client_id for record in records(folder) if record.HasField("artifact")}
+
+
+def client_id(artifact: wandb.Artifact) -> str:
+    return artifact._client_id
+
+
+def upload_was_refused(folder: Path) -> bool:
+    """Whether the server has refused a run's rows for good, which wandb tells nobody but the run's own log."""
+    with contextlib.suppress(OSError):
+        return '"level":"ERROR"' in (folder / "logs" / "debug-internal.log").read_text()
+    return False
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether `wandb.init` failed because no server answers, which has no class of its own."""
+    return any(text in str(error) for text in ("retrying", "context deadline exceeded", "timed out", "Timed out"))
+
+
+def service_has_died(error: BaseException) -> bool:
+    """Whether an error of a run's method means that wandb-core is gone: only a new process gets a new one."""
+    from wandb.sdk.mailbox import HandleAbandonedError
+
+    return isinstance(error, ConnectionError | HandleAbandonedError)
+
+
+def continue_table(table: wandb.Table, logged: Sequence[str]) -> None:
+    """Makes an incremental table the next increment after those `logged`, which were objects of their own."""
+    table._increment_num, table._previous_increments_paths = len(logged), list(logged)
+
+
+def increments_before(table: wandb.Table) -> list[str]:
+    return table._previous_increments_paths or []
+
+
+def increment_path(table: wandb.Table) -> str | None:
+    """What the next increment must know of a logged one."""
+    return table._get_artifact_entry_ref_url()
+
+
+def has_login() -> bool:
+    """Whether wandb finds a key, without a prompt. Raises ValueError for a key that can't be right."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    host = wandb.setup().settings.base_url
+    try:
+        return bool(wbauth.authenticate_session(host=host, source="", prompt=False, update_session=False))
+    except wandb.errors.AuthenticationError as error:
+        raise ValueError(str(error)) from None
+
+
+def mode_of_this_folder() -> str | None:
+    """What `wandb offline` or `wandb online` was typed in the working directory, or set for the user."""
+    import wandb
+
+    settings = wandb.setup().settings
+    return settings.mode if "mode" in settings.model_fields_set else None
+
+
+def open_in_leet(folder: Path, runs: Sequence[Path], metrics: str) -> None:
+    """Has LEET show these runs, and first the metrics that the regular expression `metrics` finds.
+
+    On its own it shows the newest run and all metrics by alphabet. The file is its memory of a folder, which it starts
+    afresh if it can't read it; a filter that the user has typed stays.
+    """
+    memory = folder / ".wandb-leet.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        state = json.loads(memory.read_text()) if memory.exists() else {}
+        names = [path.name for path in runs]
+        state |= {"selected_runs": names, "pinned_run": names[0], "latest_run": names[-1]}
+        state.setdefault("metrics_filter", {"query": metrics})
+        memory.write_text(json.dumps(state))
+
+
+def unless_in_environment(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that no environment variable makes, and how often the log is written."""
+    return {k: value for k, value in (settings | FLUSH_EVERY).items() if f"WANDB_{k.upper()}" not in os.environ}
+
+
+def repository() -> dict[str, str]:
+    """A setting for the repository around the working directory: wandb would look around the runs' folder."""
+    from wandb.sdk.lib.gitlib import GitRepo
+
+    root = GitRepo().root_dir
+    return {"git_root": str(root)} if root else {}
