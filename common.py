@@ -167,7 +167,7 @@ class WandbRun:
 
     def _connect(self) -> None:
         self._outbox = outbox(self._actor, self._prefix, self.name)
-        self._outbox.copies.add(id(self))
+        self._outbox.add(id(self))
 
     def __getstate__(self) -> dict[str, Any]:
         own = dict(_owner=None, _sharing=[], _init=None, _letter=None, _ledger=None, _outbox=None)
@@ -270,6 +270,8 @@ class WandbRun:
     def _ask(self, method: ray.actor.ActorMethod, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
         try:
+            if self._ledger is not None:
+                raise RunFinishedError
             return answer(method, *arguments)
         except RunFinishedError:
             raise RunFinishedError(f"run {self.name!r} is finished, so nothing more can be logged to it") from None
@@ -295,7 +297,7 @@ class WandbRun:
                 run._ledger = ledgers[run._prefix]
                 guest.unfinished.remove(run)
             if self._letter:
-                with contextlib.suppress(Exception):
+                if ray.is_initialized():  # else Ray would start anew
                     self._actor.leave.remote()
                 guest.forget_letter(self._letter)
         return self._ledger

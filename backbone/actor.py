@@ -19,7 +19,7 @@ import ray
 
 from . import artifacts, guest
 from .artifacts import Artifacts
-from .ending import conclude, end_all, ledger
+from .ending import conclude, ledger
 from .files import store_path
 from .inbox import Batch
 from .ledger import Ledger, RunFinishedError, line
@@ -106,7 +106,8 @@ class PipelineActor:
                 raise RuntimeError(f"given up: the pipeline actor died {self.DEATHS} times without a row in between")
             self._ended = {prefix for prefix, pipeline in self._pipelines.items() if pipeline.ended}
         else:  # a new run, or that of an earlier process which did not finish it
-            end_all(store, self._pipelines)
+            for pipeline in self._pipelines.values():
+                pipeline.end()
             store.note(life=life, deaths=0)
         self._writer = Writer(store, init, self._stop)
         try:
@@ -279,7 +280,8 @@ class PipelineActor:
     def _watch_owner(self) -> None:
         """Finishes the run when the process that it belongs to is gone; Ray leaves two seconds for that, or more."""
         raylet = os.getppid()
-        guest.wait_for_end(self._letter_path)
+        if not guest.has_died(self._letter_path):
+            return
         code = guest.how_it_ended(self._letter.ray_worker) if self._letter.ray_worker else 1
         if not self._letter.ray_worker:
             self.GRACE = 0.5

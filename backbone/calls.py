@@ -9,6 +9,8 @@ from typing import Any
 
 import ray
 
+from .ledger import RunFinishedError
+
 
 class ActorGoneError(RuntimeError):
     """The pipeline actor is gone for good, or all of Ray is."""
@@ -31,8 +33,13 @@ def result(call: ray.ObjectRef) -> Any:
     if isinstance(error, ray.exceptions.RayTaskError):
         raise error.cause from None
     if isinstance(error, ray.exceptions.RayError):
-        raise ActorGoneError(plain(error))
+        raise RunFinishedError("the run is finished") if has_left(error) else ActorGoneError(plain(error))
     return future.result()
+
+
+def has_left(error: BaseException) -> bool:
+    """Whether an actor is gone because its run is finished."""
+    return "INTENDED_USER_EXIT" in str(error)
 
 
 def ray_answers() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 
 from . import disk
 from .artifacts import Artifacts
-from .ledger import Ledger, line
+from .ledger import Ledger
 from .pipeline import Pipeline
 from .store import Store
 from .writer import Writer
@@ -65,16 +64,6 @@ def conclude(
     return ledgers
 
 
-def end_all(store: Store, pipelines: Mapping[str, Pipeline]) -> None:
-    """Closes the steps of pipelines whose workers can't be heard any more."""
-    for pipeline in pipelines.values():
-        if not pipeline.ended:
-            try:
-                pipeline.end()
-            except sqlite3.Error as error:
-                store.warn("disk", line(error))
-
-
 def take_over(
     path: Path, init: Mapping[str, Any], exit_code: int, failure: str | None, seconds: float
 ) -> dict[str, Ledger]:
@@ -102,7 +91,8 @@ def take_over(
     store = Store(path)
     if "ledgers" not in store.facts:  # it had no time, or could not start the run
         pipelines = Pipeline.all(store)
-        end_all(store, pipelines)
+        for pipeline in pipelines.values():
+            pipeline.end()
         conclude(store, pipelines, lambda: disk.numbers(store.facts.get("paths", ())).__contains__)
     ledgers = store.facts["ledgers"]
     store.remove()
@@ -119,7 +109,8 @@ def main() -> None:
     store.warn(
         "gone", "the pipeline actor is gone; what it had taken is in the run, what workers said after that is lost"
     )
-    end_all(store, pipelines)
+    for pipeline in pipelines.values():
+        pipeline.end()
     writer = Writer(store, init)
     writer.start(pipelines)
     Artifacts(store, writer, threading.RLock()).finish(writer.timeout)

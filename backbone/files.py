@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
@@ -76,8 +75,8 @@ def open_database(path: Path, patience: float = 3.0) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         database.close()
         if "locked" in str(error):
-            raise OSError(errno.EBUSY, "another process has this run, for its id is in use", str(path)) from None
-        raise OSError(errno.EIO, str(error), str(path)) from None
+            raise OSError(f"{path} is in use: is another run of this id going on?") from None
+        raise OSError(f"{path}: {error}") from None
     except sqlite3.DatabaseError as error:
         database.close()
         _set_aside(path, str(error))

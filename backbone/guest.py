@@ -98,10 +98,11 @@ def move_in(letter: Letter) -> None:
         os.chdir(letter.directory)
 
 
-def wait_for_end(path: Path) -> None:
-    """Returns when the owner is gone."""
+def has_died(path: Path) -> bool:
+    """Waits until the owner is gone; whether that came before it had what it wanted to know."""
     with path.open("r+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
+    return path.exists()
 
 
 def how_it_ended(ray_worker: str) -> int:
@@ -138,13 +139,14 @@ class Unfinished:
     def __init__(self) -> None:
         self._runs: list[Any] = []
         self._pid, self._code, self._failure = 0, 0, None
-        atexit.register(self._at_exit)  # runs before Ray's own, which takes the actors down
 
     def add(self, run: Any) -> None:
         if not self._runs:
             self._pid, self._code, self._failure = os.getpid(), 0, None
             self._exit, self._excepthook = sys.exit, sys.excepthook
             sys.exit, sys.excepthook = self._on_exit, self._on_exception
+            atexit.unregister(self._at_exit)
+            atexit.register(self._at_exit)  # now, so that it runs before Ray's own, which takes the actors down
         self._runs.append(run)
 
     def remove(self, run: Any) -> None:

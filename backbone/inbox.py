@@ -46,9 +46,17 @@ class Inbox:
 
     def __init__(self, store: Store, prefix: str):
         self._db, self._prefix = store.db, prefix
-        found = self._db.execute("SELECT id, state FROM senders WHERE prefix = ?", (prefix,))
-        self.senders: dict[str, Sender] = {id_: pickle.loads(sender) for id_, sender in found}
+        self.senders: dict[str, Sender] = {}
         self._changed: set[str] = set()
+
+    def load(self) -> None:
+        """Goes back to what is in the store, but for what has been said since."""
+        before, self._changed = self.senders, set()
+        found = self._db.execute("SELECT id, state FROM senders WHERE prefix = ?", (self._prefix,))
+        self.senders = {id_: pickle.loads(sender) for id_, sender in found}
+        for id_, old in before.items():
+            sender = self.senders.setdefault(id_, Sender(old.where))
+            sender.said, sender.heard = max(sender.said, old.said), old.heard
 
     def hear_of(self, batch: Batch) -> Sender:
         """Notes what a batch says of its sender."""

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import ray
 
+from .calls import has_left, plain
 from .inbox import Batch, Item
-from .ledger import RunFinishedError, line
+from .ledger import RunFinishedError
+from .steps import is_task
 
 logger = logging.getLogger("wandb_run")
 
@@ -67,6 +69,15 @@ def _session() -> str:
     return ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
 
 
+def _current_task() -> str:
+    """The plain task that this thread runs. Other threads of a task have no id of it."""
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    if not context or context.get_actor_id() or threading.current_thread() is not threading.main_thread():
+        return ""
+    task = context.get_task_id()  # None in a driver
+    return f"task {task} {context.worker.core_worker.get_current_task_attempt_number()}" if task else ""
+
+
 class Outbox:
     """What this process has for one pipeline; all copies of the run in the process share one.
 
@@ -82,7 +93,7 @@ class Outbox:
         self._actor, self._prefix, self._name = actor, prefix, name
         self.copies: set[int] = set()  # of the run in this process
         self._changed = _Lock()  # guards all that follows
-        self._opened = False
+        self._opened, self._task = False, ""
         self._waiting: list[Item] = []
         self._under_way: dict[int, tuple[int, int]] = {}  # serial -> reports and bytes of a batch without an answer
         self._reports = self._bytes = 0  # that wait or are under way
@@ -104,14 +115,15 @@ class Outbox:
         with self._changed:
             if self._opened:
                 return
-            self._opened, self._stop, self._session = True, stop, _session()
+            self._stop, self._session = stop, _session()
             context = ray.get_runtime_context()
             self._id, self._where = uuid.uuid4().hex, f"process {os.getpid()} on node {context.get_node_id()}"
             actor_id, core = context.get_actor_id(), context.worker.core_worker
             self._in_task = not actor_id and context.worker.mode == ray.WORKER_MODE
             self._in_async_actor = bool(actor_id) and core.current_actor_is_asyncio()
-            self._worker = f"actor {actor_id}" if actor_id else "" if self._in_task else f"process {_process}"
-        self._hold()
+            self._worker = f"actor {actor_id}" if actor_id else self._task or f"process {_process}"
+            self._hold()
+            self._opened = True
         threading.Thread(target=self._work, daemon=True).start()
 
     def put(self, step: int, metrics: bytes, commit: bool) -> None:
@@ -156,14 +168,18 @@ class Outbox:
         room = self._reports < self.LIMIT and self._bytes + size <= self.LIMIT_BYTES
         return room or not self._reports or self._closed or bool(self._error)
 
+    def add(self, copy: int) -> None:
+        """Notes a copy of the run in this process."""
+        self.copies.add(copy)
+        self._task = _current_task() or self._task
+
     def _begin_task(self) -> None:
-        """A task that logs in this process takes the place of the one before. Threads of a task have no id of it."""
-        if threading.current_thread() is threading.main_thread():
-            context = ray.get_runtime_context()
-            task = f"task {context.get_task_id()} {context.worker.core_worker.get_current_task_attempt_number()}"
-            if self._worker not in ("", task):
+        """A task that logs in this process takes the place of the one before."""
+        self._task = _current_task() or self._task
+        if self._task and self._worker != self._task:
+            if is_task(self._worker):
                 self._waiting.append((self._worker, None, False, b""))
-            self._worker = task
+            self._worker = self._task
 
     # Sending
 
@@ -208,9 +224,9 @@ class Outbox:
         items, self._waiting = self._waiting[: self.BATCH], self._waiting[self.BATCH :]
         reports = sum(item[1] is not None for item in items)
         last = self._leaving and not self._waiting
-        if last and self._in_task and self._worker:
+        if last and is_task(self._worker):
             items.append((self._worker, None, False, b""))
-            self._worker = ""
+            self._worker = f"process {_process}"
         serial, self._serial, self._last_sent = self._serial, self._serial + 1, last
         oldest = min(self._under_way, default=serial)
         self._under_way[serial] = reports, sum(len(item[3]) for item in items)
@@ -262,7 +278,7 @@ class Outbox:
     def _fail(self, error: BaseException) -> None:
         """Nothing can be sent any more: the run is finished, its actor is gone for good, or Ray is."""
         with self._changed:
-            self._closed |= "INTENDED_USER_EXIT" in str(error)  # how an actor goes that is not needed any more
+            self._closed |= has_left(error)
             self._error = error
             lost = sum(item[1] is not None for item in self._waiting)
             self._waiting.clear()
@@ -273,7 +289,7 @@ class Outbox:
     def _lose(self, reports: int, error: BaseException) -> None:
         if reports and not self._told:
             self._told = True
-            logger.warning("run %s: reports are lost from now on, training goes on: %s", self._name, line(error))
+            logger.warning("run %s: reports are lost from now on, training goes on: %s", self._name, plain(error))
 
     # The end
 

@@ -27,6 +27,7 @@ class Pipeline:
 
     def __init__(self, store: Store, prefix: str, reduction: Reduction):
         self._store, self.prefix, self.reduction = store, prefix, reduction
+        self.inbox = Inbox(store, prefix)
         self.last_row: dict[str, float] = {}  # the numbers of the highest step, keys without prefix
         row = (prefix, pickle.dumps(reduction), pickle.dumps((1, {}, Counter(), False)))
         store.db.execute("INSERT OR IGNORE INTO pipelines VALUES (?, ?, ?)", row)
@@ -55,8 +56,8 @@ class Pipeline:
                 self._take(ready or ())
             return rows
         except sqlite3.Error as error:  # the batch is lost: what was said and not received is counted at the end
-            self.inbox.hear_of(batch).floor = batch.serial + 1
-            self._warn("disk", f"{line(error)}: reports get lost until that ends, training goes on")
+            self.inbox.hear_of(batch)
+            self._warn_of_the_disk(error)
             return []
 
     def died(self, sender_id: str) -> list[Row]:
@@ -80,16 +81,24 @@ class Pipeline:
         return rows
 
     def end(self) -> list[Row]:
-        """Closes all steps with the reports that came."""
-        with self._change() as rows:
-            silent = [id_ for id_, sender in self.inbox.senders.items() if not sender.ended]
-            for id_ in silent:
-                self._take(self.inbox.dead(id_))
-            self.counts["silent"] += len(silent)
-            self.steps.finish()
-            self._store.db.execute("DELETE FROM workers WHERE prefix = ?", (self.prefix,))
+        """Closes all steps with the reports that came. What a full disk has no room for is lost."""
+        try:
+            with self._change() as rows:
+                silent = [id_ for id_, sender in self.inbox.senders.items() if not sender.ended]
+                for id_ in silent:
+                    self._take(self.inbox.dead(id_))
+                self.counts["silent"] += len(silent)
+                self.steps.finish()
+                self._store.db.execute("DELETE FROM workers WHERE prefix = ?", (self.prefix,))
+                self.ended = True
+            return rows
+        except sqlite3.Error as error:
             self.ended = True
-        return rows
+            self._warn_of_the_disk(error)
+            return []
+
+    def _warn_of_the_disk(self, error: sqlite3.Error) -> None:
+        self._warn("disk", f"{line(error)}: reports get lost until that ends, training goes on")
 
     @property
     def said(self) -> int:
@@ -117,7 +126,8 @@ class Pipeline:
             where, these = "FROM reports WHERE prefix = ? AND step = ?", (self.prefix, step)
             packed += [metrics for (metrics,) in self._store.db.execute(f"SELECT metrics {where}", these)]
             self._store.db.execute(f"DELETE {where}", these)
-        metrics = list(filter(None, map(self._unpack, sorted(packed))))  # the order they came in has no effect
+        unpacked = map(self._unpack, sorted(packed))  # the order they came in has no effect
+        metrics = [report for report in unpacked if report is not None]
         if not metrics:
             return
         row = reduce_reports(metrics, self.reduction, self._warn)
@@ -177,7 +187,7 @@ class Pipeline:
         db, mine = self._store.db, (self.prefix,)
         (state,) = db.execute("SELECT state FROM pipelines WHERE prefix = ?", mine).fetchone()
         workers, self.totals, self.counts, self.ended = pickle.loads(state)
-        self.inbox = Inbox(self._store, self.prefix)
+        self.inbox.load()
         self._fresh: dict[int, tuple[str, int, bytes]] = {}  # reports of this change that have no row: id -> report
         self._touched: set[str] = set()  # workers that this change moves
         (self._next_id,) = db.execute("SELECT coalesce(max(id), 0) FROM reports WHERE prefix = ?", mine).fetchone()

@@ -97,6 +97,7 @@ class Steps:
 
     def expect(self, workers: int) -> None:
         self.workers = workers
+        self._together.clear()
         for step in [step for step, being in self.open.items() if being.done >= workers]:
             self._row(step)
 
@@ -155,9 +156,12 @@ class Steps:
 
     def _look_back(self, worker: str, step: int, place: Place | None) -> None:
         """Warns of what people do without knowing."""
-        if not is_task(worker):
+        if is_task(worker):
+            many = sum(map(is_task, self.open[step].reports))
+        else:
             self._together.add(worker)
-        if (many := max(len(self._together), len(self.open[step].reports))) > self.workers:
+            many = len(self._together)
+        if many > self.workers:
             self._warn(
                 "many workers",
                 f"{many} workers log to a pipeline that was told of {self.workers}: pass workers={many}",

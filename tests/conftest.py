@@ -8,10 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import backbone  # noqa: F401 - before ray
+
+import pytest
+import ray
+from wandb.util import get_core_path
 
 DEMOS = {
     "demo1": "demo1_centralized_actors.py",
@@ -56,6 +60,14 @@ class Log:
     def exit_code(self) -> int | None:
         exits = self.of("exit")
         return exits[-1].get("exit_code", 0) if exits else None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a run that may be going on. By the binary: the command in front of it takes a second to start."""
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file"]
+    command += [*map(str, path.glob("*.wandb")), str(path.parent)]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return [json.loads(line)["history"]["item"] for line in lines if '"type":"history"' in line[:60]]
 
 
 def folders(directory: Path) -> list[Path]:
@@ -153,7 +165,6 @@ def ray_here():
     """One Ray for all tests that use `WandbRun` directly."""
     import common  # sets what Ray reads when it is imported
 
-    import ray
 
     assert common
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=4)

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun, read_rows
+from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun
 
 import numpy as np
 import pytest
-from conftest import ROOT, Log, folders, logs, wait_for
+from conftest import ROOT, Log, folders, logs, read_rows, wait_for
 
 
 def parent(pid: int) -> int:
@@ -123,7 +123,7 @@ def test_after_a_sigkill_of_the_driver_all_is_on_disk_and_nothing_is_left_runnin
     command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, folders(tmp_path))]
     dry = subprocess.run(command, capture_output=True, text=True)
     assert "Would sync 2 run(s)" in dry.stdout + dry.stderr
-    assert not list(tmp_path.glob("wandb/.*journal*"))
+    assert not list(tmp_path.glob("wandb/.*store*"))
 
 
 def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_different(start, tmp_path):
@@ -144,7 +144,7 @@ def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_di
     assert sorted(by_step) == list(range(150))
     assert all(len(values) == 1 for values in by_step.values())
     assert parts[-1].rows[-1]["tokens_total"] == sum(row["tokens"] for part in parts for row in part.rows)
-    assert not list(tmp_path.glob("wandb/.*journal*"))
+    assert not list(tmp_path.glob("wandb/.*store*"))
 
 
 def test_wandb_s_own_process_may_die_as_well(start, tmp_path):
@@ -165,7 +165,7 @@ def test_after_a_sigkill_of_a_worker_the_rest_goes_on_and_the_demo_says_which_it
     process = start("demo1", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
     wait_for(lambda: len(folders(tmp_path)) == 2)
     wait_for(lambda: steps_on_disk(tmp_path, "training"))
-    os.kill(below(process.pid, "ray::TrainingWorker.run")[0], signal.SIGKILL)
+    os.kill(below(process.pid, "ray::TrainingWorker")[0], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.fullmatch(r"training worker \d failed: its process died\n", stderr)
@@ -235,7 +235,7 @@ def test_threads_and_processes_share_a_handle(ray_here, run):
     def work(made: WandbRun) -> None:
         def log() -> None:
             for step in range(1000):
-                made.log({"a": 1.0}, step)
+                made.log({"tokens": 1}, step)
 
         threads = [threading.Thread(target=log) for _ in range(8)]
         for thread in threads:
@@ -248,7 +248,7 @@ def test_threads_and_processes_share_a_handle(ray_here, run):
     report = made.finish()
     rows = Log(made.path).rows
     assert (report.reports, report.rows, report.lost) == (32_000, len(rows), 0)
-    assert reports_in_rows(rows) == 32_000
+    assert sum(row["tokens"] for row in rows) == 32_000
     assert {row["step"] for row in rows} == set(range(1000))
 
 
@@ -281,19 +281,7 @@ def test_a_straggler_ten_thousand_steps_behind_gets_its_rows(ray_here, run):
     report = made.finish()
     rows = Log(made.path).rows
     assert (report.reports, reports_in_rows(rows), report.lost) == (40_000, 40_000, 0)
-    assert report.late > 0
     assert {row["step"] for row in rows} == set(range(20_000))
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_a_pipeline_actor_has_one_core_and_wandb_core_the_others(run):
-    made = run()
-    actor = below(os.getpid(), "ray::TrainingPipelineActor")[-1]
-    [core] = below(actor, "wandb-core")
-    [own] = {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir(f"/proc/{actor}/task")}
-    assert len(own) == 1
-    assert os.sched_getaffinity(core) == os.sched_getaffinity(0) - own
-    made.finish()
 
 
 class Text(str):
@@ -308,8 +296,8 @@ def test_what_can_not_be_logged_raises_at_the_caller_and_harms_nothing(run):
             made.log({key: 1.0}, 0)
     with pytest.raises(TypeError, match="5"):
         made.log({5: 1.0}, 0)
-    for value in (None, nothing, {"a": 1}, [[1], [2, 3]], np.array(["x"]), 1j, 10**400):
-        with pytest.raises(TypeError, match="'bad'"):
+    for value in (nothing, {"a": nothing}, [[1], [2, 3]], np.array(["x"]), 1j, 10**400):
+        with pytest.raises(TypeError, match="'bad"):
             made.log({"good": 1.0, "bad": value}, 0)
     for step in (-1, 1.5, "1", None, True):
         with pytest.raises((TypeError, ValueError), match="step"):
@@ -340,7 +328,7 @@ def test_a_constructor_that_can_not_work_says_so(run):
         ({"prefix": "training"}, "prefix"),
         ({"pipeline": object}, "pipeline"),
         ({"bogus": 1}, "bogus"),
-        ({"id": "a/b"}, "Run ID"),
+        ({"id": "a/b"}, "id 'a/b'"),
         ({"tags": [""]}, "run_tags|Tag"),
     ):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=named):
@@ -348,7 +336,7 @@ def test_a_constructor_that_can_not_work_says_so(run):
     for project in ("", "a/b", 5):
         with pytest.raises((TypeError, ValueError, RuntimeError), match="project"):
             WandbRun(project, mode="offline")
-    owner = run()
+    owner = run(prefix="training/")
     with pytest.raises(ValueError, match="overlap"):
         WandbRun("p", share=owner)
     with pytest.raises(ValueError, match="project"):
@@ -393,16 +381,16 @@ def test_a_copy_may_finish_the_run_and_the_ledger_is_the_same(ray_here, run):
 
 def test_an_actor_that_is_gone_for_good_is_no_success(ray_here, run, caplog):
     made = run()
-    made.log({"a": 1.0}, 0)
+    made.log({"a": 1.0}, 0, commit=True)
     wait_for(lambda: list(read_rows(made.path)))
     ray_here.kill(made._actor)
     for _ in range(5):
         made.progress()
     assert caplog.text.count("progress failed") == 1
     report = made.finish()
-    assert (report.rows, report.gone, report.ok) == (1, True, False)
+    assert (report.reports, report.rows, report.lost, report.gone, report.ok) == (1, 1, 0, True, False)
     assert len(report.warnings) == 1
-    Path(made.path.parent, f".{made.id}.journal").unlink()
+    assert not list(made.path.parent.glob(".*store*"))
 
 
 def test_an_id_can_not_be_used_twice_at_once(run):
@@ -416,7 +404,8 @@ def test_an_id_can_not_be_used_twice_at_once(run):
 def test_a_run_whose_neighbour_can_not_start_has_failed(tmp_path, environment):
     program = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from common import WandbRun, parse_args, ray_session
+from common import WandbRun
+from session import parse_args, ray_session
 args = parse_args("", ["--dir", {str(tmp_path)!r}, "--mode", "offline"])
 with ray_session(args):
     WandbRun("p", "n", **args.init)
@@ -459,8 +448,9 @@ for call in (lambda: run.log({{"a": 1.0}}, 0), lambda: other.log({{"a": 1.0}}, 0
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
     assert lines[0] == "0"
-    assert len(lines) == 5
-    assert all("Ray is not running" in line for line in lines[1:])
+    assert "is finished" in lines[1]
+    assert all("Ray is not running" in line for line in lines[2:])
+    assert len(lines) == 4
 
 
 def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp_path):
@@ -478,7 +468,7 @@ def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp
         assert not report.ok
         assert len([warning for warning in report.warnings if "disk is full" in warning]) == 1
         assert len(Log(report.path).rows) == report.rows == report.reports - report.lost
-        assert not list(disk.glob("wandb/.*journal*"))
+        assert not list(disk.glob("wandb/.*store*"))
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
