@@ -334,7 +334,7 @@ def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, i
     if not isinstance(share, WandbRun) or share._copy or share._ledger is not None:
         raise ValueError(f"share must be a WandbRun of this process that is not finished, not {share!r}")
     owner = share._owner or share
-    if init or project != owner.project:
+    if init or project not in (owner.project, owner._init["project"]):  # a server may call it otherwise
         raise ValueError(f"share= takes the project ({owner.project!r}) and the settings of the run it shares")
     others = [other for other in owner._prefixes if other]  # one with bare keys may be shared
     if not prefix or any(prefix.startswith(other) or other.startswith(prefix) for other in others):

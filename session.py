@@ -321,7 +321,6 @@ def _summarise(args: Args, ledgers: Sequence[Ledger]) -> None:
     for i, ledger in enumerate(ledgers):
         counts = {"lost": ledger.lost, "values lost": ledger.lost_values, "artifacts lost": ledger.lost_artifacts}
         counts |= {"silent": ledger.silent, "restarts": ledger.restarts, "repeats": ledger.repeats}
-        counts["on fewer workers"] = ledger.partial
         more = "".join(f", {n} {what}" for what, n in counts.items() if n) + (", actor gone" if ledger.gone else "")
         name = f"{ledger.name} {ledger.prefix}" if args.one_run else ledger.name
         print(f"{name}: {ledger.rows} rows from {ledger.reports} reports{more}")

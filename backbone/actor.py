@@ -19,9 +19,10 @@ import ray
 
 from . import artifacts, guest
 from .artifacts import Artifacts
+from .calls import is_gone
 from .ending import conclude, ledger
 from .files import store_path
-from .inbox import Batch
+from .inbox import Batch, Sender
 from .ledger import Ledger, RunFinishedError, line
 from .outbox import Answer
 from .pipeline import Pipeline
@@ -249,22 +250,28 @@ class PipelineActor:
             self._ended |= {pipeline.prefix for pipeline in pipelines}
             self._event.notify_all()
         began = time.time()
-
-        def silent() -> list[Any]:
-            senders = [sender for pipeline in pipelines for sender in pipeline.inbox.senders.values()]
-            return [sender for sender in senders if not sender.ended]
-
-        while any(time.time() - max(began, sender.heard) < self.GRACE for sender in silent()):
+        while silent := self._silent(pipelines):
             self._changed.wait(0.05)
-        for sender in silent():
+            for pipeline, id_, sender in silent if time.time() - began > 0.5 else ():  # Ray may know more by now
+                if is_gone(sender.worker, sender.process):
+                    self._log(pipeline.died(id_))
+            if all(time.time() - max(began, sender.heard) > self.GRACE for _, _, sender in silent):
+                break
+        for _, _, sender in self._silent(pipelines):
+            node, pid = sender.process
             self._store.warn(
-                f"silent {sender.where}",
-                f"{sender.where} did not answer within {self.GRACE} s: {sender.received} of its reports have "
-                f"arrived, of {sender.said} at least",
+                f"silent {pid} {node}",
+                f"process {pid} on node {node} did not answer within {self.GRACE} s: {sender.received} of its reports "
+                f"have arrived, of {sender.said} at least",
             )
         for pipeline in pipelines:
             if not pipeline.ended:  # by another caller, while this one waited
                 self._log(pipeline.end())
+
+    def _silent(self, pipelines: Sequence[Pipeline]) -> list[tuple[Pipeline, str, Sender]]:
+        """Senders that may have more to say."""
+        each = ((pipeline, *found) for pipeline in pipelines for found in pipeline.inbox.senders.items())
+        return [found for found in each if not found[2].ended]
 
     @ray.method(concurrency_group="control", max_task_retries=0)
     def leave(self) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import wait
 from typing import Any
 
 import ray
+from ray._private import state
 
 from .ledger import RunFinishedError
 
@@ -50,6 +51,15 @@ def ray_answers() -> bool:
     except Exception:  # Ray's own, where it is not initialized
         return False
     return True
+
+
+def is_gone(worker: str, process: tuple[str, int]) -> bool:
+    """Whether Ray knows by now that the process of a worker is dead, given as node and process id."""
+    if worker.startswith("actor"):
+        actor = state.actors(worker.split()[1])
+        now = actor["Address"]["NodeID"], actor["Pid"]
+        return actor["State"] != "ALIVE" or now != process
+    return not any(node["NodeID"] == process[0] and node["Alive"] for node in ray.nodes())
 
 
 def plain(error: BaseException) -> str:

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     prefix: str
     sender: str  # the outbox
-    where: str  # its process and node, for people
+    process: tuple[str, int]  # its node and process id
     serial: int
     oldest: int  # the lowest serial that the sender has no answer to: all below it have been here
     said: int  # reports that the sender was given so far, with those that it found no room for
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 class Sender:
     """An outbox, as far as the pipeline knows it."""
 
-    where: str
+    process: tuple[str, int]
     worker: str = ""  # the last one that logged through it
     floor: int = 0  # the lowest serial that has not been taken
     received: int = 0  # reports
@@ -55,12 +55,12 @@ class Inbox:
         found = self._db.execute("SELECT id, state FROM senders WHERE prefix = ?", (self._prefix,))
         self.senders = {id_: pickle.loads(sender) for id_, sender in found}
         for id_, old in before.items():
-            sender = self.senders.setdefault(id_, Sender(old.where))
+            sender = self.senders.setdefault(id_, Sender(old.process))
             sender.said, sender.heard = max(sender.said, old.said), old.heard
 
     def hear_of(self, batch: Batch) -> Sender:
         """Notes what a batch says of its sender."""
-        sender = self.senders.setdefault(batch.sender, Sender(batch.where))
+        sender = self.senders.setdefault(batch.sender, Sender(batch.process))
         sender.said, sender.heard = max(sender.said, batch.said), time.time()
         self._changed.add(batch.sender)
         return sender

@@ -117,7 +117,7 @@ class Outbox:
                 return
             self._stop, self._session = stop, _session()
             context = ray.get_runtime_context()
-            self._id, self._where = uuid.uuid4().hex, f"process {os.getpid()} on node {context.get_node_id()}"
+            self._id, self._process = uuid.uuid4().hex, (context.get_node_id(), os.getpid())
             actor_id, core = context.get_actor_id(), context.worker.core_worker
             self._in_task = not actor_id and context.worker.mode == ray.WORKER_MODE
             self._in_async_actor = bool(actor_id) and core.current_actor_is_asyncio()
@@ -230,7 +230,7 @@ class Outbox:
         serial, self._serial, self._last_sent = self._serial, self._serial + 1, last
         oldest = min(self._under_way, default=serial)
         self._under_way[serial] = reports, sum(len(item[3]) for item in items)
-        return Batch(self._prefix, self._id, self._where, serial, oldest, self._said, last, items)
+        return Batch(self._prefix, self._id, self._process, serial, oldest, self._said, last, items)
 
     def _answered(self, serial: int, answer: Future) -> None:
         _mark.of_ray = True

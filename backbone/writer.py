@@ -71,7 +71,9 @@ class Writer:
         defaults = dict(silent=True, console="off", init_timeout=10, finish_timeout=60)
         settings = wandb_internals.unless_in_environment(defaults) | wandb_internals.repository() | settings
         self.timeout = float(settings.get("finish_timeout") or os.environ["WANDB_FINISH_TIMEOUT"]) / 2
-        settings |= dict(finish_timeout=self.timeout, finish_timeout_raises=True, stop_fn=self._stop)
+        settings |= dict(finish_timeout=self.timeout, finish_timeout_raises=True)
+        if stop := self._stop:
+            settings["stop_fn"] = lambda: stop()  # wandb copies its settings, and a method's object with it
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
         init |= dict(resume="allow") if restart else {}
         before = disk.folders(self._folder, init["id"], begun=True)

@@ -165,7 +165,6 @@ def ray_here():
     """One Ray for all tests that use `WandbRun` directly."""
     import common  # sets what Ray reads when it is imported
 
-
     assert common
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=4)
     yield ray

@@ -9,10 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import read_rows
-
 import pytest
-from conftest import DEMOS, ROOT, Log, folders, wait_for
+from conftest import DEMOS, ROOT, Log, folders, read_rows, wait_for
 from wandb_server import KEY, Server
 
 CLUSTER = """
@@ -70,6 +68,7 @@ def test_workers_are_on_both_nodes_and_when_one_dies_the_rest_goes_on(cluster, t
             os.kill(pid, signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=120)
 
+    print(stdout, stderr[-3000:])
     pipelines = {"TrainingPipelineActor", "InferencePipelineActor"}
     assert set(here.values()) > pipelines, stdout + stderr
     assert there

@@ -11,10 +11,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from common import read_rows
-
 import pytest
-from conftest import ROOT, Log, folders, wait_for
+from conftest import ROOT, Log, folders, read_rows, wait_for
 from test_faults import below
 from wandb_server import KEY, Server
 
