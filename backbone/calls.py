@@ -47,18 +47,29 @@ def ray_answers() -> bool:
     """Whether something listens at the address of the cluster's GCS."""
     try:
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
     except Exception:  # Ray's own, where it is not initialized
         return False
-    return True
+    return not _is_refused(host.strip("[]"), int(port))
+
+
+def _is_refused(host: str, port: int) -> bool:
+    """Whether nobody listens there, on a machine that is there."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def is_gone(worker: str, process: tuple[str, int]) -> bool:
-    """Whether Ray knows by now that the process of a worker is dead, given as node and process id."""
+    """Whether the process of a worker, given as node and process id, is dead. Ray takes a while to know of a node."""
     if worker.startswith("actor"):
         actor = state.actors(worker.split()[1])
-        now = actor["Address"]["NodeID"], actor["Pid"]
-        return actor["State"] != "ALIVE" or now != process
+        address = actor["Address"]
+        alive = actor["State"] == "ALIVE" and (address["NodeID"], actor["Pid"]) == process
+        return not alive or _is_refused(address["IPAddress"], address["Port"])
     return not any(node["NodeID"] == process[0] and node["Alive"] for node in ray.nodes())
 
 

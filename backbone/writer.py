@@ -73,7 +73,7 @@ class Writer:
         self.timeout = float(settings.get("finish_timeout") or os.environ["WANDB_FINISH_TIMEOUT"]) / 2
         settings |= dict(finish_timeout=self.timeout, finish_timeout_raises=True)
         if stop := self._stop:
-            settings["stop_fn"] = lambda: stop()  # wandb copies its settings, and a method's object with it
+            settings["stop_fn"] = lambda: stop()  # noqa: PLW0108 - wandb copies settings, and a method's object with them
         init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
         init |= dict(resume="allow") if restart else {}
         before = disk.folders(self._folder, init["id"], begun=True)
