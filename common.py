@@ -36,8 +36,8 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun", "generate_inference_metrics"]
-__all__ += ["generate_training_metrics"]
+__all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
+__all__ += ["generate_evaluation_metrics", "generate_inference_metrics", "generate_training_metrics"]
 __all__ += ["Ledger", "PipelineActor", "Reduction", "RunFinishedError", "pipeline_actor", "reduce_reports"]
 logger = logging.getLogger("wandb_run")
 
@@ -398,12 +398,12 @@ def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
     (training steps) per rollout; bool arrays are outcomes.
     """
     learned, syncing = _progress(step), step % SYNC_EVERY == SYNC_EVERY - 1
-    chance = 0.15 + 0.65 * np.repeat([_progress(1.6 * step), _progress(0.6 * step)], 2)  # gsm8k is the easier one
-    chance = np.repeat(np.clip(chance + rng.normal(0, 0.25, 4), 0.02, 0.98), GROUP)  # prompts differ
-    success = rng.random(32) < chance
-    reward = np.clip(np.where(success, 0.9, 0.08) + rng.normal(0, 0.06, 32), 0, 1)
+    chance = np.repeat([0.2 + 0.74 * _progress(1.6 * step), 0.1 + 0.66 * _progress(0.6 * step)], 2)  # gsm8k is easier
+    chance = np.repeat(np.clip(chance + rng.normal(0, 0.2, 4), 0.02, 0.98), GROUP)  # prompts differ
     wanted = rng.lognormal(math.log(640 + 60 * learned), 0.45 - 0.25 * learned, 32)
-    length = np.minimum(wanted, 1024).astype(int)
+    truncated = wanted > 1024  # before there is an answer
+    success = (rng.random(32) < chance) & ~truncated
+    reward = np.clip(np.where(success, 0.9, 0.08) + rng.normal(0, 0.06, 32), 0, 1)
     load = rng.uniform(0.85, 1.15)
     return {
         "reward": reward,
@@ -412,8 +412,8 @@ def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
         "groups/all_solved": success.reshape(-1, GROUP).all(axis=1),
         "groups/none_solved": ~success.reshape(-1, GROUP).any(axis=1),
         "success_rate": success,
-        "response_length": length,
-        "truncated_fraction": wanted > 1024,
+        "response_length": np.minimum(wanted, 1024).astype(int),
+        "truncated_fraction": truncated,
         "rollouts": 32,
         "e2e/speed": 5_200 * load * (rng.uniform(0.03, 0.3) if syncing else 1),
         "e2e/latency_ms": rng.lognormal(math.log(1_100 * load), 0.75, 64) * (1.6 if syncing else 1),
@@ -423,3 +423,20 @@ def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
         "policy_version": step // SYNC_EVERY * SYNC_EVERY,
         "staleness": np.minimum(rng.poisson(0.02 + 0.25 * (step % SYNC_EVERY), 32), 2),
     }
+
+
+def generate_evaluation_metrics(step: int, rng: np.random.Generator) -> Metrics:
+    """One worker's report of one evaluation: of the checkpoint of training step `step`, on 200 problems of each source.
+
+    Arrays are samples: `<source>/accuracy` says of each problem whether the first of 4 answers was right (bool),
+    `<source>/pass@4` whether any of them was, `response_length` (tokens) is of the first answers.
+    """
+    metrics: Metrics = {"checkpoint_step": step, "response_length": rng.lognormal(math.log(690), 0.25, 600).astype(int)}
+    for source, pace, best in (("gsm8k", 1.3, 0.88), ("math", 0.7, 0.74), ("code", 0.5, 0.68)):
+        learned = _progress(pace * step)
+        # In the end a problem is solved always or never, so that four answers are little better than one.
+        mean, evenness = 0.15 + (best - 0.15) * learned, 0.3 + 5 * (1 - learned) ** 2
+        chance = rng.beta(mean * evenness, (1 - mean) * evenness, 200)
+        right = rng.random((4, 200)) < chance
+        metrics |= {f"{source}/accuracy": right[0], f"{source}/pass@4": right.any(axis=0)}
+    return metrics
