@@ -24,6 +24,7 @@ from .ending import conclude, ledger
 from .files import store_path
 from .inbox import Batch, Sender
 from .ledger import Ledger, RunFinishedError, line
+from .nodes import with_nodes
 from .outbox import Answer
 from .pipeline import Pipeline
 from .reduction import Reduction
@@ -110,6 +111,7 @@ class PipelineActor:
             for pipeline in self._pipelines.values():
                 pipeline.end()
             store.note(life=life, deaths=0)
+        init = init | dict(settings=with_nodes(init["settings"]))
         self._writer = Writer(store, init, self._stop)
         try:
             if "ledgers" not in facts:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +139,25 @@ def open_in_leet(folder: Path, runs: Sequence[Path], metrics: str) -> None:
 
 def unless_in_environment(settings: dict[str, Any]) -> dict[str, Any]:
     """Those settings that no environment variable makes, and how often the log is written."""
-    return {k: value for k, value in (settings | FLUSH_EVERY).items() if f"WANDB_{k.upper()}" not in os.environ}
+    return {key: value for key, value in (settings | FLUSH_EVERY).items() if not _in_environment(key)}
+
+
+def _in_environment(setting: str) -> bool:
+    name = setting.upper()
+    return f"WANDB_{name}" in os.environ or f"WANDB_{name.removeprefix('X')}" in os.environ  # X_STATS or _STATS
+
+
+def with_endpoints(settings: Mapping[str, Any], endpoints: Mapping[str, str], metrics: str) -> dict[str, Any]:
+    """`settings`, with Prometheus endpoints whose numbers wandb-core adds to the run's system metrics.
+
+    The settings for that are `x_` ones, which may change. Who sets endpoints, by argument or environment, has those.
+    endpoints: name -> URL. metrics: regular expression for "<name>.<metric>", as long as nobody sets another filter.
+    """
+    own, filters = "x_stats_open_metrics_endpoints", "x_stats_open_metrics_filters"
+    if not endpoints or own in settings or _in_environment(own):
+        return dict(settings)
+    filtered = {} if _in_environment(filters) else {filters: [metrics]}
+    return {own: dict(endpoints)} | filtered | settings
 
 
 def repository() -> dict[str, str]:

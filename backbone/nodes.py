@@ -1,0 +1,40 @@
+"""CPU, memory and GPUs of every node of the cluster among the run's system metrics: wandb reads what Ray exports.
+
+A node exports them where `ray[default]` is installed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from . import wandb_internals
+
+# In percent, bytes, percent of a GPU and MB of a GPU; all that a node exports would be 220 KB a sample.
+METRICS = r"\.ray_node_(cpu_utilization|mem_used|gpus_utilization|gram_used)$"
+
+
+def with_nodes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings, with what records the nodes unless they or the environment say what to record."""
+    return wandb_internals.with_endpoints(settings, endpoints(), METRICS)
+
+
+def endpoints() -> dict[str, str]:
+    """Where the nodes that are there now export their metrics: name of the host -> URL.
+
+    Of several nodes whose hosts have one name, each has the beginning of its id behind it, as in `ray list nodes`.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]
+    shared, found = Counter(map(_host, nodes)), {}
+    for node in nodes:
+        name = _host(node) if shared[_host(node)] == 1 else f"{_host(node)}-{node['NodeID'][:6]}"
+        address = node["NodeManagerAddress"]
+        found[name] = f"http://{f'[{address}]' if ':' in address else address}:{node['MetricsExportPort']}/metrics"
+    return found
+
+
+def _host(node: Mapping[str, Any]) -> str:
+    return node["NodeManagerHostname"].partition(".")[0]  # a dot ends the endpoint's name in the metric's

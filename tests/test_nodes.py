@@ -1,0 +1,83 @@
+"""The nodes' CPU, memory and GPUs in a run's system metrics, where the nodes export them."""
+
+import os
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT, Log, folders
+
+from backbone.nodes import with_nodes
+
+# Three runs on a cluster of two nodes, which last until they have system metrics of the endpoints that they read.
+RUNS = """
+import os, sys, time
+from backbone import nodes, wandb_internals
+from common import WandbRun
+import ray
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+found = nodes.endpoints()
+print(*found)
+
+def record(name, expected, **settings):
+    settings |= dict(x_stats_sampling_interval=0.5)
+    with WandbRun("nodes", name, mode="offline", dir=sys.argv[1], settings=settings) as run:
+        deadline, seen = time.monotonic() + 60, set()
+        while not seen >= expected and time.monotonic() < deadline:
+            time.sleep(0.2)
+            items = [item.key for record in wandb_internals.records(run.path) for item in record.stats.item]
+            seen = {item.split(".")[1] for item in items if item.startswith("openmetrics.")}
+
+record("default", set(found))
+mine = {"mine": next(iter(found.values()))}
+record("argument", {"mine"}, x_stats_open_metrics_endpoints=mine, x_stats_open_metrics_filters=["ray_node_cpu_count"])
+os.environ["WANDB__STATS_OPEN_METRICS_ENDPOINTS"] = str(mine).replace("'", '"')
+os.environ["WANDB__STATS_OPEN_METRICS_FILTERS"] = '["ray_node_mem_total"]'
+record("environment", {"mine"})
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def system_metrics(log: Log) -> set[str]:
+    """Those that were read from an endpoint, as `endpoint.metric`."""
+    keys = {key for stats in log.of("stats") for key in stats["item"]}
+    return {".".join(key.split(".")[1:3]) for key in keys if key.startswith("openmetrics.")}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> tuple[list[str], dict[str, set[str]]]:
+    """Names of the nodes, and the system metrics by run.
+
+    `ray[default]` comes into an environment of its own: with it every Ray of the other tests would start its agents.
+    """
+    directory = tmp_path_factory.mktemp("nodes")
+    uv = [os.environ.get("UV", "uv"), "run", "--isolated", "--no-default-groups", "--group", "nodes"]
+    command = [*uv, "python", "-c", RUNS, str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = [Log(path) for path in folders(directory)]
+    return done.stdout.split(), {log.run["display_name"]: system_metrics(log) for log in logs}
+
+
+def test_a_run_records_cpu_and_memory_of_every_node_under_its_hosts_name(cluster):
+    nodes, recorded = cluster
+    assert len(set(nodes)) == 2
+    assert all(re.fullmatch(rf"{os.uname().nodename.partition('.')[0]}-[0-9a-f]{{6}}", node) for node in nodes)
+    metrics = ("ray_node_cpu_utilization", "ray_node_mem_used")
+    assert recorded["default"] == {f"{node}.{metric}" for node in nodes for metric in metrics}
+
+
+def test_endpoints_and_filters_of_the_users_own_stay_as_they_are(cluster):
+    _, recorded = cluster
+    assert recorded["argument"] == {"mine.ray_node_cpu_count"}
+    assert {metric.partition("_total")[0] for metric in recorded["environment"]} == {"mine.ray_node_mem"}
+
+
+def test_a_cluster_that_exports_nothing_changes_no_setting(ray_here):
+    assert [node["MetricsExportPort"] for node in ray_here.nodes()] == [-1]
+    assert with_nodes({"silent": True}) == {"silent": True}
