@@ -15,7 +15,7 @@ from . import values
 from .inbox import Batch, Inbox
 from .ledger import line
 from .reduction import REFUSED, Reduction, reduce_reports
-from .steps import Place, Steps
+from .steps import Pace, Place, Steps
 from .store import Row, Store
 
 
@@ -28,8 +28,8 @@ class Pipeline:
     def __init__(self, store: Store, prefix: str, reduction: Reduction):
         self._store, self.prefix, self.reduction = store, prefix, reduction
         self.inbox = Inbox(store, prefix)
-        self.last_row: dict[str, float] = {}  # the numbers of the highest step, keys without prefix
-        row = (prefix, pickle.dumps(reduction), pickle.dumps((1, {}, Counter(), False)))
+        new = pickle.dumps((1, Pace(), {}, Counter(), {}, False))
+        row = (prefix, pickle.dumps(reduction), new)
         store.db.execute("INSERT OR IGNORE INTO pipelines VALUES (?, ?, ?)", row)
         self._load()
 
@@ -180,18 +180,20 @@ class Pipeline:
                 db.execute("DELETE FROM workers WHERE prefix = ? AND worker = ?", (self.prefix, worker))
         self._touched.clear()
         self.inbox.save()
-        state = pickle.dumps((self.steps.workers, self.totals, self.counts, self.ended))
+        of_steps = self.steps.workers, self.steps.pace
+        state = pickle.dumps((*of_steps, self.totals, self.counts, self.last_row, self.ended))
         db.execute("UPDATE pipelines SET state = ? WHERE prefix = ?", (state, self.prefix))
 
     def _load(self) -> None:
         db, mine = self._store.db, (self.prefix,)
         (state,) = db.execute("SELECT state FROM pipelines WHERE prefix = ?", mine).fetchone()
-        workers, self.totals, self.counts, self.ended = pickle.loads(state)
+        workers, pace, self.totals, self.counts, self.last_row, self.ended = pickle.loads(state)
         self.inbox.load()
         self._fresh: dict[int, tuple[str, int, bytes]] = {}  # reports of this change that have no row: id -> report
         self._touched: set[str] = set()  # workers that this change moves
         (self._next_id,) = db.execute("SELECT coalesce(max(id), 0) FROM reports WHERE prefix = ?", mine).fetchone()
         self.steps = Steps(workers, self._row, self._warn)
+        self.steps.pace = pace
         for _, worker, step, committed, heard, dead in db.execute("SELECT * FROM workers WHERE prefix = ?", mine):
             self.steps.dead.update([worker] if dead else [])
             self.steps.places.update({} if dead else {worker: Place(step, bool(committed), heard)})

@@ -29,6 +29,13 @@ class Place(NamedTuple):
     heard: float  # when, in seconds
 
 
+class Pace(NamedTuple):
+    """How fast rows of rule 1 come, in seconds."""
+
+    usual: float = 0.0  # between two of them
+    last: float = 0.0  # when the last one was made
+
+
 @dataclasses.dataclass
 class OpenStep:
     """A step that has no row yet."""
@@ -59,10 +66,11 @@ class Steps:
         self.open: dict[int, OpenStep] = {}  # oldest first
         self.places: dict[str, Place] = {}
         self.dead: set[str] = set()
+        self.pace = Pace()
         self._waiting = 0
-        self._usual, self._last_row = 0.0, 0.0  # seconds between two rows of rule 1, and when the last one was made
         self._newest = -1  # the highest step that all workers have reported
         self._together: set[str] = set()  # who has logged since the last newcomer did
+        self._most = 0  # so many workers have been warned of
 
     def log(self, worker: str, step: int, report: int, commit: bool, now: float) -> None:
         place, open_step = self.places.get(worker), self.open.get(step)
@@ -89,7 +97,7 @@ class Steps:
         """It will report nothing more: it has said so, or has died."""
         place = self.places.pop(worker, None)
         self._together.discard(worker)
-        if dead:
+        if dead and place:  # a task that has said goodbye does not die any more
             in_open_steps = {each for being in self.open.values() for each in being.reports}
             self.dead = (self.dead | {worker}) & in_open_steps
         if place and not place.committed:
@@ -105,7 +113,7 @@ class Steps:
         """Rule 3."""
         for step, being in list(self.open.items()):
             whole = len(being.reports) >= self.workers
-            patience = self.MINUTE if whole else max(self.MINUTE, 10 * self._usual)
+            patience = self.MINUTE if whole else max(self.MINUTE, 10 * self.pace.usual)
             if now - being.heard < patience:
                 continue
             if whole or not any(
@@ -145,7 +153,8 @@ class Steps:
         if being and worker in being.reports:
             being.done += 1
             if being.done >= self.workers:  # 1
-                self._usual, self._last_row = 0.8 * self._usual + 0.2 * (now - (self._last_row or now)), now
+                since = now - (self.pace.last or now)
+                self.pace = Pace(0.8 * self.pace.usual + 0.2 * since, now)
                 self._newest = max(self._newest, step)
                 self._row(step)
 
@@ -156,12 +165,15 @@ class Steps:
 
     def _look_back(self, worker: str, step: int, place: Place | None) -> None:
         """Warns of what people do without knowing."""
+        many = 0
         if is_task(worker):
             many = sum(map(is_task, self.open[step].reports))
-        else:
+        elif worker not in self._together:
             self._together.add(worker)
+        elif step != place.step:  # all have had their turn
             many = len(self._together)
-        if many > self.workers:
+        if many > max(self.workers, self._most):
+            self._most = many
             self._warn(
                 "many workers",
                 f"{many} workers log to a pipeline that was told of {self.workers}: pass workers={many}",

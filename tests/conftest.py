@@ -15,7 +15,12 @@ import backbone  # noqa: F401 - before ray
 
 import pytest
 import ray
+from hypothesis import settings
 from wandb.util import get_core_path
+
+# The same examples each time, however slow the machine is: a change is judged by what it changes.
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.load_profile("same")
 
 DEMOS = {
     "demo1": "demo1_centralized_actors.py",
