@@ -1,6 +1,6 @@
 """How are metrics named? In one project, paths such as `training/loss` become the sections of its dashboard.
 
-    pipeline    project     run name          keys
+    pipeline    project          run name          keys
     training    rl-experiment    training-<ID>     training/loss, training/grads/grad_norm_0, …
     inference   rl-experiment    inference-<ID>    inference/reward/mean, inference/e2e/speed, …
 
