@@ -140,6 +140,8 @@ class Outbox:
             self._said += 1
             if self._error or not self._has_room(len(metrics)):
                 return self._lose(1, self._error or TimeoutError("the pipeline actor does not answer"))
+            if self._holding is None:  # it had left
+                self._hold()
             if self._in_task:
                 self._begin_task()
             if not self._reports:
@@ -194,7 +196,7 @@ class Outbox:
         if self._error:
             return False
         more = len(self._under_way) < self.UNDER_WAY or self._flushing or self._in_task or self._leaving
-        end = self._leaving and self._serial and not self._last_sent
+        end = self._leaving and (self._serial or self._in_task) and not self._last_sent
         return bool((self._waiting and more) or end or (self._announce and self._generation))
 
     @property
@@ -210,7 +212,7 @@ class Outbox:
                     self._submitting = mine = False
                 if self._submitting or not self._is_due():
                     return
-                batch, announced = self._next_batch(), [self._holding] if self._announce else []
+                batch, announced = self._next_batch(), [self._holding] if self._announce and self._holding else []
                 self._announce, self._submitting, mine = False, True, True
             try:
                 if self._session != _session():
@@ -255,11 +257,13 @@ class Outbox:
     # What the run tells
 
     def _hold(self) -> None:
-        self._holding = self._actor.hold.remote(self._seen)
+        group = "tasks" if self._in_task else "others"
+        hold = self._actor.hold.options(concurrency_group=group)
+        self._holding, self._announce = hold.remote(self._prefix, self._id, self._serial, self._seen), True
         self._holding.future().add_done_callback(self._hear)
 
     def _hear(self, event: Future) -> None:
-        """Called when a pipeline of the run ends, somebody wants it stopped, or the actor is gone."""
+        """Called when a pipeline of the run ends, somebody wants it stopped, this has left, or the actor is gone."""
         _mark.of_ray = True
         if event.exception():
             return self._fail(event.exception())
@@ -269,9 +273,9 @@ class Outbox:
             stop()
         with self._changed:
             self._closed = self._prefix in ended
-            if not self._closed:
+            self._holding = None  # a pending call would keep Ray from ending the process of a task
+            if not self._leaving:
                 self._hold()
-                self._announce = True
             self._changed.notify_all()
         self._submit()
 
@@ -310,7 +314,7 @@ class Outbox:
         other methods would stand still meanwhile.
         """
         self.copies.discard(copy)
-        if self.copies or _forked or not self._opened or not (self._serial or self._waiting):
+        if self.copies or _forked or not self._opened or not (self._serial or self._waiting or self._in_task):
             return
         patience = self.MINUTE if self._in_task else 5.0
         if _mark.depth or _mark.of_ray or self._in_async_actor:
