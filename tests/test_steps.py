@@ -178,16 +178,29 @@ def test_a_committed_step_is_a_row_at_once():
     kept.say("actor b", 0)
     kept.say("actor b", 0, commit=True)
     assert kept.rows == [(0, {"actor a": [0], "actor b": [1, 2]})]
-    kept.say("actor a", 0)  # it had said that nothing more would come: another attempt
-    kept.say("actor a", 1)
-    assert len(kept.open) == 2
+
+
+def test_a_worker_that_reports_a_step_it_had_committed_makes_another_attempt():
+    kept = Kept(2)
+    kept.say("actor a", 0, commit=True)
+    kept.say("actor a", 0)
+    assert kept.rows == [(0, {"actor a": [0]})]
+
+
+def test_a_worker_is_done_with_a_step_once_however_often_it_says_so():
+    kept = Kept(2)
+    kept.say("actor a", 0, commit=True)
+    kept.gone("actor a", kept.now)
+    assert kept.rows == []
 
 
 # Any order of any calls
 
+ANYONE = st.sampled_from([*names(3), "task 1 0", "task 2 0"])
+SAY = st.tuples(st.just("say"), ANYONE, st.integers(0, 3), st.sampled_from([False, False, False, True]))
 EVENTS = st.one_of(
-    st.tuples(st.just("say"), st.sampled_from([*names(3), "task 1 0", "task 2 0"]), st.integers(0, 4), st.booleans()),
-    st.tuples(st.sampled_from(["gone", "dead"]), st.sampled_from([*names(3), "task 1 0", "task 2 0"])),
+    *[SAY] * 5,
+    st.tuples(st.sampled_from(["gone", "dead"]), ANYONE),
     st.tuples(st.just("wait"), st.sampled_from([1.0, 30.0, 100.0])),
     st.tuples(st.just("expect"), st.integers(1, 3)),
 )
@@ -221,8 +234,8 @@ def test_whatever_happens_each_report_is_in_one_row_of_its_step(workers, events)
     assert found == Counter(range(len(kept.reports)))
 
 
-@settings(max_examples=300)
-@given(st.integers(1, 3), st.lists(EVENTS, max_size=30), st.lists(EVENTS, max_size=30))
+@settings(max_examples=500)
+@given(st.integers(1, 3), st.lists(EVENTS, max_size=15), st.lists(EVENTS, max_size=15))
 def test_a_restart_of_the_pipeline_actor_changes_no_row(workers, before, after):
     kept = Kept(workers)
     for event in before:
@@ -234,6 +247,16 @@ def test_a_restart_of_the_pipeline_actor_changes_no_row(workers, before, after):
     kept.finish()
     again.finish()
     assert again.rows == kept.rows
+
+
+def test_a_worker_s_parts_make_it_done_once_after_a_restart_too():
+    kept = Kept(3)
+    for step in (0, 0, 1):
+        kept.say("actor a", step)
+    again = kept.restored()
+    for step in (0, 1):
+        again.say("actor b", step)
+    assert again.rows == []
 
 
 # The clock
@@ -273,11 +296,11 @@ def test_a_rank_that_hangs_holds_a_row_up_for_a_minute_and_is_warned_of():
 
 def test_a_step_that_all_have_reported_waits_a_minute_for_more():
     kept = Kept(2)
-    for rank in names(2):
+    for kept.now, rank in [(10.0, "actor a"), (20.0, "actor b"), (50.0, "actor a")]:
         kept.say(rank, 0)
-    kept.tick(59.0)
+    kept.tick(109.0)
     assert kept.rows == []
-    kept.tick(60.0)
+    kept.tick(110.0)
     assert [step for step, _ in kept.rows] == [0]
     assert kept.warnings == []
 
@@ -358,12 +381,32 @@ def test_a_task_that_has_ended_does_not_die_when_its_process_does():
     assert kept.rows == []
 
 
+def test_a_task_that_begins_ends_no_other():
+    kept = Kept(2)
+    for task in ("task 1 0", "task 2 0"):
+        kept.say(task, 0)
+    kept.say("task 3 0", 1)
+    assert kept.rows == []
+
+
+def test_a_worker_that_came_back_is_not_dead():
+    kept = Kept(3)
+    kept.say("actor a", 0)
+    kept.gone("actor a", kept.now, dead=True)
+    kept.say("actor a", 1)
+    assert [step for step, _ in kept.rows] == [0]
+    kept.say("actor b", 1)
+    assert len(kept.rows) == 1
+
+
 @pytest.mark.parametrize("engines", [2, 4])
-def test_engines_whose_number_was_not_told_are_warned_of_with_that_number(engines):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_engines_whose_number_was_not_told_are_warned_of_with_that_number(engines, parts):
     kept = Kept(1)
     for step in range(20):
         for engine in names(engines):
-            kept.say(engine, step)
+            for _ in range(parts):
+                kept.say(engine, step)
     told = [what for kind, what in kept.warnings if kind == "many workers"]
     assert told == [f"{engines} workers log to a pipeline that was told of 1: pass workers={engines}"]
 
