@@ -11,7 +11,6 @@ system of your own copy this file and that folder.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import functools
 import logging
@@ -23,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone import artifacts, guest, values
+from backbone import artifacts, exits, guest, values
 from backbone.actor import PipelineActor, pipeline_actor
 from backbone.calls import ActorGoneError, answer, result
 from backbone.ending import take_over
@@ -146,18 +145,18 @@ class WandbRun:
             self._owner._sharing.append(self)
             self._owner._prefixes.append(prefix)
         if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
-            guest.unfinished.add(self)
+            exits.unfinished.add(self)
 
     def _start_actor(self, pipeline: ray.actor.ActorClass, init: dict[str, Any]) -> Callable[[], None]:
         """Starts the pipeline actor on this node, where the run's folder and the login are; returns how to stop."""
-        context = ray.get_runtime_context()
-        environ, aside = guest.travelling(own_id=init.get("id") is not None)
+        context, init = ray.get_runtime_context(), guest.arguments(init)
+        environ, aside = guest.travelling(own_id="id" in init)
         own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
         self._init = guest.complete(init, own, environ)
         check_run_id(self._init["id"])
         if aside:
             logger.warning("run %s %s", init.get("name") or self._init["id"], aside)
-        stop = self._init["settings"].pop("stop_fn", None) or _thread.interrupt_main  # as Ctrl-C
+        stop = self._init["settings"].pop("stop_fn", None) or exits.interrupt
         ray_worker = context.get_worker_id() if context.worker.mode == ray.WORKER_MODE else None
         letter = guest.Letter(self._init, environ, os.getcwd(), guest.command_line(), ray_worker)
         self._letter = guest.write_letter(letter)
@@ -188,7 +187,8 @@ class WandbRun:
         if self._copy:
             self.flush()
         else:
-            self.finish(guest.exit_code(error), failure=error and f"{kind.__name__}: {line(error)}")
+            code, failure = exits.how_it_ends(error)
+            self.finish(code, failure=failure)
 
     def log(self, metrics: Mapping[str, Any], step: int, commit: bool = False) -> None:
         """Reports metrics of one worker for one step; takes microseconds, unless the actor is far behind.
@@ -295,7 +295,7 @@ class WandbRun:
                 ledgers = self._take_over(exit_code, failure, error)
             for run in (self, *self._sharing):
                 run._ledger = ledgers[run._prefix]
-                guest.unfinished.remove(run)
+                exits.unfinished.remove(run)
             if self._letter:
                 if ray.is_initialized():  # else Ray would start anew
                     self._actor.leave.remote()

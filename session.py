@@ -23,7 +23,7 @@ import arguments
 import backbone
 import common
 from arguments import Args, parse_args
-from backbone import guest, wandb_internals
+from backbone import exits, wandb_internals
 from backbone.calls import ray_answers
 from backbone.ledger import line
 from common import CHECKPOINT_EVERY, Ledger, Metrics, RunFinishedError, WandbRun
@@ -151,7 +151,7 @@ def ray_session(args: Args) -> Iterator[None]:
         print(f"{failure}{hint}", file=sys.stderr)
     finally:
         ending = True
-        guest.unfinished.finish(int(status != 0), failure)
+        exits.unfinished.finish(int(status != 0), failure)
         status = 128 + signals[0] if signals else status
         if ray.is_initialized() and not ray_answers():  # its shutdown would take long, and say much
             sys.stdout.flush(), sys.stderr.flush()
@@ -175,7 +175,7 @@ def run_to_end(args: Args, workers: Sequence[ray.actor.ActorHandle], *runs: Wand
     try:
         failure = _follow(workers, named, bars)
     finally:
-        guest.unfinished.finish(int(bool(failure)), failure)
+        exits.unfinished.finish(int(bool(failure)), failure)
         ledgers = [run.finish() for run in runs]
         bars.close()
         _summarise(args, ledgers)

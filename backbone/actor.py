@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import ray
 
-from . import artifacts, guest
+from . import artifacts, exits, guest
 from .artifacts import Artifacts
 from .calls import is_gone
 from .ending import conclude, ledger
@@ -28,6 +28,7 @@ from .nodes import with_nodes
 from .outbox import Answer
 from .pipeline import Pipeline
 from .reduction import Reduction
+from .steps import is_task
 from .store import Row, Store
 from .writer import ServiceDiedError, Writer
 
@@ -54,6 +55,7 @@ class PipelineActor:
     reduction = Reduction()
 
     GRACE: ClassVar = 5.0  # seconds that `finish` waits for a process that says nothing
+    PAUSE: ClassVar = 0.3  # seconds without news after which plain tasks, which can't be asked, have said all
     DEATHS: ClassVar = 3  # in a row, without a row in between; then it gives up
     CLOCK: ClassVar = 5.0  # seconds between two looks at the clock
 
@@ -249,7 +251,7 @@ class PipelineActor:
         with self._changed:
             if "ledgers" not in self._store.facts:
                 try:
-                    self._writer.finish(exit_code, failure)
+                    self._writer.finish(exits.INTERRUPTED if self._stopped and exit_code else exit_code, failure)
                 except ServiceDiedError:
                     os._exit(1)  # Ray repeats the call on the next actor
                 conclude(self._store, self._pipelines, self._writer.there)
@@ -261,6 +263,9 @@ class PipelineActor:
             self._ended |= {pipeline.prefix for pipeline in pipelines}
             self._event.notify_all()
         began = time.time()
+        senders = [sender for pipeline in pipelines for sender in pipeline.inbox.senders.values()]
+        while any(is_task(sender.worker) and time.time() - sender.heard < self.PAUSE for sender in senders):
+            self._changed.wait(self.PAUSE)
         while silent := self._silent(pipelines):
             self._changed.wait(0.05)
             for pipeline, id_, sender in silent if time.time() - began > 0.5 else ():  # Ray may know more by now

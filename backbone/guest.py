@@ -1,4 +1,4 @@
-"""What a run must know of the process that it belongs to, its owner: environment, command line, life, exit code.
+"""What a run must know of the process that it belongs to, its owner: arguments, environment, command line, life.
 
 The pipeline actor is another process, maybe started by somebody else's Ray. All that a W&B user expects to count there
 comes to it in a letter, a private file on the owner's node, which the owner keeps locked for as long as it lives.
@@ -6,22 +6,16 @@ comes to it in a letter, a private file on the owner's node, which the owner kee
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import logging
 import os
 import pickle
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .files import fcntl, is_private
-from .ledger import line
-
-logger = logging.getLogger("wandb_run")
 
 # What wandb needs to reach its server, and to find a login.
 NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
@@ -42,7 +36,7 @@ class Letter:
 
 
 _locked: dict[Path, Any] = {}  # letters of this process; closing a file would end its lock
-_taken: set[tuple] = set()  # values of ONE_RUN that a run has got
+_taken: set[tuple] = set()  # ids in the environment that a run of this process has got
 
 
 def travelling(own_id: bool) -> tuple[dict[str, str], str | None]:
@@ -52,15 +46,23 @@ def travelling(own_id: bool) -> tuple[dict[str, str], str | None]:
     """
     environ = {k: v for k, v in os.environ.items() if k.startswith("WANDB_") or k.upper() in NETWORK}
     environ.pop("WANDB_SERVICE", None)  # of wandb in this process
-    value = environ.get("WANDB_RUN_ID"), environ.get("WANDB_SWEEP_ID")
-    if not any(value):
-        return environ, None
-    if not own_id and value not in _taken:
-        _taken.add(value)
+    run, sweep = environ.get("WANDB_RUN_ID"), environ.get("WANDB_SWEEP_ID")
+    if not (run or sweep) or not (own_id or _is_taken(run, sweep)):
         return environ, None
     for name in ONE_RUN:
         environ.pop(name, None)
-    return environ, f"stays outside {'the sweep' if value[1] else f'WANDB_RUN_ID={value[0]}'}, which is for one run"
+    return environ, f"stays outside {f'the sweep {sweep}' if sweep else f'WANDB_RUN_ID={run}'}, which is for one run"
+
+
+def _is_taken(*ids: str | None) -> bool:
+    """Whether another run of this job has got the ids in the environment, which Ray's workers have as well."""
+    import ray
+    from ray.experimental import internal_kv
+
+    key = f"wandb-run {ray.get_runtime_context().get_job_id()} {ids}"
+    taken = ids in _taken or internal_kv._internal_kv_put(key.encode(), b"", overwrite=False)
+    _taken.add(ids)
+    return taken
 
 
 def write_letter(letter: Letter) -> Path:
@@ -100,6 +102,8 @@ def move_in(letter: Letter) -> None:
 
 def has_died(path: Path) -> bool:
     """Waits until the owner is gone; whether that came before it had what it wanted to know."""
+    if not fcntl:  # Windows: it is not watched
+        return False
     with path.open("r+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
     return path.exists()
@@ -130,71 +134,15 @@ def command_line() -> list[str]:
     return entry.split()[1:] if entry.split()[:1] == [sys.executable] else entry.split()
 
 
-class Unfinished:
-    """Runs of this driver that are not finished. It finishes them when it ends, with its own exit code.
-
-    Which that is, it finds out as wandb does: by `sys.exit` and `sys.excepthook`, as long as there are such runs.
-    """
-
-    def __init__(self) -> None:
-        self._runs: list[Any] = []
-        self._pid, self._code, self._failure = 0, 0, None
-
-    def add(self, run: Any) -> None:
-        if not self._runs:
-            self._pid, self._code, self._failure = os.getpid(), 0, None
-            self._exit, self._excepthook = sys.exit, sys.excepthook
-            sys.exit, sys.excepthook = self._on_exit, self._on_exception
-            atexit.unregister(self._at_exit)
-            atexit.register(self._at_exit)  # now, so that it runs before Ray's own, which takes the actors down
-        self._runs.append(run)
-
-    def remove(self, run: Any) -> None:
-        if run in self._runs:
-            self._runs.remove(run)
-            if not self._runs:
-                sys.exit = self._exit if sys.exit == self._on_exit else sys.exit
-                sys.excepthook = self._excepthook if sys.excepthook == self._on_exception else sys.excepthook
-
-    def finish(self, exit_code: int, failure: str | None = None) -> None:
-        """Finishes all of them, each as far as it can be, at the same time."""
-
-        def finish(run: Any) -> None:
-            try:
-                run.finish(exit_code, failure=failure)
-            except Exception as error:
-                logger.warning("run %s could not be finished: %s", run.name, line(error))
-                self.remove(run)
-
-        threads = [threading.Thread(target=finish, args=[run]) for run in self._runs if not run.shares]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _at_exit(self) -> None:
-        if self._pid == os.getpid():  # and no fork of it
-            self.finish(self._code, self._failure)
-
-    def _on_exit(self, code: Any = None) -> None:
-        self._code = exit_code(SystemExit(code))
-        self._exit(code)
-
-    def _on_exception(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        self._code, self._failure = 255 if kind is KeyboardInterrupt else 1, f"{kind.__name__}: {line(error)}"
-        self._excepthook(kind, error, trace)
-
-
-unfinished = Unfinished()
-
-
-def exit_code(error: BaseException | None) -> int:
-    """That of a process which an exception ends."""
-    if error is None:
-        return 0
-    if not isinstance(error, SystemExit):
-        return 1
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
+def arguments(init: Mapping[str, Any]) -> dict[str, Any]:
+    """What the code says to `wandb.init`; settings are a dict, without those that are arguments as well."""
+    init = {key: value for key, value in init.items() if value is not None}
+    settings = init.get("settings") or {}
+    if not isinstance(settings, Mapping):  # wandb.Settings
+        settings = {key: getattr(settings, key) for key in settings.model_fields_set}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    same = {"run_id": "id", "root_dir": "dir", "run_job_type": "job_type"}
+    return {same[key]: settings.pop(key) for key in same if key in settings} | init | dict(settings=settings)
 
 
 def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -202,19 +150,21 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
 
     Raises ValueError for what can't work.
     """
-    init = {key: value for key, value in init.items() if value is not None}
-    settings = init.get("settings") or {}
-    if not isinstance(settings, Mapping):  # wandb.Settings
-        settings = {key: getattr(settings, key) for key in settings.model_fields_set}
+    variables = {name.removeprefix("WANDB_").lower(): value for name, value in environ.items()}
+    said = dict(id=variables.get("run_id"), dir=variables.get("dir"), job_type=variables.get("job_type"))
+    said = {key: value for key, value in said.items() if value}
 
     def given(name: str) -> Any:
-        return init.get(name) or settings.get(name) or environ.get(f"WANDB_{name.upper()}")
+        found = next((place[name] for place in (init, init["settings"], variables) if name in place), None)
+        return None if str(found).lower() in ("false", "0", "") else found
 
     if given("sync_tensorboard") or given("mode") == "shared":
         raise ValueError("sync_tensorboard and mode='shared' make wandb ignore the numbers of rows: use neither here")
     if name := next((name for name in ("resume_from", "fork_from") if given(name)), None):
         raise ValueError(f"{name} counts in W&B's own steps, which are rows here: use id= and resume='allow'")
-    variables = {"id": "WANDB_RUN_ID", "dir": "WANDB_DIR", "job_type": "WANDB_JOB_TYPE"}
-    unsaid = {key: environ.get(variables[key]) or value for key, value in own.items() if key not in init}
-    folder = os.path.abspath(os.path.expanduser((init | unsaid)["dir"]))
-    return init | unsaid | dict(dir=folder, settings=dict(settings))
+    if given("resume") in (True, "auto") and "id" not in said | init:
+        raise ValueError(
+            "resume='auto' goes on with the last run of a folder, whichever it was: use id= and resume='allow'"
+        )
+    init = own | said | init
+    return init | dict(dir=os.path.abspath(os.path.expanduser(init["dir"])))

@@ -137,9 +137,12 @@ def open_in_leet(folder: Path, runs: Sequence[Path], metrics: str) -> None:
         memory.write_text(json.dumps(state))
 
 
-def unless_in_environment(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those settings that no environment variable makes, and how often the log is written."""
-    return {key: value for key, value in (settings | FLUSH_EVERY).items() if not _in_environment(key)}
+def unless_said(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that neither the environment nor a file of wandb's makes, and how often the log is written."""
+    import wandb
+
+    said = wandb.setup().settings.model_fields_set
+    return {key: value for key, value in (settings | FLUSH_EVERY).items() if key not in said}
 
 
 def _in_environment(setting: str) -> bool:

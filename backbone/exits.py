@@ -1,0 +1,102 @@
+"""How the process of a run's owner ends: with which exit code, and by "Stop run" on the run's page."""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from .ledger import line
+
+logger = logging.getLogger("wandb_run")
+
+INTERRUPTED = 255  # the exit code that wandb records for Ctrl-C, and so for "Stop run"
+
+
+class Unfinished:
+    """Runs of this driver that are not finished. It finishes them when it ends, each with its own exit code.
+
+    Which that is, it finds out as wandb does: by `sys.exit` and `sys.excepthook`, as long as there are such runs.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[Any, tuple[int, str | None]] = {}  # -> exit code and failure, as things stand
+        self._pid = 0
+        self._hooks = self._before = sys.exit, sys.excepthook
+
+    def add(self, run: Any) -> None:
+        if not self._runs:
+            self._pid = os.getpid()
+            self._watch()
+            atexit.unregister(self._at_exit)
+            atexit.register(self._at_exit)  # now, so that it runs before Ray's own, which takes the actors down
+        self._runs[run] = 0, None
+
+    def _watch(self) -> None:
+        """Puts new functions in place each time: those of the last time may lie below somebody else's hooks."""
+        before = sys.exit, sys.excepthook
+
+        def on_exit(code: Any = None) -> None:
+            self._runs = dict.fromkeys(self._runs, how_it_ends(SystemExit(code)))
+            before[0](code)
+
+        def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            code, failure = how_it_ends(error)
+            self._runs = dict.fromkeys(self._runs, (INTERRUPTED if kind is KeyboardInterrupt else code, failure))
+            before[1](kind, error, trace)
+
+        sys.exit, sys.excepthook = self._hooks = on_exit, on_exception
+        self._before = before
+
+    def remove(self, run: Any) -> None:
+        if self._runs.pop(run, None) and not self._runs:
+            sys.exit = self._before[0] if sys.exit is self._hooks[0] else sys.exit
+            sys.excepthook = self._before[1] if sys.excepthook is self._hooks[1] else sys.excepthook
+
+    def finish(self, exit_code: int | None = None, failure: str | None = None) -> None:
+        """Finishes all of them, each as far as it can be, at the same time. exit_code: each run's own if None."""
+
+        def finish(run: Any, code: int, why: str | None) -> None:
+            try:
+                run.finish(code, failure=why)
+            except Exception as error:
+                logger.warning("run %s could not be finished: %s", run.name, line(error))
+                self.remove(run)
+
+        ends = {run: own if exit_code is None else (exit_code, failure) for run, own in self._runs.items()}
+        threads = [threading.Thread(target=finish, args=(run, *end)) for run, end in ends.items() if not run.shares]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _at_exit(self) -> None:
+        if self._pid == os.getpid():  # and no fork of it
+            self.finish()
+
+
+unfinished = Unfinished()
+
+
+def how_it_ends(error: BaseException | None) -> tuple[int, str | None]:
+    """The exit code of a process that an exception ends, and what went wrong if that is not 0."""
+    code = int(error is not None)
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    return code, f"{type(error).__name__}: {line(error)}" if code else None
+
+
+def interrupt() -> None:
+    """Does to this process what "Stop run" does to one that called `wandb.init` itself: as Ctrl-C."""
+    agent = sys.modules.get("wandb.agents.pyagent")
+    if agent and agent.is_running():  # which stops its trials itself
+        return
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # ends a system call, too
+    else:
+        _thread.interrupt_main()
