@@ -45,6 +45,9 @@ class Reduction:
     statistics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of samples: mean, p99, …
 
     def __post_init__(self) -> None:
+        for keys in (self.sums, self.totals, self.largest):
+            if isinstance(keys, str):
+                raise TypeError(f"{keys!r} must be a sequence of keys: ({keys!r},)")
         for name in itertools.chain.from_iterable(self.statistics.values()):
             if not re.fullmatch(r"mean|min|max|std|histogram|p\d\d?", name):
                 raise ValueError(f"statistic {name!r} must be mean, min, max, std, histogram or a percentile as p99")
@@ -61,7 +64,7 @@ class Reduction:
 
 
 def _first(patterns: Iterable[str], key: str) -> str | None:
-    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(key, pattern)), None)
+    return next((pattern for pattern in patterns if key == pattern or fnmatch.fnmatchcase(key, pattern)), None)
 
 
 def reduce_reports(

@@ -1,0 +1,257 @@
+"""All reports of a step become one row: what is averaged, weighted, summed, pooled, merged or passed through."""
+
+import itertools
+import math
+
+from backbone.reduction import Reduction, reduce_reports
+from common import InferencePipelineActor, TrainingPipelineActor
+
+import numpy as np
+import pytest
+import wandb
+
+
+@pytest.fixture
+def warned():
+    return []
+
+
+def reduced(warned: list, *reports: dict, **reduction) -> dict:
+    return reduce_reports(reports, Reduction(**reduction), lambda *warning: warned.append(warning))
+
+
+# Scalars
+
+
+def test_scalars_are_averaged_rates_summed_and_named_ones_passed_through(warned):
+    reports = {"loss": 1.0, "speed": 10.0, "n": 2, "lr": 0.1}, {"loss": 2.0, "speed": 5.0, "n": 3, "lr": 0.1}
+    row = reduced(warned, *reports, sums=("speed", "n"), largest=("lr",))
+    assert row == {"loss": 1.5, "speed": 15.0, "n": 5, "lr": 0.1}
+    assert isinstance(row["n"], int)
+    assert warned == []
+
+
+def test_workers_that_lack_a_key_do_not_count_for_it(warned):
+    assert reduced(warned, {"a": 1.0}, {"a": 3.0, "b": 5.0}) == {"a": 2.0, "b": 5.0}
+
+
+def test_a_mean_is_weighted_by_what_its_own_report_says(warned):
+    """Two ranks with (loss 1, 10 tokens) and (loss 0, 990 tokens): the mean of their means would be 0.5."""
+    reports = {"loss": 1.0, "tokens": 10}, {"loss": 0.0, "tokens": 990}
+    row = reduced(warned, *reports, weights={"loss": "tokens"}, sums=("tokens",))
+    assert row == {"loss": pytest.approx(0.01), "tokens": 1000}
+    assert warned == []
+
+
+def test_micro_batches_of_one_worker_are_weighted_like_workers(warned):
+    reports = [{"loss": float(value), "tokens": tokens} for value, tokens in [(4, 1), (2, 2), (1, 5)]]
+    assert reduced(warned, *reports, weights={"loss": "tokens"})["loss"] == pytest.approx(13 / 8)
+
+
+def test_reducing_on_each_node_first_changes_nothing_where_the_weights_travel(warned):
+    rule = dict(weights={"loss": "tokens"}, sums=("tokens",))
+    ranks = [{"loss": float(rank), "tokens": 10**rank} for rank in range(4)]
+    nodes = reduced(warned, *ranks[:3], **rule), reduced(warned, *ranks[3:], **rule)
+    assert reduced(warned, *nodes, **rule) == pytest.approx(reduced(warned, *ranks, **rule))
+
+
+@pytest.mark.parametrize("weights", [(10, None), (0, 0), (10, "many")])
+def test_without_usable_weights_the_mean_is_plain_and_a_warning_says_so(warned, weights):
+    reports = [{"loss": loss, "tokens": weight} for loss, weight in zip((1.0, 0.0), weights, strict=True)]
+    reports = [{key: value for key, value in report.items() if value is not None} for report in reports]
+    assert reduced(warned, *reports, weights={"loss": "tokens"})["loss"] == 0.5
+    message = "'loss' was reported without its weight 'tokens': such a row has the plain mean"
+    assert ("no weight loss", message) in warned
+
+
+def test_a_report_that_has_the_weight_alone_does_not_count(warned):
+    reports = {"loss": 1.0, "tokens": 10}, {"tokens": 990}
+    assert reduced(warned, *reports, weights={"loss": "tokens"})["loss"] == 1.0
+    assert warned == []
+
+
+def test_nan_stays_visible_and_largest_does_not_depend_on_order(warned):
+    rule = dict(sums=("sum",), largest=("largest",), weights={"weighted": "n"})
+    keys = ("mean", "sum", "largest", "weighted")
+    reports = [dict.fromkeys(keys, value) | {"n": 1} for value in (1.0, math.nan, 2.0)]
+    for order in itertools.permutations(reports):
+        row = reduced(warned, *order, **rule)
+        assert all(math.isnan(row[key]) for key in keys)
+
+
+def test_infinities_are_kept_and_opposite_ones_are_no_number(warned):
+    assert reduced(warned, {"a": math.inf}, {"a": 1.0}) == {"a": math.inf}
+    assert math.isnan(reduced(warned, {"a": math.inf}, {"a": -math.inf})["a"])
+
+
+# Samples
+
+
+def test_samples_are_pooled_before_any_statistic(warned):
+    few, many = np.array([100.0]), np.arange(99.0)
+    pooled = np.concatenate([few, many])
+    row = reduced(warned, {"latency": few}, {"latency": many}, statistics={"latency": ("mean", "std", "p99", "max")})
+    assert row == {
+        "latency/mean": pytest.approx(pooled.mean()),
+        "latency/std": pytest.approx(pooled.std()),
+        "latency/p99": pytest.approx(np.percentile(pooled, 99)),
+        "latency/max": 100,
+    }
+    assert row["latency/mean"] != pytest.approx((few.mean() + many.mean()) / 2)
+
+
+def test_samples_of_any_shape_and_single_numbers_are_pooled_together(warned):
+    row = reduced(warned, {"a": 1}, {"a": np.array([[3.0], [5.0]])}, {"a": np.array([])})
+    assert row == {"a/mean": 3, "a/min": 1, "a/max": 5}
+    assert reduced(warned, {"a": np.array([])}) == {}
+
+
+def test_samples_of_a_narrow_type_are_pooled_as_doubles(warned):
+    row = reduced(warned, {"a": np.array([-100, 100], np.int8)}, statistics={"a": ("p50", "p99", "max")})
+    assert row == {"a/p50": 0, "a/p99": 98, "a/max": 100}
+
+
+def test_outcomes_are_pooled_to_one_fraction(warned):
+    outcomes = {"success": np.array([True])}, {"success": np.zeros(3, bool)}
+    assert reduced(warned, *outcomes) == {"success": 0.25}
+    assert reduced(warned, *outcomes, {"success": np.array([])}) == {"success": 0.25}
+
+
+def test_nan_among_samples_makes_their_statistics_nan(warned):
+    row = reduced(warned, {"a": np.array([1.0, math.nan])}, statistics={"a": ("mean", "max", "p50")})
+    assert all(map(math.isnan, row.values()))
+
+
+def test_a_histogram_is_one_of_all_samples(warned):
+    samples = {"a": np.arange(10.0)}, {"a": np.array([math.nan, math.inf, 90.0])}  # a histogram has no room for these
+    row = reduced(warned, *samples, statistics={"a": ("mean", "histogram")})
+    expected = np.histogram([*range(10), 90], bins=len(row["a/histogram"].histogram))
+    assert (row["a/histogram"].histogram, row["a/histogram"].bins) == tuple(map(list, expected))
+    assert (
+        sum(reduced(warned, {"a": np.array([math.nan])}, statistics={"a": ["histogram"]})["a/histogram"].histogram) == 0
+    )
+
+
+# What is declared
+
+
+def test_keys_may_be_patterns_and_the_first_that_fits_counts():
+    rule = Reduction(
+        sums=("requests/*",),
+        totals=("*/tokens",),
+        largest=("*_version", "requests/queue"),
+        weights={"*/loss": "tokens", "aux/*": "samples"},
+        statistics={"reward": ("p50",), "reward/*": ("mean",), "*": ("max",)},
+    ).rule
+    assert rule("requests/running").how == rule("requests/queue").how == "sum"
+    assert rule("policy_version").how == "largest"
+    assert rule("loss").how == "mean"
+    assert [rule(key).total for key in ("train/tokens", "tokens")] == [True, False]
+    assert [rule(key).weight for key in ("aux/loss", "aux/kl", "loss")] == ["tokens", "samples", None]
+    assert [rule(key).statistics for key in ("reward", "reward/gsm8k", "length")] == [("p50",), ("mean",), ("max",)]
+    assert Reduction().rule("length").statistics == ("mean", "min", "max")
+
+
+def test_a_key_with_brackets_is_found_by_its_name():
+    assert Reduction(sums=("a[1]",)).rule("a[1]").how == "sum"
+
+
+@pytest.mark.parametrize("name", ["p999", "p", "median", ""])
+def test_a_statistic_that_is_none_is_refused_where_it_is_named(name):
+    with pytest.raises(ValueError, match=f"statistic '{name}'"):
+        Reduction(statistics={"latency": ("mean", name)})
+
+
+@pytest.mark.parametrize("field", ["sums", "totals", "largest"])
+def test_a_forgotten_comma_is_refused(field):
+    with pytest.raises(TypeError, match="'tokens' must be a sequence of keys"):
+        Reduction(**{field: ("tokens")})
+
+
+def test_the_pipelines_of_the_demos_weigh_and_pool_what_their_metrics_need():
+    training, inference = TrainingPipelineActor.reduction, InferencePipelineActor.reduction
+    per_token = ("loss", "kl", "entropy", "clip_fraction", "mismatch_kl")
+    assert {training.rule(key).weight for key in per_token} == {"tokens"}
+    assert training.rule("tokens").total
+    assert training.rule("e2e/speed").how == inference.rule("e2e/speed").how == inference.rule("rollouts").how == "sum"
+    assert inference.rule("reward/gsm8k").statistics == ("mean",)
+    assert inference.rule("e2e/latency_ms").statistics == ("mean", "p50", "p99")
+
+
+# What is neither a number nor a sample
+
+
+def test_one_string_is_kept_and_a_difference_is_told(warned):
+    assert reduced(warned, {"a": "x"}, {"b": 1}, {"a": "x"}) == {"a": "x", "b": 1}
+    assert warned == []
+    assert reduced(warned, {"a": "x"}, {"a": "y"}) == {"a": "x"}
+    assert warned == [("differs a", "'a' differs between workers: one of them is kept")]
+
+
+@pytest.mark.parametrize("number", [1, 2.5, np.array([1.0, 2.0])])
+def test_a_string_beside_numbers_is_kept_and_told(warned, number):
+    assert reduced(warned, {"a": number}, {"a": "x"}) == {"a": "x"}
+    assert [kind for kind, _ in warned] == ["differs a"]
+
+
+@pytest.mark.parametrize("make", [wandb.Html, lambda text: [wandb.Html(text), wandb.Html("same")]])
+def test_one_data_type_is_kept_and_a_difference_is_told(warned, make):
+    page = make("a")
+    assert reduced(warned, {"page": page}, {"page": make("a")}) == {"page": page}
+    assert warned == []
+    assert reduced(warned, {"page": page}, {"page": make("b")}) == {"page": page}
+    assert [kind for kind, _ in warned] == ["differs page"]
+
+
+def rollouts(*rewards, columns=("worker", "reward"), **options) -> wandb.Table:
+    return wandb.Table(columns=list(columns), data=[["w", reward] for reward in rewards], **options)
+
+
+@pytest.mark.parametrize("mode", ["IMMUTABLE", "MUTABLE", "INCREMENTAL"])
+def test_tables_of_the_same_columns_become_one_of_all_rows(warned, mode):
+    tables = rollouts(1, 2, log_mode=mode), rollouts(3, log_mode=mode)
+    table = reduced(warned, *({"rollouts": table} for table in tables))["rollouts"]
+    assert (table.columns, table.data) == (["worker", "reward"], [["w", 1], ["w", 2], ["w", 3]])
+    assert table.log_mode == mode
+    assert warned == []
+
+
+def test_tables_whose_columns_have_other_types_become_one_too(warned):
+    table = reduced(warned, {"rollouts": rollouts(1)}, {"rollouts": rollouts("none")})["rollouts"]
+    assert table.data == [["w", 1], ["w", "none"]]
+
+
+def test_of_tables_with_other_columns_one_is_kept_and_told(warned):
+    first = rollouts(1)
+    assert reduced(warned, {"t": first}, {"t": rollouts(2, columns=("worker", "score"))}) == {"t": first}
+    assert [kind for kind, _ in warned] == ["differs t"]
+
+
+def test_charts_are_compared_by_what_they_show(warned):
+    chart, same, other = (wandb.plot.bar(rollouts(reward), "worker", "reward") for reward in (1, 1, 2))
+    assert reduced(warned, {"chart": chart}, {"chart": same}) == {"chart": chart}
+    assert warned == []
+    reduced(warned, {"chart": chart}, {"chart": other})
+    assert [kind for kind, _ in warned] == ["differs chart"]
+
+
+def test_of_a_key_that_is_logged_and_computed_the_computed_value_is_kept_and_told(warned):
+    row = reduced(warned, {"reward": np.array([1.0, 3.0]), "reward/mean": 7.0}, statistics={"reward": ("mean",)})
+    assert row == {"reward/mean": 2.0}
+    message = "'reward/mean' is logged, and computed from samples as well: the computed value is kept"
+    assert warned == [("logged and computed", message)]
+
+
+class Contrary(wandb.Html):
+    """A data type of the user's own that can't be compared."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("incomparable\nand more")
+
+    __hash__ = None
+
+
+def test_values_that_can_t_be_reduced_are_counted_and_harm_no_other(warned):
+    row = reduced(warned, {"a": 1.0, "page": Contrary("a")}, {"a": 3.0, "page": Contrary("b")})
+    assert row == {"a": 2.0}
+    assert warned == [("refused", "the values of 'page' can't be reduced to one: incomparable")]
