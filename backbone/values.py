@@ -29,7 +29,7 @@ def as_report(metrics: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"metrics must be a mapping from key to value, not {metrics!r:.80}")
     report: dict[str, Any] = {}
     for key, value in metrics.items():
-        if type(value) is float and key in _KNOWN_KEYS and key not in report:
+        if type(value) is float and type(key) is str and key in _KNOWN_KEYS and key not in report:
             report[key] = value
         else:
             _add(report, key, value)
@@ -39,11 +39,14 @@ def as_report(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _add(report: dict[str, Any], key: Any, value: Any) -> None:
     if value is None:
         return
+    if not isinstance(key, str):
+        raise TypeError(f"metric key {key!r} must be a string, not {type(key).__name__}")
+    key = _text(key)
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if not isinstance(name, str | int):
                 raise TypeError(f"metric key {name!r} below {key!r} must be a string, not {type(name).__name__}")
-            _add(report, f"{key}/{name}", inner)
+            _add(report, f"{key}/{_text(name) if isinstance(name, str) else name}", inner)
         return
     if key not in _KNOWN_KEYS:
         _check_key(key)
@@ -52,9 +55,12 @@ def _add(report: dict[str, Any], key: Any, value: Any) -> None:
     report[key] = _value(key, value)
 
 
-def _check_key(key: Any) -> None:
-    if not isinstance(key, str):
-        raise TypeError(f"metric key {key!r} must be a string, not {type(key).__name__}")
+def _text(value: str) -> str:
+    """A string without its class, such as an Enum's, which the actor might not know."""
+    return str.__str__(value)
+
+
+def _check_key(key: str) -> None:
     if not key or key[0] == "_" or key in _RESERVED:
         raise ValueError(f"metric key {key!r} must not be empty, 'step' or 'workers', nor start with '_'")
     try:
@@ -69,12 +75,12 @@ def _value(key: str, value: Any) -> Any:
     """`value` as int, float, str, numeric array, W&B data type or list of W&B media."""
     if isinstance(value, float):
         return float(value)
-    if type(value) is int and -(2**63) <= value < 2**63:
-        return value
+    if isinstance(value, int):
+        return _integer(key, int(value))
     if is_data_type(value):
         return value
     if isinstance(value, str):
-        return str.__str__(value)  # of a subclass, which the actor might not know
+        return _text(value)
     if isinstance(value, list | tuple) and value and all(map(is_data_type, value)):
         return list(value)
     array = None
@@ -87,11 +93,13 @@ def _value(key: str, value: Any) -> Any:
         )
     if array.ndim:
         return array
-    if array.dtype.kind == "f":
-        return float(array)
-    if not -(2**63) <= (number := int(array)) < 2**63:
-        raise TypeError(f"metric {key!r} must be below 2**63, not {number}: log it as a float")
-    return number
+    return float(array) if array.dtype.kind == "f" else _integer(key, int(array))
+
+
+def _integer(key: str, value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise TypeError(f"metric {key!r} must be below 2**63, not {value}: log it as a float")
+    return value
 
 
 def _as_array(value: Any) -> np.ndarray:
@@ -102,9 +110,8 @@ def _as_array(value: Any) -> np.ndarray:
         except TypeError:  # bfloat16, which numpy has not
             value = value.float().numpy()
     array = np.asarray(value)
-    if array.dtype.kind == "V" and array.dtype.names is None:  # jax's bfloat16
-        array = array.astype(np.float64)
-    return array.astype(np.float64) if array.dtype == np.longdouble else array
+    foreign = array.dtype.isbuiltin == 2  # jax's bfloat16, float8, …
+    return array.astype(np.float64) if foreign or array.dtype == np.longdouble else array
 
 
 def is_data_type(value: Any) -> bool:
