@@ -148,10 +148,7 @@ class PipelineActor:
                 return Answer(self._generation, finished=True)
             self._log(pipeline.push(batch))
             self._changed.notify_all()
-        if batch.last:
-            with self._event:
-                self._event.notify_all()
-        return Answer(self._generation)
+            return Answer(self._generation)
 
     def _log(self, rows: Sequence[Row]) -> None:
         try:
@@ -180,20 +177,14 @@ class PipelineActor:
                         self._log(pipeline.tick())
                 self._changed.notify_all()
 
-    @ray.method(concurrency_group="others")
-    def hold(self, prefix: str, sender: str, serial: int, seen: int) -> tuple[int, set[str], bool]:
+    @ray.method(concurrency_group="hold")
+    def hold(self, seen: int) -> tuple[int, set[str], bool]:
         """Returns at the next event after `seen` of them: a pipeline ends, or somebody wants the run stopped.
 
-        Or when the sender has said its last word, in a batch from `serial` on.
         Returns how many there were, the prefixes of the pipelines that end and whether the run is to be stopped.
         """
-
-        def has_left() -> bool:
-            found = prefix in self._pipelines and self._pipelines[prefix].inbox.senders.get(sender)
-            return bool(found and found.ended and found.floor > serial)
-
         with self._event:
-            self._event.wait_for(lambda: len(self._ended) + self._stopped > seen or has_left())
+            self._event.wait_for(lambda: len(self._ended) + self._stopped > seen)
             return len(self._ended) + self._stopped, set(self._ended), self._stopped
 
     def _stop(self) -> None:
@@ -326,6 +317,5 @@ def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
     if not issubclass(cls, PipelineActor):
         raise TypeError(f"{cls.__name__} must be derived from PipelineActor")
     lives = dict(max_restarts=-1, max_task_retries=-1, lifetime="detached")
-    # Next to the one that takes the reports in their order. Who stays may hold the line in a queue; a task is to leave.
-    threads = {"others": 1, "tasks": 100, "control": 8}
+    threads = {"hold": 1, "control": 8}  # next to the one that takes the reports, in their order
     return ray.remote(concurrency_groups=threads, num_cpus=0, **lives)(cls)

@@ -21,7 +21,13 @@ def answer(method: ray.actor.ActorMethod, *arguments: Any) -> Any:
     """Calls a method of the pipeline actor. Raises what the method raised, or ActorGoneError."""
     if not ray.is_initialized():
         raise ActorGoneError("Ray is not running any more")
-    return result(method.remote(*arguments))
+    try:
+        call = method.remote(*arguments)
+    except Exception as error:
+        if type(error) is Exception:  # this one of Ray's has no class of its own
+            raise ActorGoneError("the Ray that it was in is not running any more") from None
+        raise
+    return result(call)
 
 
 def result(call: ray.ObjectRef) -> Any:

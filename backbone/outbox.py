@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
@@ -72,9 +73,11 @@ def _session() -> str:
 def _current_task() -> str:
     """The plain task that this thread runs. Other threads of a task have no id of it."""
     context = ray.get_runtime_context() if ray.is_initialized() else None
-    if not context or context.get_actor_id() or threading.current_thread() is not threading.main_thread():
+    if not context or context.worker.mode != ray.WORKER_MODE:  # a driver, in which Ray warns of the question below
         return ""
-    task = context.get_task_id()  # None in a driver
+    if context.get_actor_id() or threading.current_thread() is not threading.main_thread():
+        return ""
+    task = context.get_task_id()
     return f"task {task} {context.worker.core_worker.get_current_task_attempt_number()}" if task else ""
 
 
@@ -101,8 +104,10 @@ class Outbox:
         self._submitting = self._flushing = False
         self._last_sent = False  # the actor has been told that there is no more
         self._generation = ""  # of the actor, in its last answer
-        self._announce = True  # the next batch tells the actor of `_holding`
-        self._holding: Any = None  # a call of the actor without an answer; Ray tells it when the call's owner dies
+        # A call of the actor without an answer: Ray tells the actor when the call's owner dies. Not in a plain task,
+        # whose process could not end as long as it waits for an answer.
+        self._holding: Any = None
+        self._announce = False  # the next batch tells the actor of it
         self._seen = 0  # how many events of the run this outbox knows of
         self._stop: Callable[[], None] | None = None
         self._closed = False  # nothing more is taken, and what is here is sent
@@ -122,7 +127,8 @@ class Outbox:
             self._in_task = not actor_id and context.worker.mode == ray.WORKER_MODE
             self._in_async_actor = bool(actor_id) and core.current_actor_is_asyncio()
             self._worker = f"actor {actor_id}" if actor_id else self._task or f"process {_process}"
-            self._hold()
+            if not self._in_task:
+                self._hold()
             self._opened = True
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -140,8 +146,6 @@ class Outbox:
             self._said += 1
             if self._error or not self._has_room(len(metrics)):
                 return self._lose(1, self._error or TimeoutError("the pipeline actor does not answer"))
-            if self._holding is None:  # it had left
-                self._hold()
             if self._in_task:
                 self._begin_task()
             if not self._reports:
@@ -196,12 +200,15 @@ class Outbox:
         if self._error:
             return False
         more = len(self._under_way) < self.UNDER_WAY or self._flushing or self._in_task or self._leaving
-        end = self._leaving and (self._serial or self._in_task) and not self._last_sent
-        return bool((self._waiting and more) or end or (self._announce and self._generation))
+        return bool((self._waiting and more) or self._owes_goodbye or (self._announce and self._generation))
 
     @property
     def _leaving(self) -> bool:
         return self._closed or not self.copies
+
+    @property
+    def _owes_goodbye(self) -> bool:
+        return bool(self._leaving and self._serial and (not self._last_sent or is_task(self._worker)))
 
     def _submit(self) -> None:
         """Sends batches as long as some are due; one thread at a time, so that they are sent in order."""
@@ -212,7 +219,7 @@ class Outbox:
                     self._submitting = mine = False
                 if self._submitting or not self._is_due():
                     return
-                batch, announced = self._next_batch(), [self._holding] if self._announce and self._holding else []
+                batch, announced = self._next_batch(), [self._holding] if self._announce else []
                 self._announce, self._submitting, mine = False, True, True
             try:
                 if self._session != _session():
@@ -225,8 +232,8 @@ class Outbox:
     def _next_batch(self) -> Batch:
         items, self._waiting = self._waiting[: self.BATCH], self._waiting[self.BATCH :]
         reports = sum(item[1] is not None for item in items)
-        last = self._leaving and not self._waiting
-        if last and is_task(self._worker):
+        last = (self._leaving or self._in_task) and not self._waiting
+        if self._leaving and last and is_task(self._worker):
             items.append((self._worker, None, False, b""))
             self._worker = f"process {_process}"
         serial, self._serial, self._last_sent = self._serial, self._serial + 1, last
@@ -247,7 +254,8 @@ class Outbox:
             if error:
                 self._lose(reports, error)
             else:
-                self._announce |= self._generation not in ("", answer.result().generation)
+                restarted = self._generation not in ("", answer.result().generation)
+                self._announce |= restarted and self._holding is not None
                 self._generation = answer.result().generation
                 self._closed |= answer.result().finished
                 if answer.result().finished:
@@ -257,13 +265,11 @@ class Outbox:
     # What the run tells
 
     def _hold(self) -> None:
-        group = "tasks" if self._in_task else "others"
-        hold = self._actor.hold.options(concurrency_group=group)
-        self._holding, self._announce = hold.remote(self._prefix, self._id, self._serial, self._seen), True
+        self._announce, self._holding = True, self._actor.hold.remote(self._seen)
         self._holding.future().add_done_callback(self._hear)
 
     def _hear(self, event: Future) -> None:
-        """Called when a pipeline of the run ends, somebody wants it stopped, this has left, or the actor is gone."""
+        """Called when a pipeline of the run ends, somebody wants it stopped, or the actor is gone."""
         _mark.of_ray = True
         if event.exception():
             return self._fail(event.exception())
@@ -273,8 +279,7 @@ class Outbox:
             stop()
         with self._changed:
             self._closed = self._prefix in ended
-            self._holding = None  # a pending call would keep Ray from ending the process of a task
-            if not self._leaving:
+            if not self._closed:
                 self._hold()
             self._changed.notify_all()
         self._submit()
@@ -314,13 +319,13 @@ class Outbox:
         other methods would stand still meanwhile.
         """
         self.copies.discard(copy)
-        if self.copies or _forked or not self._opened or not (self._serial or self._waiting or self._in_task):
+        if self.copies or _forked or not self._opened or sys.is_finalizing():
             return
         patience = self.MINUTE if self._in_task else 5.0
         if _mark.depth or _mark.of_ray or self._in_async_actor:
             patience = 0.0
         deadline = time.monotonic() + patience
-        while not self._error and (not self._last_sent or self._under_way):
+        while not self._error and (self._waiting or self._under_way or self._owes_goodbye):
             if self._changed.acquire(blocking=False):
                 self._changed.notify_all()
                 self._changed.release()

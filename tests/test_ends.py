@@ -1,0 +1,382 @@
+"""Nothing that a worker logged is left behind in a process that ends, and what a kill caught is counted."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from conftest import ROOT, Log, wait_for
+
+from common import Ledger, TrainingPipelineActor, WandbRun
+
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it
+
+
+@pytest.fixture
+def run(ray_here, tmp_path) -> Callable[..., WandbRun]:
+    """run(...): a WandbRun with its files below tmp_path."""
+
+    def run(**options) -> WandbRun:
+        return WandbRun("p", **{"name": "n", "mode": "offline", "dir": tmp_path} | options)
+
+    return run
+
+
+def tokens(ledger: Ledger) -> int:
+    """What the rows say, where each report says one."""
+    return sum(row["tokens"] for path in ledger.paths for row in Log(path).rows)
+
+
+def log_some(made: WandbRun, reports: int, first: int = 0) -> None:
+    for step in range(first, first + reports):
+        made.log({"tokens": 1}, step)
+
+
+class Worker:
+    """Logs in the ways that people do."""
+
+    def __init__(self, made: WandbRun | None = None):
+        self.made = made
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def log(self, made: WandbRun | None, reports: int) -> None:
+        log_some(made or self.made, reports)
+
+    def log_and_exit(self, made: WandbRun, reports: int) -> None:
+        log_some(made, reports)
+        ray.actor.exit_actor()
+
+    def log_in_a_cycle(self, made: WandbRun, reports: int) -> None:
+        self.cycle = [made]
+        self.cycle.append(self.cycle)
+        log_some(made, reports)
+
+    def stop_answering(self, made: WandbRun, reports: int) -> None:
+        log_some(made, reports)
+        made.flush()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def fill_the_outbox(self, made: WandbRun, file: Path) -> None:
+        log_some(made, 1)
+        made.flush()
+        file.touch()  # now the pipeline actor is stopped
+        while file.exists():
+            time.sleep(0.01)
+        log_some(made, 500, first=1)
+        file.touch()
+        time.sleep(600)
+
+
+def test_tasks_that_are_a_process_each_leave_nothing_behind(run):
+    @ray.remote(max_calls=1, max_retries=0)
+    def work(made: WandbRun, ends: str) -> None:
+        log_some(made, 400)
+        if ends == "raises":
+            raise ValueError(ends)
+        if ends == "exits":
+            sys.exit(0)
+
+    made = run(workers=12)
+    works = [work.remote(made, ends) for ends in ("returns", "raises", "exits") * 4]
+    for each in works:
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.get(each)
+    ledger = made.finish()
+    assert (ledger.reports, ledger.lost, ledger.silent) == (4_800, 0, 0)
+    assert tokens(ledger) == 4_800
+
+
+@pytest.mark.parametrize("kept", ["argument", "self", "exit_actor", "cycle"])
+def test_actors_that_go_right_after_they_logged_leave_nothing_behind(run, kept):
+    made, worker = run(workers=4), ray.remote(Worker)
+    workers = [worker.remote(made if kept == "self" else None) for _ in range(4)]
+    calls = {"argument": "log", "self": "log", "exit_actor": "log_and_exit", "cycle": "log_in_a_cycle"}
+    works = [getattr(w, calls[kept]).remote(None if kept == "self" else made, 1_200) for w in workers]
+    del workers  # the last handles
+    ray.wait(works, num_returns=4)
+    ledger = made.finish()
+    assert (ledger.reports, ledger.lost, ledger.silent) == (4_800, 0, 0)
+    assert tokens(ledger) == 4_800
+
+
+def test_no_process_crashes_in_native_code(ray_here):
+    """Runs behind the tests above, which end dozens of processes that log."""
+    session = Path("/tmp/ray", ray.get_runtime_context().get_session_name(), "logs")
+    found = list(session.glob("worker-*.err"))
+    assert found
+    assert not [path for path in found if "SIGSEGV" in path.read_text(errors="replace")]
+
+
+def test_a_handle_that_the_function_captured_sends_what_a_task_logs(run):
+    made = run(workers=200)
+
+    @ray.remote(max_calls=1)
+    def work(step: int) -> None:
+        made.log({"tokens": 1}, step)
+
+    ray.get([work.remote(step) for step in range(20)])
+    ledger = made.finish()
+    assert (ledger.reports, ledger.lost) == (20, 0)
+    assert tokens(ledger) == 20
+
+
+def test_a_with_block_in_a_worker_sends_all_and_does_not_finish_the_run(run):
+    @ray.remote
+    class Holder:
+        def work(self, made: WandbRun) -> int:
+            self.made = made
+            with made:
+                log_some(made, 300)
+            return made.progress()[0].reports
+
+    made, holder = run(), Holder.remote()
+    assert ray.get(holder.work.remote(made)) == 300
+    made.log({"tokens": 1}, 300)
+    assert made.finish().reports == 301
+
+
+def test_a_task_per_step_and_engine_makes_one_row_a_step_at_once(run):
+    @ray.remote
+    def engine(made: WandbRun, step: int) -> None:
+        made.log({"tokens": 1}, step)
+
+    made = run(workers=3)
+    for step in range(4):
+        ray.get([engine.remote(made, step) for _ in range(3)])
+        wait_for(lambda step=step: made.progress()[0].rows == step + 1, seconds=20)
+    ledger = made.finish()
+    assert (ledger.rows, ledger.partial, ledger.reports) == (4, 0, 12)
+    assert [row["workers"] for row in Log(ledger.path).rows] == [3] * 4
+
+
+def test_a_handle_passed_anew_or_copied_does_not_make_a_worker(run):
+    import copy
+
+    @ray.remote
+    class Rank:
+        def report(self, made: WandbRun, step: int) -> None:
+            copy.deepcopy(made).log({"tokens": 1}, step)
+            made.log({"value_loss": 0.5}, step)
+
+    made, ranks = run(workers=2), [Rank.remote() for _ in range(2)]
+    for step in range(5):
+        ray.get([rank.report.remote(made, step) for rank in ranks])
+    ledger = made.finish()
+    assert [(row["tokens"], row["workers"]) for row in Log(ledger.path).rows] == [(2, 2)] * 5
+    assert ledger.warnings == []
+
+
+def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tmp_path):
+    made, worker, file = run(workers=1), ray.remote(Worker).remote(), tmp_path / "full"
+    work = worker.fill_the_outbox.remote(made, file)
+    wait_for(file.exists)
+    actor = pipeline_process(made)
+    os.kill(actor, signal.SIGSTOP)
+    file.unlink()
+    wait_for(file.exists)
+    time.sleep(0.5)
+    pid = process_of(Worker)
+    os.kill(actor, signal.SIGCONT)
+    os.kill(pid, signal.SIGKILL)
+    ray.wait([work])
+    ledger = made.finish()
+    assert 400 < ledger.reports <= 501
+    assert ledger.reports == tokens(ledger) + ledger.lost
+    assert not ledger.silent
+
+
+def process_of(cls: type) -> int:
+    from test_faults import below
+
+    return below(os.getpid(), f"ray::{cls.__name__}")[-1]
+
+
+def pipeline_process(made: WandbRun) -> int:
+    from ray._private import state
+
+    return state.actors(made._actor._actor_id.hex())["Pid"]
+
+
+def test_a_process_that_does_not_answer_at_the_end_is_no_success(run):
+    made, worker = run(), ray.remote(Worker).remote()
+    pid = ray.get(worker.pid.remote())
+    worker.stop_answering.remote(made, 40)
+    wait_for(lambda: made.progress()[0].reports == 40)
+    ledger = made.finish()
+    os.kill(pid, signal.SIGKILL)
+    assert (ledger.reports, ledger.lost, ledger.silent, ledger.ok) == (40, 0, 1, False)
+    assert [w for w in ledger.warnings if f"process {pid} on node" in w and "of 40 at least" in w]
+
+
+def test_log_in_a_forked_process_raises_and_names_the_fork(run):
+    made = run()
+    made.log({"tokens": 1}, 0)
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        try:
+            made.log({"tokens": 1}, 1)
+        except RuntimeError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert f"fork of process {os.getpid()}" in os.read(read, 1000).decode()
+    assert made.finish().reports == 1
+
+
+def test_a_report_that_the_actor_can_not_read_is_lost_alone(tmp_path, environment):
+    """A class of the user's own script, which the actor has never seen."""
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from common import WandbRun
+import ray, wandb, os, signal, time
+class Mine(wandb.Histogram): pass
+if __name__ == "__main__":
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+    run = WandbRun("p", "n", mode="offline", dir={str(tmp_path)!r})
+    for step in range(10):
+        run.log({{"a": Mine([1.0]) if step == 4 else 1.0}}, step)
+        if step == 6:
+            run.flush()
+            from ray._private import state
+            os.kill(state.actors(run._actor._actor_id.hex())["Pid"], signal.SIGKILL)
+    ledger = run.finish()
+    print(ledger.reports, ledger.rows, ledger.lost, ledger.restarts, ledger.ok)
+    print(*ledger.warnings, sep="\\n")
+"""
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=90)
+    lines = [line for line in done.stdout.splitlines() if "raylet" not in line]
+    assert lines[0] == "10 9 1 1 False", done.stdout + done.stderr
+    assert any("can't read a report" in line and "Mine" in line for line in lines)
+    steps = [row["step"] for path in (tmp_path / "wandb").glob("offline-run-*") for row in Log(path).rows]
+    assert sorted(steps) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+
+
+def test_the_collector_may_find_a_handle_in_any_thread(run):
+    """A handle in a cycle is dropped while Ray's own threads and the outbox's run Python."""
+
+    @ray.remote
+    class Careless:
+        def work(self, made: WandbRun) -> float:
+            gc.set_threshold(5, 2, 2)
+            slowest = 0.0
+            for step in range(200):
+                cycle = [pickle_copy(made)]
+                cycle.append(cycle)
+                cycle[0].log({"tokens": 1}, step)
+                del cycle
+                began = time.monotonic()
+                ray.get(ray.put(step))
+                slowest = max(slowest, time.monotonic() - began)
+            return slowest
+
+    made = run()
+    assert ray.get(Careless.remote().work.remote(made)) < 2
+    ledger = made.finish()
+    assert (ledger.reports, ledger.lost) == (200, 0)
+
+
+def pickle_copy(made: WandbRun) -> WandbRun:
+    import copy
+
+    return copy.copy(made)
+
+
+def test_threads_of_a_task_are_the_task(run):
+    @ray.remote
+    def work(made: WandbRun) -> None:
+        threads = [threading.Thread(target=made.log, args=({"tokens": 1}, step)) for step in (0, 0, 0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    made = run(workers=2)
+    ray.get([work.remote(made) for _ in range(2)])
+    ledger = made.finish()
+    [row] = Log(ledger.path).rows
+    assert (row["tokens"], row["workers"]) == (6, 2)
+
+
+def test_an_actor_that_logs_on_its_event_loop_is_not_held_up(run):
+    @ray.remote
+    class Engine:
+        def __init__(self) -> None:
+            self.ticks = 0
+
+        async def tick(self) -> int:
+            while self.ticks < 10**6:
+                self.ticks += 1
+                await asyncio.sleep(0.01)
+
+        async def rollout(self, made: WandbRun) -> tuple[int, int]:
+            before = self.ticks
+            for step in range(50):
+                made.log({"tokens": 1}, step)
+                await asyncio.sleep(0.01)
+            return before, self.ticks
+
+    made, engine = run(), Engine.remote()
+    engine.tick.remote()
+    before, after = ray.get(engine.rollout.remote(made))
+    assert after - before > 25
+    ray.kill(engine)
+    assert made.finish().lost == 0
+
+
+def test_what_comes_while_the_actor_restarts_is_in_order_and_whole(run):
+    """Steps in two calls, flat out, from two workers; many batches are under way when the actor is killed."""
+
+    @ray.remote
+    class Rank:
+        def work(self, made: WandbRun, steps: int) -> None:
+            for step in range(steps):
+                made.log({"tokens": 1}, step)
+                made.log({"loss": float(step)}, step)
+
+    made, ranks = run(workers=2), [Rank.remote() for _ in range(2)]
+    works = [rank.work.remote(made, 6_000) for rank in ranks]
+    for killed in range(2):
+        wait_for(lambda n=killed: made.progress()[0].rows > 1_500 * (n + 1))
+        os.kill(pipeline_process(made), signal.SIGKILL)
+    ray.get(works)
+    ledger = made.finish()
+    rows = {row["_step"]: row for path in ledger.paths for row in Log(path).rows}
+    assert (ledger.reports, ledger.lost, ledger.ok) == (24_000, 0, True)
+    assert ledger.restarts >= 1
+    by_step = sorted((row["step"], row["tokens"], row["loss"], row["workers"]) for row in rows.values())
+    if ledger.rows == 6_000:  # neither ran a step ahead of a row of the other's
+        assert by_step == [(step, 2, step, 2) for step in range(6_000)]
+    assert sum(row["tokens"] for row in rows.values()) == 12_000
+    assert TrainingPipelineActor
+
+
+def test_copies_in_a_dataclass_travel(run):
+    import dataclasses
+
+    @dataclasses.dataclass
+    class Config:
+        run: WandbRun
+
+    @ray.remote
+    def work(config: Config) -> None:
+        config.run.log({"tokens": 1}, 0)
+
+    made = run()
+    ray.get(work.remote(Config(made)))
+    assert made.finish().reports == 1
+    assert pickle
