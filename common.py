@@ -111,7 +111,7 @@ class WandbRun:
         self._owner = share and (share._owner or share)  # the one that this pipeline shares the run of
         self._prefix, self._prefixes, self._sharing = prefix, [prefix], []
         self.shares, self._copy = share is not None, False
-        self._init, self._letter, self._ledger, stop = None, None, None, None
+        self._letter, self._letter_path, self._ledger, stop = None, None, None, None
         if share is None:
             stop = self._start_actor(pipeline, init | dict(project=project, name=name))
         else:
@@ -126,7 +126,7 @@ class WandbRun:
         except Exception as error:
             if share is None:
                 ray.kill(self._actor)
-                guest.forget_letter(self._letter)
+                guest.forget_letter(self._letter_path)
             hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
             message = f"W&B run {name or init.get('id')!r} of {project!r} can't start: {line(error)}{hint}"
             raise (RuntimeError if isinstance(error, ActorGoneError) else type(error))(message) from None
@@ -152,16 +152,16 @@ class WandbRun:
         context, init = ray.get_runtime_context(), guest.arguments(init)
         environ, aside = guest.travelling(own_id="id" in init)
         own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
-        self._init = guest.complete(init, own, environ)
-        check_run_id(self._init["id"])
+        init = guest.complete(init, own, environ)
+        check_run_id(init["id"])
         if aside:
-            logger.warning("run %s %s", init.get("name") or self._init["id"], aside)
-        stop = self._init["settings"].pop("stop_fn", None) or exits.interrupt
+            logger.warning("run %s %s", init.get("name") or init["id"], aside)
+        stop = init["settings"].pop("stop_fn", None) or exits.interrupt
         ray_worker = context.get_worker_id() if context.worker.mode == ray.WORKER_MODE else None
-        letter = guest.Letter(self._init, environ, os.getcwd(), guest.command_line(), ray_worker)
-        self._letter = guest.write_letter(letter)
+        self._letter = guest.Letter(init, environ, os.getcwd(), guest.command_line(), ray_worker)
+        self._letter_path = guest.write_letter(self._letter)
         here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
-        self._actor = pipeline.options(scheduling_strategy=here).remote(self._letter)
+        self._actor = pipeline.options(scheduling_strategy=here).remote(self._letter_path)
         return stop
 
     def _connect(self) -> None:
@@ -169,7 +169,7 @@ class WandbRun:
         self._outbox.add(id(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = dict(_owner=None, _sharing=[], _init=None, _letter=None, _ledger=None, _outbox=None)
+        own = dict(_owner=None, _sharing=[], _letter=None, _letter_path=None, _ledger=None, _outbox=None)
         return self.__dict__ | own | dict(_copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -293,24 +293,27 @@ class WandbRun:
                 ledgers = answer(self._actor.finish, exit_code, failure, self._prefix if self.shares else None)
             except ActorGoneError as error:
                 ledgers = self._take_over(exit_code, failure, error)
+            else:
+                if self._letter:
+                    self._actor.leave.remote()
             for run in (self, *self._sharing):
                 run._ledger = ledgers[run._prefix]
                 exits.unfinished.remove(run)
             if self._letter:
-                if ray.is_initialized():  # else Ray would start anew
-                    self._actor.leave.remote()
-                guest.forget_letter(self._letter)
+                guest.forget_letter(self._letter_path)
         return self._ledger
 
     def _take_over(self, exit_code: int, failure: str | None, error: ActorGoneError) -> dict[str, Ledger]:
         """The actor is gone for good, so its run is finished from its store."""
         owner, why = self._owner or self, f"the pipeline actor is gone: {line(error)}"
         try:
-            if owner._init is None:
+            if owner._letter is None:
                 raise OSError("only the process that made the run can finish it then")
-            path = store_path(Path(owner._init["dir"], "wandb"), owner.id)
-            seconds = 30 + float(owner._init["settings"].get("finish_timeout") or 60)
-            return take_over(path, owner._init, exit_code, failure, seconds)
+            init = owner._letter.init
+            seconds = 30 + float(init["settings"].get("finish_timeout") or 60)
+            return take_over(
+                store_path(Path(init["dir"], "wandb"), init["id"]), owner._letter, exit_code, failure, seconds
+            )
         except OSError as problem:
             paths, warnings = [self.path] if self.path else [], [f"{why}; {line(problem)}"]
             same = dict(mode=self.mode, url=self.url, paths=paths, gone=True, warnings=warnings)
@@ -334,7 +337,7 @@ def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, i
     if not isinstance(share, WandbRun) or share._copy or share._ledger is not None:
         raise ValueError(f"share must be a WandbRun of this process that is not finished, not {share!r}")
     owner = share._owner or share
-    if init or project not in (owner.project, owner._init["project"]):  # a server may call it otherwise
+    if init or project not in (owner.project, owner._letter.init["project"]):  # a server may call it otherwise
         raise ValueError(f"share= takes the project ({owner.project!r}) and the settings of the run it shares")
     others = [other for other in owner._prefixes if other]  # one with bare keys may be shared
     if not prefix or any(prefix.startswith(other) or other.startswith(prefix) for other in others):

@@ -15,9 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from . import disk
+from . import disk, guest
 from .artifacts import Artifacts
 from .ledger import Ledger
 from .pipeline import Pipeline
@@ -65,7 +64,7 @@ def conclude(
 
 
 def take_over(
-    path: Path, init: Mapping[str, Any], exit_code: int, failure: str | None, seconds: float
+    path: Path, letter: guest.Letter, exit_code: int, failure: str | None, seconds: float
 ) -> dict[str, Ledger]:
     """Finishes the run of a dead actor from its store, within so many seconds; returns the ledgers by prefix.
 
@@ -84,7 +83,7 @@ def take_over(
         start_new_session=True,  # a signal to this process's group has been meant for this process
     )
     try:
-        process.communicate(pickle.dumps((dict(init), exit_code, failure)), timeout=seconds)
+        process.communicate(pickle.dumps((letter, exit_code, failure)), timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
@@ -100,8 +99,9 @@ def take_over(
 
 
 def main() -> None:
-    init, exit_code, failure = pickle.load(sys.stdin.buffer)
+    letter, exit_code, failure = pickle.load(sys.stdin.buffer)
     store = Store(Path(sys.argv[1]), patience=10)
+    guest.move_in(letter)
     if "ledgers" in store.facts:
         return
     pipelines = Pipeline.all(store)
@@ -111,7 +111,7 @@ def main() -> None:
     )
     for pipeline in pipelines.values():
         pipeline.end()
-    writer = Writer(store, init)
+    writer = Writer(store, letter.init)
     writer.start(pipelines)
     Artifacts(store, writer, threading.RLock()).finish(writer.timeout)
     writer.finish(exit_code, failure)
