@@ -24,6 +24,7 @@ class Server:
         self.views: dict[str, dict] = {}  # id -> what was sent
         self.fail: int | str | None = None
         self.troubles: list[int] = []  # that pass: statuses for the first uploads
+        self.stopped: set[str] = set()  # ids of runs on whose page somebody has pressed "Stop run"
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -80,6 +81,7 @@ class Server:
             run["rows"] |= {i: json.loads(line) for i, line in enumerate(history["content"], history["offset"])}
             if message.get("complete"):
                 run["exit_code"] = message.get("exitcode")
+            return 200, {"stopped": path.split("/")[-2] in self.stopped}
         return 200, {}
 
     def graphql(self, query: str, variables: dict) -> dict:
