@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -174,3 +175,60 @@ def ray_here():
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=4)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def run(ray_here, tmp_path) -> Callable:
+    """run(...): a WandbRun with its files below tmp_path."""
+    from common import WandbRun
+
+    def run(**options) -> WandbRun:
+        return WandbRun("p", **{"name": "n", "mode": "offline", "dir": tmp_path} | options)
+
+    return run
+
+
+@pytest.fixture
+def busy(start, tmp_path):
+    """busy(...): a demo that is in the middle of both its pipelines, and can go on for a minute."""
+
+    from processes import steps_on_disk
+
+    def busy(*arguments: str, demo: str = "demo1", **variables: str) -> subprocess.Popen:
+        process = start(demo, "--steps", "600", "--step-seconds", "0.02", "--mode", "offline", *arguments, **variables)
+        wait_for(lambda: len(folders(tmp_path)) == 2)
+        wait_for(lambda: steps_on_disk(tmp_path, "training") and steps_on_disk(tmp_path, "inference"))
+        return process
+
+    return busy
+
+
+CLUSTER = """
+import json, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=2, include_dashboard=False))
+nodes = cluster.head_node, cluster.add_node(num_cpus=2)
+print(json.dumps([cluster.address, *(node.all_processes["raylet"][0].process.pid for node in nodes)]), flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def token(tmp_path, environment) -> dict[str, str]:
+    """The environment of a user whose Ray asks for a token."""
+    path = tmp_path / "token"
+    path.write_text("0123456789abcdef" * 4)
+    return environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+@pytest.fixture
+def cluster(token):
+    """(address, raylet, raylet) of a cluster; in a process of its own, because a process has one token."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: it holds sockets
+        command, pipe = [sys.executable, "-c", CLUSTER], subprocess.PIPE
+        process = subprocess.Popen(
+            command, env=token | {"RAY_TMPDIR": folder}, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
+        yield json.loads(process.stdout.readline())
+        process.communicate(timeout=60)

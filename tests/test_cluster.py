@@ -1,47 +1,14 @@
 """A real cluster of two nodes on this machine: where things run, and what is left when one of them dies."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import pytest
 from conftest import DEMOS, ROOT, Log, folders, read_rows, wait_for
 from wandb_server import KEY, Server
-
-CLUSTER = """
-import json, sys
-from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=2, include_dashboard=False))
-nodes = cluster.head_node, cluster.add_node(num_cpus=2)
-print(json.dumps([cluster.address, *(node.all_processes["raylet"][0].process.pid for node in nodes)]), flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
-
-
-@pytest.fixture
-def token(tmp_path, environment) -> dict[str, str]:
-    """The environment of a user whose Ray asks for a token."""
-    path = tmp_path / "token"
-    path.write_text("0123456789abcdef" * 4)
-    return environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-
-
-@pytest.fixture
-def cluster(token):
-    """(address, raylet, raylet) of a cluster; in a process of its own, because a process has one token."""
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: it holds sockets
-        command, pipe = [sys.executable, "-c", CLUSTER], subprocess.PIPE
-        process = subprocess.Popen(
-            command, env=token | {"RAY_TMPDIR": folder}, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
-        yield json.loads(process.stdout.readline())
-        process.communicate(timeout=60)
 
 
 def actors(raylet: int) -> dict[int, str]:

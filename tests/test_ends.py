@@ -4,33 +4,21 @@ import asyncio
 import contextlib
 import gc
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+from common import Ledger, WandbRun
 
 import pytest
 import ray
 from conftest import ROOT, Log, wait_for
-
-from common import Ledger, TrainingPipelineActor, WandbRun
-
+from processes import below, pipeline_process
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it
-
-
-@pytest.fixture
-def run(ray_here, tmp_path) -> Callable[..., WandbRun]:
-    """run(...): a WandbRun with its files below tmp_path."""
-
-    def run(**options) -> WandbRun:
-        return WandbRun("p", **{"name": "n", "mode": "offline", "dir": tmp_path} | options)
-
-    return run
 
 
 def tokens(ledger: Ledger) -> int:
@@ -188,7 +176,7 @@ def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tm
     file.unlink()
     wait_for(file.exists)
     time.sleep(0.5)
-    pid = process_of(Worker)
+    pid = below(os.getpid(), "ray::Worker")[-1]
     os.kill(actor, signal.SIGCONT)
     os.kill(pid, signal.SIGKILL)
     ray.wait([work])
@@ -196,18 +184,6 @@ def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tm
     assert 400 < ledger.reports <= 501
     assert ledger.reports == tokens(ledger) + ledger.lost
     assert not ledger.silent
-
-
-def process_of(cls: type) -> int:
-    from test_faults import below
-
-    return below(os.getpid(), f"ray::{cls.__name__}")[-1]
-
-
-def pipeline_process(made: WandbRun) -> int:
-    from ray._private import state
-
-    return state.actors(made._actor._actor_id.hex())["Pid"]
 
 
 def test_a_process_that_does_not_answer_at_the_end_is_no_success(run):
@@ -362,7 +338,6 @@ def test_what_comes_while_the_actor_restarts_is_in_order_and_whole(run):
     if ledger.rows == 6_000:  # neither ran a step ahead of a row of the other's
         assert by_step == [(step, 2, step, 2) for step in range(6_000)]
     assert sum(row["tokens"] for row in rows.values()) == 12_000
-    assert TrainingPipelineActor
 
 
 def test_copies_in_a_dataclass_travel(run):
@@ -379,4 +354,3 @@ def test_copies_in_a_dataclass_travel(run):
     made = run()
     ray.get(work.remote(Config(made)))
     assert made.finish().reports == 1
-    assert pickle

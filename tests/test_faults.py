@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun
@@ -17,69 +16,7 @@ from common import InferencePipelineActor, RunFinishedError, TrainingPipelineAct
 import numpy as np
 import pytest
 from conftest import ROOT, Log, folders, logs, read_rows, wait_for
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def below(ancestor: int, name: str) -> list[int]:
-    """The processes started, however indirectly, by `ancestor` whose command line has `name` in it."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            pid = int(entry.name)
-            if name not in entry.joinpath("cmdline").read_text():
-                continue
-            while pid not in (0, 1, ancestor):
-                pid = parent(pid)
-        except OSError:
-            continue
-        if pid == ancestor:
-            found.append(int(entry.name))
-    return sorted(found)
-
-
-def steps_on_disk(directory: Path, name: str) -> int:
-    """Rows so far, of a run that may be going on."""
-    rows = 0
-    for path in folders(directory):
-        if name in path.name:
-            rows += len(list(read_rows(path)))
-    return rows
-
-
-@pytest.fixture
-def busy(start, tmp_path):
-    """busy(...): a demo that is in the middle of both its pipelines, and can go on for a minute."""
-
-    def busy(*arguments: str, demo: str = "demo1", **variables: str) -> subprocess.Popen:
-        process = start(demo, "--steps", "600", "--step-seconds", "0.02", "--mode", "offline", *arguments, **variables)
-        wait_for(lambda: len(folders(tmp_path)) == 2)
-        wait_for(lambda: steps_on_disk(tmp_path, "training") and steps_on_disk(tmp_path, "inference"))
-        return process
-
-    return busy
-
-
-def reports_in_rows(rows: list[dict]) -> int:
-    return sum(row["workers"] for row in rows)
-
-
-def ledger(stdout: str, name: str) -> dict[str, int]:
-    line = next(line for line in stdout.splitlines() if line.startswith(f"{name}-x:"))
-    counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", line.split(":")[1])}
-    return {"reports": int(re.search(r"from (\d+) reports", line)[1])} | counts
-
-
-def check_ledger(stdout: str, directory: Path) -> None:
-    """Every report is in a row, says the ledger, and so says the disk."""
-    for name in ("training", "inference"):
-        rows = [row for path in folders(directory) if name in path.name for row in Log(path).rows]
-        counts = ledger(stdout, name)
-        assert counts.get("lost", 0) == 0
-        assert counts["reports"] == reports_in_rows(rows)
-        assert counts["rows"] == len(rows)
+from processes import below, check_ledger, ledger, reports_in_rows, steps_on_disk
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -177,16 +114,6 @@ def test_after_a_sigkill_of_a_worker_the_rest_goes_on_and_the_demo_says_which_it
 
 
 # `WandbRun` on its own
-
-
-@pytest.fixture
-def run(ray_here, tmp_path) -> Callable[..., WandbRun]:
-    """run(...): a WandbRun with its files below tmp_path."""
-
-    def run(**options) -> WandbRun:
-        return WandbRun("p", **{"name": "n", "mode": "offline", "dir": tmp_path} | options)
-
-    return run
 
 
 def test_an_exception_in_the_driver_finishes_the_run_as_failed(run):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Log, folders, read_rows, wait_for
-from test_faults import below
+from processes import below
 from wandb_server import KEY, Server
 
 

@@ -1,0 +1,265 @@
+"""When the pipeline actor can't finish its run: it is started anew, or the driver does it from what the actor left."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from common import InferencePipelineActor, WandbRun
+
+import pytest
+import ray
+from conftest import ROOT, Log, folders, wait_for
+from processes import below, check_ledger, everything, pipeline_process
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("order", ["the driver first", "the driver last"])
+def test_a_signal_to_the_whole_job_leaves_whole_runs_that_have_failed(busy, tmp_path, number, status, order):
+    process = busy()
+    pids = everything(process.pid)
+    began = time.monotonic()
+    for pid in pids if order == "the driver first" else reversed(pids):
+        os.kill(pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert time.monotonic() - began < 30  # 15 on a machine that does nothing else
+    assert "Traceback" not in stderr
+    check_ledger(stdout, tmp_path)
+    for name in ("training", "inference"):
+        logs = [Log(path) for path in folders(tmp_path) if name in path.name]
+        rows = {row["_step"]: row for log in logs for row in log.rows}
+        assert sorted(rows) == list(range(len(rows)))
+        assert logs[-1].exit_code == 1
+    assert not list(tmp_path.glob("wandb/.*store*"))
+
+
+def program(tmp_path: Path, body: str) -> str:
+    """A driver's program with a run of its own Ray; `run` is the run, `actor()` the pipeline actor's process."""
+    start = f"""
+        import os, signal, sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from common import WandbRun
+        import ray
+        from ray._private import state
+        def actor():
+            return state.actors(run._actor._actor_id.hex())["Pid"]
+        def show(ledger):
+            print("LEDGER", ledger.reports, ledger.rows, ledger.lost, ledger.gone, ledger.ok, flush=True)
+            print(*ledger.warnings, sep="\\n", flush=True)
+        if __name__ == "__main__":
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="critical")
+            run = WandbRun("p", "n", mode="offline", dir={str(tmp_path)!r})
+    """
+    return textwrap.dedent(start) + textwrap.indent(textwrap.dedent(body), "    ")
+
+
+def shown(stdout: str) -> list[str]:
+    return next(line.split()[1:] for line in stdout.splitlines() if line.startswith("LEDGER"))
+
+
+def test_when_all_of_ray_is_gone_the_driver_finishes_the_run(tmp_path, environment):
+    body = """
+        for step in range(100):
+            run.log({"a": 1.0}, step)
+        run.flush()
+        node = ray._private.worker.global_worker.node
+        for name in ("raylet", "gcs_server"):
+            os.kill(node.all_processes[name][0].process.pid, signal.SIGKILL)
+        time.sleep(3)
+        show(run.finish())
+        os._exit(0)  # Ray's own end takes long
+    """
+    command = [sys.executable, "-c", program(tmp_path, body)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert shown(done.stdout) == ["100", "100", "0", "True", "False"], done.stdout + done.stderr
+    rows = {row["_step"]: row["step"] for path in folders(tmp_path) for row in Log(path).rows}
+    assert sorted(rows.values()) == list(range(100))
+
+
+def test_after_ray_shutdown_the_driver_finishes_the_run(tmp_path, environment):
+    body = """
+        for step in range(100):
+            run.log({"a": 1.0}, step)
+        run.flush()
+        ray.shutdown()
+        show(run.finish())
+    """
+    command = [sys.executable, "-c", program(tmp_path, body)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert shown(done.stdout) == ["100", "100", "0", "True", "False"], done.stdout + done.stderr
+
+
+@ray.remote(num_cpus=0)
+def log_late(made: WandbRun) -> int:
+    """Logs after the actor is gone; returns how long it took in all, in seconds."""
+    began = time.monotonic()
+    for step in range(1_000, 1_100):
+        made.log({"a": 1.0}, step)
+    return time.monotonic() - began
+
+
+def test_training_goes_on_when_somebody_kills_the_actor(run):
+    made = run()
+    for step in range(50):
+        made.log({"a": 1.0}, step)
+    made.flush()
+    ray.kill(made._actor)
+    assert ray.get(log_late.remote(made)) < 10
+    ledger = made.finish()
+    assert (ledger.reports, ledger.rows, ledger.lost, ledger.gone, ledger.ok) == (50, 50, 0, True, False)
+    assert Log(ledger.path).exit_code == 0
+
+
+def kill_whenever_it_starts(made: WandbRun, name: str, times: int) -> None:
+    """Kills the actor, or the wandb-core below it, as soon as each new one is there."""
+    seen: set[int] = set()
+    for _ in range(times):
+        seen |= (found := wait_for(lambda before=frozenset(seen): victims(made, name) - before, every=0.01))
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+
+
+def victims(made: WandbRun, name: str) -> set[int]:
+    try:
+        actor = pipeline_process(made)
+        return set(below(actor, "wandb-core")) if name == "wandb-core" else {actor}
+    except OSError:
+        return set()
+
+
+@pytest.mark.parametrize("name", ["actor", "wandb-core"])
+def test_an_actor_that_dies_whenever_it_starts_is_given_up(run, name):
+    made = run()
+    for step in range(50):
+        made.log({"a": 1.0}, step)
+    made.flush()
+    kill_whenever_it_starts(made, name, times=4)
+    for step in range(50, 60):  # training goes on
+        made.log({"a": 1.0}, step)
+    ledger = made.finish()
+    assert (ledger.gone, ledger.ok) == (True, False)
+    assert ledger.reports == ledger.rows + ledger.lost
+    steps = sorted({row["step"] for path in ledger.paths for row in Log(path).rows})
+    assert steps[:50] == list(range(50))
+
+
+def test_an_actor_that_dies_often_but_makes_rows_is_not_given_up(run):
+    made = run()
+    for round_ in range(5):
+        for step in range(20 * round_, 20 * round_ + 20):
+            made.log({"a": 1.0}, step, commit=True)
+        made.flush()
+        os.kill(pipeline_process(made), signal.SIGKILL)
+        wait_for(lambda n=round_: made.progress()[0].restarts == n + 1)
+    ledger = made.finish()
+    assert (ledger.reports, ledger.rows, ledger.restarts, ledger.ok) == (100, 100, 5, True)
+
+
+@pytest.mark.parametrize("name", ["actor", "wandb-core"])
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.05, 0.1])
+def test_a_death_in_the_middle_of_finish_does_not_spoil_the_ledger(run, name, after):
+    made = run()
+    for step in range(3_000):
+        made.log({"a": 1.0}, step)
+    made.flush()
+    victim = victims(made, name)
+    call = made._actor.finish.remote(0)
+    time.sleep(after)
+    for pid in victim:
+        os.kill(pid, signal.SIGKILL)
+    ledger = made.finish()
+    assert (ledger.reports, ledger.rows, ledger.lost, ledger.ok) == (3_000, 3_000, 0, True)
+    rows = {row["_step"] for path in ledger.paths for row in Log(path).rows}
+    assert len(rows) == 3_000
+    assert call
+
+
+def test_many_pipelines_share_a_run(run):
+    first = run(prefix="p0/")
+    others = [WandbRun("p", pipeline=InferencePipelineActor, share=first, prefix=f"p{i}/") for i in range(1, 14)]
+    for made in (first, *others):
+        made.log({"a": 1.0}, 0)
+    began = time.monotonic()
+    assert others[-1].finish().reports == 1
+    assert time.monotonic() - began < 4
+    with pytest.raises(RuntimeError, match="finished"):
+        others[-1].log({"a": 1.0}, 1)
+    others[0].log({"a": 1.0}, 1)
+    ledger = first.finish()
+    assert (ledger.reports, others[0].finish().reports, ledger.ok) == (1, 2, True)
+
+
+def test_each_kind_of_warning_is_one_line_with_its_count(run):
+    made = run()
+    for step in range(50):
+        made.log({"loss": 1.0}, step)  # weighted by tokens, which are not there
+    ledger = made.finish()
+    assert [w for w in ledger.warnings if "(50 times)" in w]
+    assert len(ledger.warnings) == 1
+
+
+def test_artifacts_under_way_when_the_actor_dies_come_once(run):
+    made = run()
+    for n in range(12):
+        made.log_artifact("checkpoint", "model", {"w": bytes([n]) * 100}, aliases=["latest", f"step-{n}"])
+        if n == 5:
+            os.kill(pipeline_process(made), signal.SIGKILL)
+    ledger = made.finish()
+    found = [artifact for path in ledger.paths for artifact in Log(path).of("artifact")]
+    steps = [next(a for a in artifact["aliases"] if a.startswith("step-")) for artifact in found]
+    assert steps == [f"step-{n}" for n in range(12)]
+    assert ledger.ok
+
+
+def test_a_run_that_was_left_behind_is_taken_up_by_the_next_of_its_id(tmp_path, environment):
+    body = """
+        for step in range(100):
+            run.log({"tokens": 5}, step)
+        run.flush()
+        print("READY", flush=True)
+        time.sleep(600)
+    """
+    text = program(tmp_path, body).replace('"n", mode', '"n", id="again", resume="allow", mode')
+    process = subprocess.Popen([sys.executable, "-c", text], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "READY\n"
+    for pid in reversed(everything(process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    again = text.replace("time.sleep(600)", "show(run.finish())").replace("range(100)", "range(100, 200)")
+    done = subprocess.run(
+        [sys.executable, "-c", again],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown(done.stdout)[:3] == ["200", "200", "0"], done.stdout + done.stderr
+    rows = {row["_step"]: row for path in folders(tmp_path) for row in Log(path).rows}
+    assert [rows[number]["tokens_total"] for number in sorted(rows)] == list(range(5, 1_001, 5))
+
+
+def test_a_driver_that_is_killed_on_a_cluster_leaves_finished_runs_and_no_actor(tmp_path, environment, cluster):
+    address, *_ = cluster
+    text = program(
+        tmp_path,
+        """
+        for step in range(100):
+            run.log({"a": 1.0}, step)
+        run.flush()
+        print("READY", flush=True)
+        time.sleep(600)
+    """,
+    ).replace('address="local", include_dashboard=False', f"address={address!r}")
+    process = subprocess.Popen([sys.executable, "-c", text], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "READY"
+    process.kill()
+    process.wait()
+    [path] = folders(tmp_path)
+    wait_for(lambda: Log(path).exit_code is not None)
+    log = Log(path)
+    assert (len(log.rows), log.exit_code) == (100, 1)
+    wait_for(lambda: not list(tmp_path.glob("wandb/.*store*")))
