@@ -1,0 +1,60 @@
+"""Ray Train's DDP learns XOR on two ranks. One rank is killed, and both go on from the last checkpoint.
+
+    uv run --with "ray[train]~=2.60.0" --with torch python -m examples.ray_train
+
+To the plain example were added the run around `fit`, its way to the ranks in `train_loop_config`, and the `log` of what
+a rank has computed. Ray Train starts both ranks again, so the steps since the checkpoint have a row of each attempt.
+"""
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+from common import WandbRun
+
+import ray
+import torch
+from ray import train
+from ray.train.torch import TorchTrainer, prepare_model
+from torch import nn
+
+RANKS, STEPS, SAVE_EVERY, KILLED_AT = 2, 150, 25, 60
+
+
+def train_on_rank(config: dict) -> None:
+    run, rank = config["run"], train.get_context().get_world_rank()
+    checkpoint, first = train.get_checkpoint(), 0
+    model = prepare_model(nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    if checkpoint:
+        with checkpoint.as_directory() as folder:
+            first, weights, moments = torch.load(Path(folder, "state.pt"))
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+    for step in range(first, STEPS):
+        if step == KILLED_AT and rank == 1 and not checkpoint:
+            run.flush()  # what it logged in its last milliseconds would die with it
+            os.kill(os.getpid(), signal.SIGKILL)
+        points = torch.randn(256, 2)
+        labels = (points.prod(dim=1) > 0).long()
+        logits = model(points)
+        loss = nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log({"cross_entropy": loss, "accuracy": logits.argmax(dim=1) == labels}, step)
+        if (step + 1) % SAVE_EVERY == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                torch.save((step + 1, model.state_dict(), optimizer.state_dict()), Path(folder, "state.pt"))
+                train.report({}, checkpoint=None if rank else train.Checkpoint.from_directory(folder))
+
+
+if __name__ == "__main__":
+    ray.init(include_dashboard=False, log_to_driver=False)
+    with WandbRun("xor", "ddp", workers=RANKS, mode="offline") as run, tempfile.TemporaryDirectory() as storage:
+        again = train.RunConfig(storage_path=storage, failure_config=train.FailureConfig(max_failures=1))
+        options = dict(scaling_config=train.ScalingConfig(num_workers=RANKS), run_config=again)
+        TorchTrainer(train_on_rank, train_loop_config={"run": run}, **options).fit()
+    ledger = run.finish()
+    print(f"{ledger.rows} rows from {ledger.reports} reports, {ledger.lost} lost: {ledger.path}", *ledger.warnings)
