@@ -9,6 +9,7 @@ from collections import OrderedDict
 from decimal import Decimal
 from pathlib import Path
 
+from backbone import values
 from backbone.values import as_report, pack, unpack
 
 import ml_dtypes
@@ -177,12 +178,11 @@ def test_a_key_that_would_be_lost_or_is_taken_is_refused(key):
             as_report({key: 1.0})
 
 
-def test_known_keys_are_remembered_with_a_bound():
+def test_known_keys_are_remembered_with_a_bound(monkeypatch):
+    monkeypatch.setattr(values, "_KNOWN_KEYS", set())
     for i in range(20_000):
         as_report({f"key{i}": 1.0})
-    from backbone import values
-
-    assert len(values._KNOWN_KEYS) <= 10_000
+    assert 0 < len(values._KNOWN_KEYS) <= 10_000
     with pytest.raises(ValueError, match="metric key"):
         as_report({"_step": 1.0})
 
@@ -214,6 +214,7 @@ def test_nested_mappings_become_paths_and_none_is_left_out():
     ids=["nested first", "path first", "number and text"],
 )
 def test_a_key_that_is_there_twice_is_refused(metrics):
+    as_report({"a/b": 1.0})  # known keys take another way
     with pytest.raises(ValueError, match=r"'a/[b1]' is there twice"):
         as_report(metrics)
 
@@ -322,6 +323,8 @@ def test_media_of_a_process_that_has_ended_are_in_the_run_s_folder(media):
     for _ in range(2):
         run.log(unpack(packed))
     run.finish()
+    left = [path.read_bytes() for path in Path(MEDIA_TMP.name).rglob("*") if path.is_file()]
+    assert not [content for content in left if b"in a table" not in content]  # which wandb copies
     first, second = Log(folder).rows
     kinds = {key.removesuffix("._type"): value for key, value in first.items() if key.endswith("._type")}
     assert kinds == {
