@@ -1,16 +1,20 @@
 """Each demo, run as its user runs it, keeps the promises of its docstring: read back from the transaction logs."""
 
 import json
+import os
+import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from common import generate_inference_metrics, generate_training_metrics
+from common import generate_evaluation_metrics, generate_inference_metrics, generate_training_metrics
 
 import numpy as np
 import pytest
-from conftest import DEMOS, ROOT, STEPS, Log, folders, logs
+from conftest import DEMOS, ROOT, STEPS, Log, folders, logs, read_rows, wait_for
+from processes import below
 
 TRAINING_KEYS = {
     *("loss", "value_loss", "explained_variance", "learning_rate", "entropy", "kl", "clip_fraction", "mismatch_kl"),
@@ -22,17 +26,21 @@ INFERENCE_KEYS = {
     *("response_length/mean", "response_length/p90", "response_length/max", "rollouts", "rollouts_total"),
     *("e2e/speed", "e2e/latency_ms/mean", "e2e/latency_ms/p50", "e2e/latency_ms/p99", "kv_cache_utilization"),
     *("requests/running", "requests/waiting", "policy_version", "staleness/mean", "staleness/max"),
+    *("reward/gsm8k/mean", "reward/code/mean", "groups/all_solved", "groups/none_solved"),
 }
+EVALUATION_KEYS = {f"{source}/{key}" for source in ("gsm8k", "math", "code") for key in ("accuracy", "pass@4")}
+EVALUATION_KEYS |= {"response_length/mean", "checkpoint_step"}
+CHECKPOINTS = (0, 10)  # training steps
 
 
 def under(prefix: str, keys: set[str]) -> set[str]:
     return {prefix + key for key in keys | {"step", "workers"}}
 
 
-def independent(generate: Callable, pipeline: int, workers: int = 2, seed: int = 42) -> list[list[dict]]:
+def independent(generate: Callable, pipeline: int, workers: int = 2, steps=range(STEPS)) -> list[list[dict]]:
     """What the workers reported, per step."""
-    rngs = [np.random.default_rng([seed, pipeline, worker]) for worker in range(workers)]
-    return [[generate(step, rng) for rng in rngs] for step in range(STEPS)]
+    rngs = [np.random.default_rng([42, pipeline, worker]) for worker in range(workers)]
+    return [[generate(step, rng) for rng in rngs] for step in steps]
 
 
 def check_training_rows(rows: list[dict], prefix: str = "") -> None:
@@ -41,8 +49,11 @@ def check_training_rows(rows: list[dict], prefix: str = "") -> None:
         assert (row[f"{prefix}step"], row[f"{prefix}workers"]) == (step, 2)
         tokens += sum(report["tokens"] for report in reports)
         assert (row[f"{prefix}tokens_total"], row[f"{prefix}learning_rate"]) == (tokens, reports[0]["learning_rate"])
-        for key in ("loss", "kl", "entropy", "grads/grad_norm_0", "perf/mfu", "time/wait_for_batch_s"):
-            assert row[prefix + key] == pytest.approx(np.mean([report[key] for report in reports]), rel=1e-9)
+        for key in ("loss", "kl", "entropy", "clip_fraction", "mismatch_kl"):  # per token
+            weighted = sum(r[key] * r["tokens"] for r in reports) / sum(r["tokens"] for r in reports)
+            assert row[prefix + key] == pytest.approx(weighted, rel=1e-9), key
+        for key in ("value_loss", "explained_variance", "grads/grad_norm_0", "perf/mfu", "time/wait_for_batch_s"):
+            assert row[prefix + key] == pytest.approx(np.mean([r[key] for r in reports]), rel=1e-9), key
         assert row[f"{prefix}e2e/speed"] == pytest.approx(sum(report["e2e/speed"] for report in reports), rel=1e-9)
         pooled = np.concatenate([report["e2e/latency_ms"] for report in reports])
         assert row[f"{prefix}e2e/latency_ms/p99"] == pytest.approx(np.percentile(pooled, 99), rel=1e-9)
@@ -57,6 +68,10 @@ def check_inference_rows(rows: list[dict], prefix: str = "") -> None:
             "reward/std": pooled["reward"].std(),
             "reward/min": pooled["reward"].min(),
             "success_rate": pooled["success_rate"].mean(),
+            "reward/gsm8k/mean": pooled["reward/gsm8k"].mean(),
+            "reward/code/mean": pooled["reward/code"].mean(),
+            "groups/all_solved": pooled["success_rate"].reshape(8, 8).all(axis=1).mean(),
+            "groups/none_solved": 1 - pooled["success_rate"].reshape(8, 8).any(axis=1).mean(),
             "truncated_fraction": pooled["truncated_fraction"].mean(),
             "response_length/p90": np.percentile(pooled["response_length"], 90),
             "e2e/latency_ms/p99": np.percentile(pooled["e2e/latency_ms"], 99),
@@ -69,6 +84,14 @@ def check_inference_rows(rows: list[dict], prefix: str = "") -> None:
             assert row[prefix + key] == pytest.approx(value, rel=1e-9), key
 
 
+def check_evaluation_rows(rows: list[dict]) -> None:
+    reports = independent(generate_evaluation_metrics, 2, 1, CHECKPOINTS)
+    for number, (row, checkpoint, [report]) in enumerate(zip(rows, CHECKPOINTS, reports, strict=True)):
+        assert (row["step"], row["workers"], row["checkpoint_step"]) == (number, 1, checkpoint)
+        for key in EVALUATION_KEYS - {"checkpoint_step"}:
+            assert row[key] == pytest.approx(report[key.removesuffix("/mean")].mean(), rel=1e-9), key
+
+
 def axes(log: Log) -> dict[str, str]:
     return {m["glob_name"]: m["step_metric"] for m in log.of("metric") if m.get("glob_name")}
 
@@ -77,8 +100,8 @@ def hidden(log: Log) -> set[str]:
     return {m["name"] for m in log.of("metric") if m.get("options", {}).get("hidden")}
 
 
-def check_whole(log: Log) -> None:
-    assert len(log.rows) == STEPS
+def check_whole(log: Log, rows: int = STEPS) -> None:
+    assert len(log.rows) == rows
     assert log.exit_code == 0
     assert log.config["experiment"] == "exp"
     assert log.config["seed"] == 42
@@ -98,8 +121,10 @@ def test_a_demo_is_quiet_says_where_its_runs_are_and_leaves_nothing_else(ran, de
     assert sum("No W&B API key found" in line for line in lines) == (demo != "demo2")  # WANDB_MODE is set for that one
     for path in folders(directory):
         assert str(path.relative_to(directory)) in done.stdout
-    assert sum(f"{STEPS} rows from {2 * STEPS} reports" in line for line in lines) == 2
-    assert not [line for line in lines if "lost" in line or "late" in line]
+    ledgers = [line.split(": ")[1] for line in lines if " rows from " in line]
+    rollouts = len(CHECKPOINTS) if demo == "demo4" else 0  # which worker 0 logs by a call of its own
+    expected = [f"{STEPS} rows from {2 * STEPS + more} reports" for more in (0, rollouts)]
+    assert ledgers == expected + ["2 rows from 2 reports"] * (demo == "demo4")  # so nothing is lost, and nobody silent
     assert {path.name for path in directory.iterdir()} == {"wandb"}
     left = {path.name for path in (directory / "wandb").iterdir() if not path.name.startswith("offline-run-")}
     assert left <= {"latest-run", "debug.log", "debug-internal.log", ".wandb-leet.json"}
@@ -156,7 +181,7 @@ def test_demo3_gives_each_pipeline_a_path_in_one_project(ran):
     assert axes(inference) == {"inference/*": "inference/step"}
     for log in found.values():
         check_whole(log)
-        assert log.run["project"] == "rl-agent"
+        assert log.run["project"] == "rl-experiment"
     check_training_rows(training.rows, "training/")
     check_inference_rows(inference.rows, "inference/")
 
@@ -183,10 +208,10 @@ def contents(artifact: dict) -> dict[str, Path]:
 
 
 def test_demo4_ties_the_runs_of_an_experiment_together(ran):
-    _, directory = ran("demo4")
-    found = logs(directory)
-    for job, log in (("training", found["training-exp"]), ("inference", found["inference-exp"])):
-        check_whole(log)
+    found = logs(ran("demo4")[1])
+    assert list(found) == ["training-exp", "inference-exp", "evaluation-exp"]
+    for job, log in zip(("training", "inference", "evaluation"), found.values(), strict=True):
+        check_whole(log, len(CHECKPOINTS) if job == "evaluation" else STEPS)
         assert log.run["project"] == "rl-agent-extended"
         assert (log.run["job_type"], log.run["run_group"]) == (job, "exp")
         assert {"demo4", "seed-42"} <= set(log.run["tags"])
@@ -197,24 +222,136 @@ def test_demo4_ties_the_runs_of_an_experiment_together(ran):
     check_training_rows(found["training-exp"].rows)
     check_inference_rows(found["inference-exp"].rows)
 
+
+def test_demo4_evaluates_each_checkpoint_in_a_run_with_an_axis_of_its_own(ran):
+    log = logs(ran("demo4")[1])["evaluation-exp"]
+    assert log.keys == under("", EVALUATION_KEYS)
+    assert axes(log) == {"*": "step"}
+    check_evaluation_rows(log.rows)
+
+
+def test_demo4_keeps_checkpoints_as_versions_and_says_who_used_them(ran):
+    found = logs(ran("demo4")[1])
     checkpoints = artifacts(found["training-exp"], "checkpoint")
-    assert [set(version["aliases"]) - {"best"} for version in checkpoints] == [{"latest", f"step-{n}"} for n in (0, 10)]
+    aliases = [set(version["aliases"]) - {"best"} for version in checkpoints]
+    assert aliases == [{"latest", f"step-{step}"} for step in CHECKPOINTS]
     scores = [json.loads(version["metadata"])["explained_variance"] for version in checkpoints]
     best = ["best" in version["aliases"] for version in checkpoints]
     assert best == [score == max(scores[: i + 1]) for i, score in enumerate(scores)]
     weights = [np.load(contents(version)["weights.npy"]) for version in checkpoints]
-    assert [matrix[0, 0] for matrix in weights] == [0, 10]
+    assert [matrix[0, 0] for matrix in weights] == list(CHECKPOINTS)
 
-    rollouts = independent(generate_inference_metrics, 1)
+    names = [f"checkpoint:step-{step}" for step in CHECKPOINTS]
+    assert "used_artifacts" not in found["training-exp"].config
+    for user in ("inference-exp", "evaluation-exp"):
+        assert found[user].config["used_artifacts"] == names
     trajectories = artifacts(found["inference-exp"], "trajectories")
-    assert [json.loads(version["metadata"])["checkpoint"] for version in trajectories] == [
-        *("checkpoint:step-0", "checkpoint:step-10")
-    ]
-    for step, version in zip((0, 10), trajectories, strict=True):
+    assert [json.loads(version["metadata"])["checkpoint"] for version in trajectories] == names
+
+
+COLUMNS = ["step", "policy_version", "source", "prompt", "response", "reward", "length", "truncated"]
+
+
+def is_right(source: str, prompt: str, response: str) -> bool:
+    first, *more = (int(number) for number in re.findall(r"\d+", prompt))
+    if source == "gsm8k":
+        return response.endswith(f"#### {first * more[0] - more[1]}")
+    names = {}
+    exec(response, names)
+    return names["f"](5 * first) == sum(first * i for i in range(5))
+
+
+def test_demo4_shows_the_best_the_worst_and_some_other_rollouts_with_words_that_fit_their_rewards(ran):
+    log = logs(ran("demo4")[1])["inference-exp"]
+    batches = [reports[0] for reports in independent(generate_inference_metrics, 1)]
+    for step, version in zip(CHECKPOINTS, artifacts(log, "trajectories"), strict=True):
         table = json.loads(contents(version)["rollouts.table.json"].read_text())
-        assert table["columns"] == ["step", "rollout", "reward", "response_length", "success"]
-        assert [row[2] for row in table["data"]] == pytest.approx(list(rollouts[step][0]["reward"]))
-    assert found["inference-exp"].config["used_artifacts"] == ["checkpoint:step-0", "checkpoint:step-10"]
+        assert table["columns"] == COLUMNS
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in table["data"]]
+        rewards = list(batches[step]["reward"])
+        assert rows[0]["reward"] == pytest.approx(max(rewards))
+        assert rows[1]["reward"] == pytest.approx(min(rewards))
+        where = [int(np.argmin(np.abs(np.array(rewards) - row["reward"]))) for row in rows[2:]]
+        assert len(set(where)) == 3
+        for i, row in zip(where, rows[2:], strict=True):
+            assert (row["step"], row["policy_version"]) == (step, step)
+            assert row["source"] == ("gsm8k" if i < 16 else "code")
+            assert row["reward"] == pytest.approx(rewards[i])
+            assert row["length"] == batches[step]["response_length"][i]
+            assert row["truncated"] == batches[step]["truncated_fraction"][i]
+        for row in rows:
+            if not row["truncated"]:
+                assert is_right(row["source"], row["prompt"], row["response"]) == (row["reward"] > 0.5)
+
+
+def test_demo4s_rollouts_are_on_the_runs_page_as_a_table_that_grows(ran):
+    log = logs(ran("demo4")[1])["inference-exp"]
+    logged = [row for row in log.rows if "rollouts_table.path" in row]
+    assert [row["step"] for row in logged] == list(CHECKPOINTS)
+    before = []
+    for i, (row, version) in enumerate(zip(logged, artifacts(log, "trajectories"), strict=True)):
+        table = {key.partition(".")[2]: value for key, value in row.items() if key.startswith("rollouts_table.")}
+        assert (table["_type"], table["increment_num"]) == ("incremental-table-file", i)
+        assert table["previous_increments_paths"] == before
+        before.append(table["artifact_path"])
+        page, artifact = log.path / "files" / table["path"], contents(version)["rollouts.table.json"]
+        assert json.loads(page.read_text())["data"] == json.loads(artifact.read_text())["data"]
+
+
+@pytest.fixture
+def begin_demo4(start, tmp_path):
+    """begin_demo4("EvaluationWorker"): demo 4 with one rank, after its first evaluation, and that worker's process."""
+
+    def begin(worker: str) -> tuple[subprocess.Popen, int]:
+        process = start("demo4", "--steps", "41", "--step-seconds", "0.1", "--training-workers", "1")
+        wait_for(lambda: any(read_rows(path) for path in folders(tmp_path) if "evaluation" in path.name))
+        [pid] = below(process.pid, f"ray::{worker}")
+        return process, pid
+
+    return begin
+
+
+def whole(directory: Path, name: str) -> bool:
+    return any(len(read_rows(path)) == 41 for path in folders(directory) if name in path.name)
+
+
+def test_training_does_not_wait_for_an_evaluation_that_hangs_and_the_demo_does(begin_demo4, tmp_path):
+    process, evaluator = begin_demo4("EvaluationWorker")
+    os.kill(evaluator, signal.SIGSTOP)
+    try:
+        wait_for(lambda: whole(tmp_path, "training") and whole(tmp_path, "inference"))
+        assert process.poll() is None
+    finally:
+        os.kill(evaluator, signal.SIGCONT)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "evaluation-x: 5 rows from 5 reports\n" in stdout
+    assert [row["checkpoint_step"] for row in logs(tmp_path)["evaluation-x"].rows] == [0, 10, 20, 30, 40]
+
+
+def test_demo4_goes_on_without_an_evaluation_that_has_died(begin_demo4, tmp_path):
+    process, evaluator = begin_demo4("EvaluationWorker")
+    os.kill(evaluator, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "evaluation worker 0 failed: its process died" in stderr
+    found = logs(tmp_path)
+    assert [row["step"] for row in found["training-x"].rows] == list(range(41))
+    assert {log.exit_code for log in found.values()} == {1}
+
+
+def test_demo4s_evaluation_does_not_wait_for_checkpoints_of_a_rank_that_has_died(begin_demo4, tmp_path):
+    process, rank = begin_demo4("TrainingWorker")
+    os.kill(rank, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "training worker 0 failed: its process died" in stderr
+    found = logs(tmp_path)
+    assert len(found["inference-x"].rows) == 41
+    logged = [json.loads(version["metadata"])["step"] for version in artifacts(found["training-x"], "checkpoint")]
+    evaluated = [row["checkpoint_step"] for row in found["evaluation-x"].rows]
+    assert evaluated in (logged, logged[:-1])  # it may have died between the two
+    assert found["evaluation-x"].exit_code == 1
 
 
 def test_the_same_seed_gives_the_same_numbers_whatever_the_timing(ran):
