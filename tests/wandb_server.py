@@ -24,6 +24,7 @@ class Server:
         self.views: dict[str, dict] = {}  # id -> what was sent
         self.fail: int | str | None = None
         self.troubles: list[int] = []  # that pass: statuses for the first uploads
+        self.trials: list[dict] = []  # of a sweep, that an agent will be told to run
         self.stopped: set[str] = set()  # ids of runs on whose page somebody has pressed "Stop run"
         outer = self
 
@@ -100,6 +101,11 @@ class Server:
             url = f"http://127.0.0.1:{self.port}/file"
             files = [{"name": name, "uploadUrl": url} for name in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        if operation == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if operation == "Heartbeat":
+            commands = [{"type": "run"} | self.trials.pop(0)] if self.trials else []
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
         return self.dashboard(operation, variables)
 
     def dashboard(self, operation: str, variables: dict) -> dict:
