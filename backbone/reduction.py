@@ -84,7 +84,7 @@ def reduce_reports(
     row: dict[str, Any] = {}
     computed: dict[str, Any] = {}
     for key in dict.fromkeys(itertools.chain.from_iterable(reports)):
-        values = [report[key] for report in reports if key in report]
+        values = [_plain(report[key]) for report in reports if key in report]
         kinds = {type(value) for value in values}
         try:
             if kinds <= {int, float}:
@@ -100,13 +100,18 @@ def reduce_reports(
     return row | computed
 
 
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's. Reports that come by `WandbRun.log` have none."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rule, warn: Warn) -> float:
     if rule.how == "sum":
         return sum(values)
     if rule.how == "largest":
         return max(values, key=lambda value: (math.isnan(value), value))
     if rule.weight:
-        weights = [report.get(rule.weight) for report in reports if key in report]
+        weights = [_plain(report.get(rule.weight)) for report in reports if key in report]
         if all(isinstance(weight, int | float) for weight in weights) and sum(weights):
             return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
         warn(

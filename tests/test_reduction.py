@@ -31,6 +31,14 @@ def test_scalars_are_averaged_rates_summed_and_named_ones_passed_through(warned)
     assert warned == []
 
 
+def test_numbers_of_numpy_are_numbers(warned):
+    reports = [{"loss": np.float64(loss), "tokens": np.int64(n), "n": np.float32(n)} for loss, n in [(1, 10), (0, 990)]]
+    row = reduced(warned, *reports, weights={"loss": "tokens"}, sums=("tokens", "n"))
+    assert row == {"loss": pytest.approx(0.01), "tokens": 1000, "n": 1000}
+    assert {type(value) for value in row.values()} == {float, int}
+    assert warned == []
+
+
 def test_workers_that_lack_a_key_do_not_count_for_it(warned):
     assert reduced(warned, {"a": 1.0}, {"a": 3.0, "b": 5.0}) == {"a": 2.0, "b": 5.0}
 
