@@ -1,8 +1,9 @@
 """What should the dashboard of an RL run show? The demos' W&B pages, as code.
 
     page         project              shows
-    workspace    rl-agent             demo 3: sections `training` and `inference`, each on its own step axis
-    workspace    rl-agent-extended    demo 4: a line per group and job type, of the runs tagged `demo4`
+    workspace    rl-experiment        demo 3: sections `training` and `inference`, each on its own step axis
+    workspace    rl-agent-extended    demo 4: a line per group and job type, of the runs tagged `demo4`; evaluation by
+                                      the step of the checkpoint; the rollouts to read
     Report       rl-agent             demo 2: `e2e/speed` and `e2e/latency_ms` next to those of `inference-only`
 
 Run the demos online first. `--experiment` keeps to one experiment, on pages of its own. Saving replaces what was saved
@@ -18,9 +19,12 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import common
+from backbone.values import as_report
+from demo4_extensions import EvaluationPipelineActor
 
 import numpy as np
 
@@ -32,45 +36,55 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"dashboard.py: {missing}; start it with `uv run --group dashboard python dashboard.py`")
 
-# The panels that come first, by metric or path; a section shows six at a time. The rest follows as it is logged.
+# The panels that come first, by metric, path or pattern; a section shows six at a time. The rest follows as logged.
 TRAINING = ("loss", "kl", "entropy", "grads", "e2e/speed", "e2e/latency_ms", "explained_variance", "value_loss")
-INFERENCE = ("reward/mean", "success_rate", "response_length", "e2e/speed", "e2e/latency_ms", "staleness", "reward")
+INFERENCE = ("reward/mean", "reward/*/mean", "success_rate", "groups", "response_length", "e2e/speed", "e2e/latency_ms")
+INFERENCE += ("staleness", "reward")
+EVALUATION = ("*/accuracy", "*/pass@4")
 # Noise hides the trend of these; the others are read for spikes, dips and steps, which smoothing would flatten.
 NOISY = ("loss", "entropy", "explained_variance", "value_loss", "reward/mean", "success_rate", "truncated_fraction")
+NOISY += ("reward/*/mean", "groups")
 SMOOTH = dict(smoothing_type="exponentialTimeWeighted", smoothing_factor=0.6, smoothing_show_original=True)
 
 
 def logged(pipeline: Any, generate: Callable) -> list[str]:
     """The keys of a pipeline's rows, without prefix: of a report that is reduced as its actor does it."""
-    row = common.reduce_reports([generate(0, np.random.default_rng(0))], pipeline.reduction)
+    report = as_report(generate(0, np.random.default_rng(0)))
+    row = common.reduce_reports([report], pipeline.reduction)
     return [*row, *(f"{key}_total" for key in pipeline.reduction.totals)]
 
 
-def panels(keys: Sequence[str], first: Sequence[str] = (), prefix: str = "") -> Iterator[wr.LinePlot]:
-    """Each key on one panel, together with the others of its path."""
-    left = list(keys)
+def panels(
+    keys: Sequence[str], first: Sequence[str] = (), prefix: str = "", axis: str = "step"
+) -> Iterator[wr.LinePlot]:
+    """Each key but the axis on one panel, together with the others of its path or pattern."""
+    left = [key for key in keys if key != axis]
     for path in (*first, *(key.rpartition("/")[0] or key for key in keys)):
-        if mine := [key for key in left if path in (key, key.rpartition("/")[0])]:
+        if mine := [key for key in left if fnmatchcase(key, path) or key.rpartition("/")[0] == path]:
             left = [key for key in left if key not in mine]
             plot = wr.LinePlot(title=path if len(mine) > 1 else mine[0], **SMOOTH if path in NOISY else {})
-            plot.x, plot.y = f"{prefix}step", [prefix + key for key in mine]
+            plot.x, plot.y = prefix + axis, [prefix + key for key in mine]
             plot.layout.w = 12  # half of a Report
             yield plot
 
 
-def section(name: str, keys: Sequence[str], first: Sequence[str] = (), prefix: str = "") -> ws.Section:
-    axis = ws.SectionPanelSettings(x_axis=f"{prefix}step")  # for panels that are added in the app
-    return ws.Section(name=name, panels=list(panels(keys, first, prefix)), is_open=True, panel_settings=axis)
+def section(
+    name: str, keys: Sequence[str], first: Sequence[str] = (), prefix: str = "", axis: str = "step"
+) -> ws.Section:
+    settings = ws.SectionPanelSettings(x_axis=prefix + axis)  # for panels that are added in the app
+    made = list(panels(keys, first, prefix, axis))
+    return ws.Section(name=name, panels=made, is_open=True, panel_settings=settings)
 
 
 def pages(entity: str, experiment: str = "") -> tuple[ws.Workspace, ws.Workspace, wr.Report]:
     training = logged(common.TrainingPipelineActor, common.generate_training_metrics)
     inference = logged(common.InferencePipelineActor, common.generate_inference_metrics)
+    evaluation = logged(EvaluationPipelineActor, common.generate_evaluation_metrics)
     both = [key for key in training if key in inference]
     only = [ws.Config("experiment") == experiment] if experiment else []
     of = f" of {experiment}" if experiment else ""
 
-    paths = ws.Workspace(entity, "rl-agent", f"Training and inference{of}")
+    paths = ws.Workspace(entity, "rl-experiment", f"Training and inference{of}")
     paths.sections = [section("training", training, TRAINING, "training/")]
     paths.sections += [section("inference", inference, INFERENCE, "inference/")]
     paths.runset_settings.filters = ws.And(*only)
@@ -79,7 +93,10 @@ def pages(entity: str, experiment: str = "") -> tuple[ws.Workspace, ws.Workspace
     groups.sections = [section("training and inference", both, ("e2e/speed",))]
     groups.sections += [section("training", [key for key in training if key not in both], TRAINING)]
     groups.sections += [section("inference", [key for key in inference if key not in both], INFERENCE)]
-    jobs = ws.Metric("JobType").isin(["training", "inference"])
+    groups.sections += [section("evaluation", evaluation, EVALUATION, axis="checkpoint_step")]
+    rollouts = wr.WeavePanelSummaryTable(table_name="rollouts_table")
+    groups.sections += [ws.Section(name="rollouts", panels=[rollouts], is_open=True)]
+    jobs = ws.Metric("JobType").isin(["training", "inference", "evaluation"])
     groups.runset_settings.filters = ws.And(jobs, ws.Tags().isin(["demo4"]), *only)
     # By job type as well, or a line of what both pipelines log would be the mean of two different things.
     groups.runset_settings.groupby = [ws.Metric("Group"), ws.Metric("JobType")]

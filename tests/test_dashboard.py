@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, Log, logs, no_account
 from wandb_server import Server
 
-PROJECTS = {"rl-agent", "rl-agent-extended", "inference-only"}
+PROJECTS = {"rl-agent", "rl-agent-extended", "rl-experiment", "inference-only"}
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,19 @@ def server():
     made.stop()
 
 
-def check_panels(panels: list[dict], *found: Log, prefix: str = "") -> None:
-    """All that these runs log is on exactly one panel, on the axis that the rows carry and the run has defined."""
+def metrics(*found: Log) -> set[str]:
+    """The keys of the runs' rows; a table's parts (`rollouts_table.path`) left out."""
+    return {key for log in found for key in log.keys if "." not in key}
+
+
+def check_panels(panels: list[dict], *found: Log, prefix: str = "", axis: str = "step") -> None:
+    """All that these runs log is on exactly one panel, on an axis that each row carries."""
     shown = [key for panel in panels for key in panel["y"]]
-    axes = {f"{prefix}step", f"{prefix}workers"}
-    assert sorted(shown) == sorted(set.union(*(log.keys for log in found)) - axes)
-    assert {panel["x"] for panel in panels} == {f"{prefix}step"}
+    axes = {prefix + key for key in ("step", "workers", axis)}
+    assert sorted(shown) == sorted(metrics(*found) - axes)
+    assert {panel["x"] for panel in panels} == {prefix + axis}
     for log in found:
+        assert all(prefix + axis in row for row in log.rows)
         assert [m["step_metric"] for m in log.of("metric") if m.get("glob_name")] == [f"{prefix}step"]
 
 
@@ -64,9 +70,14 @@ def test_demo3s_workspace_has_a_section_for_each_pipeline_with_all_that_it_logs(
 def test_demo4s_workspace_shows_all_that_it_logs_by_group_and_job_type(ran, pages):
     found, workspace = logs(ran("demo4")[1]), pages[1]
     assert {log.run["project"] for log in found.values()} == {workspace["project"]}
-    check_panels([panel for section in workspace["sections"] for panel in section["panels"]], *found.values())
-    compared = {key for panel in workspace["sections"][0]["panels"] for key in panel["y"]}
-    assert compared == set.intersection(*(log.keys for log in found.values())) - {"step", "workers"}
+    both, training, inference, evaluation, rollouts = (section["panels"] for section in workspace["sections"])
+    runs = found["training-exp"], found["inference-exp"]
+    check_panels([*both, *training, *inference], *runs)
+    compared = {key for panel in both for key in panel["y"]}
+    assert compared == metrics(runs[0]) & metrics(runs[1]) - {"step", "workers"}
+    check_panels(evaluation, found["evaluation-exp"], axis="checkpoint_step")
+    [table] = rollouts
+    assert any(f"{table['table_name']}.path" in row for row in runs[1].rows)
     runs = workspace["runset_settings"]
     assert [group["name"] for group in runs["groupby"]] == ["Group", "JobType"]
     for log in found.values():
@@ -93,7 +104,9 @@ def test_the_report_compares_what_demo2_logs_to_both_of_its_projects(ran, pages)
 def test_the_panels_named_first_exist_and_come_first(pages):
     import dashboard
 
-    for section, first in zip(pages[0]["sections"], (dashboard.TRAINING, dashboard.INFERENCE), strict=True):
+    sections = [*pages[0]["sections"], next(s for s in pages[1]["sections"] if s["name"] == "evaluation")]
+    named = (dashboard.TRAINING, dashboard.INFERENCE, dashboard.EVALUATION)
+    for section, first in zip(sections, named, strict=True):
         assert [panel["title"] for panel in section["panels"]][: len(first)] == list(first)
     panels = [panel for section in pages[0]["sections"] for panel in section["panels"]]
     assert {panel["title"] for panel in panels if "smoothing_type" in panel} == set(dashboard.NOISY)
@@ -110,7 +123,9 @@ def test_saving_sends_the_pages_and_saving_again_replaces_them(dashboard, server
     paths, groups, report = server.views.values()
     base = server.environment["WANDB_BASE_URL"]
     slugs = [view["name"].removeprefix("nw-").removesuffix("-v") for view in (paths, groups)]
-    assert done.stdout.split()[:2] == [f"{base}/e/rl-agent?nw={slugs[0]}", f"{base}/e/rl-agent-extended?nw={slugs[1]}"]
+    projects = ("rl-experiment", "rl-agent-extended")
+    urls = [f"{base}/e/{project}?nw={slug}" for project, slug in zip(projects, slugs, strict=True)]
+    assert done.stdout.split()[:2] == urls
     assert done.stdout.split()[2].startswith(f"{base}/e/rl-agent/reports/")
 
     sections = spec(paths)["section"]["panelBankConfig"]["sections"]
@@ -123,7 +138,7 @@ def test_saving_sends_the_pages_and_saving_again_replaces_them(dashboard, server
     [runset] = spec(groups)["section"]["runSets"]
     assert runset["grouping"] == [{"section": "run", "name": name} for name in ("group", "jobType")]
     assert [(f["key"]["name"], f["op"], f["value"]) for f in runset["filters"]["filters"]] == [
-        ("jobType", "IN", ["training", "inference"]),
+        ("jobType", "IN", ["training", "inference", "evaluation"]),
         ("tags", "IN", ["demo4"]),
         ("experiment", "=", "exp"),
     ]
