@@ -21,7 +21,7 @@ def folders(parent: Path, run_id: str, begun: bool = False) -> list[Path]:
     for path in parent.glob("*run-*"):
         if name.fullmatch(path.name):
             logs = [log.name for log in path.glob("*.wandb")]
-            if logs == [f"run-{run_id}.wandb"] or (begun and not logs):
+            if logs == [f"run-{run_id}.wandb"] or (begun and not logs and path.name.endswith(f"-{run_id}")):
                 found.append(path)
     return sorted(found, key=lambda path: path.name.removeprefix("offline-"))
 

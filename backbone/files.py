@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -42,11 +41,8 @@ def has_locks(folder: Path) -> bool:
 
 def check_run_id(run_id: str) -> None:
     """Raises ValueError for an id that W&B refuses, or that can't be part of a file's name."""
-    if (
-        not isinstance(run_id, str)
-        or not re.fullmatch(r"[^\s./\\#?%:\x00-\x1f][^/\\#?%:\x00-\x1f]{0,127}", run_id)
-        or run_id != run_id.strip()
-    ):
+    fits = isinstance(run_id, str) and re.fullmatch(r"[^\s./\\#?%:][^/\\#?%:]*", run_id) and run_id.isprintable()
+    if not fits or run_id != run_id.strip() or len(os.fsencode(run_id)) > 128:
         raise ValueError(rf"id {run_id!r} must be 1 to 128 characters without / \ # ? % :, and can't begin with '.'")
 
 
@@ -62,16 +58,18 @@ def open_database(path: Path, patience: float = 3.0) -> sqlite3.Connection:
 
     patience: seconds to wait for a process that has it. Raises OSError if that does not end.
     """
-    for sibling in (path, *(path.with_name(path.name + end) for end in ("-wal", "-journal", "-shm"))):
-        if os.path.lexists(sibling) and not is_private(sibling):
-            _set_aside(sibling, "is no private file of this user")
+    for file in _files(path):
+        if os.path.lexists(file) and not is_private(file):
+            _set_aside(file, "is no private file of this user")
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     database = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
     try:
         database.execute("PRAGMA locking_mode=EXCLUSIVE")
         database.execute("PRAGMA journal_mode=WAL")  # takes the lock
         database.execute("PRAGMA synchronous=OFF")
-        database.execute("SELECT * FROM sqlite_master").fetchall()
+        [(state,)] = database.execute("PRAGMA quick_check(1)")  # a machine that has lost its power
+        if state != "ok":
+            raise sqlite3.DatabaseError(state)
     except sqlite3.OperationalError as error:
         database.close()
         if "locked" in str(error):
@@ -79,9 +77,16 @@ def open_database(path: Path, patience: float = 3.0) -> sqlite3.Connection:
         raise OSError(f"{path}: {error}") from None
     except sqlite3.DatabaseError as error:
         database.close()
-        _set_aside(path, str(error))
+        for file in _files(path):
+            if file.exists():
+                _set_aside(file, f"is damaged ({error})")
         return open_database(path, patience)
     return database
+
+
+def _files(path: Path) -> list[Path]:
+    """A database and what SQLite keeps beside it."""
+    return [path.with_name(path.name + end) for end in ("", "-wal", "-journal", "-shm")]
 
 
 def _set_aside(path: Path, why: str) -> None:
@@ -91,6 +96,5 @@ def _set_aside(path: Path, why: str) -> None:
 
 
 def remove_database(path: Path) -> None:
-    for end in ("", "-wal", "-journal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + end).unlink()
+    for file in _files(path):
+        file.unlink(missing_ok=True)

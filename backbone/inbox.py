@@ -39,6 +39,7 @@ class Sender:
     heard: float = 0.0
     ended: bool = False  # it has said its last word for now, or is dead
     early: set[int] = dataclasses.field(default_factory=set)  # serials that came before some below them
+    missed: set[int] = dataclasses.field(default_factory=set)  # serials that a full disk had no room for
 
 
 class Inbox:
@@ -56,7 +57,8 @@ class Inbox:
         self.senders = {id_: pickle.loads(sender) for id_, sender in found}
         for id_, old in before.items():
             sender = self.senders.setdefault(id_, Sender(old.process))
-            sender.said, sender.heard = max(sender.said, old.said), old.heard
+            sender.said, sender.heard, sender.ended = max(sender.said, old.said), old.heard, old.ended
+            sender.missed |= old.missed
 
     def hear_of(self, batch: Batch) -> Sender:
         """Notes what a batch says of its sender."""
@@ -70,14 +72,25 @@ class Inbox:
         sender = self.hear_of(batch)
         if batch.serial < sender.floor or batch.serial in sender.early:
             return None
-        due = max(sender.floor, batch.oldest)
-        if batch.serial == due and not sender.early:
+        if batch.serial == max(sender.floor, batch.oldest) and not sender.early:
             return self._taken(sender, [batch])
         self._db.execute("INSERT INTO early VALUES (?, ?, ?)", (batch.sender, batch.serial, pickle.dumps(batch)))
         sender.early.add(batch.serial)
-        while due in sender.early:
+        return self._early(batch.sender, below=self._due(sender, batch))
+
+    def miss(self, batch: Batch) -> None:
+        """Notes that there was no room for a batch, so that those behind it don't wait for it."""
+        sender = self.hear_of(batch)
+        if batch.serial >= sender.floor and batch.serial not in sender.early:
+            sender.missed.add(batch.serial)
+            sender.ended = batch.last and self._due(sender, batch) > batch.serial
+
+    def _due(self, sender: Sender, batch: Batch) -> int:
+        """The lowest serial that is still to come."""
+        due = max(sender.floor, batch.oldest)
+        while due in sender.early or due in sender.missed:
             due += 1
-        return self._early(batch.sender, below=due)
+        return due
 
     def dead(self, sender_id: str) -> list[Batch]:
         """A sender's batches that waited for one that will not come."""
@@ -95,6 +108,7 @@ class Inbox:
     def _taken(self, sender: Sender, batches: list[Batch]) -> list[Batch]:
         for batch in batches:
             sender.early.discard(batch.serial)
+            sender.missed = {serial for serial in sender.missed if serial > batch.serial}
             sender.floor = batch.serial + 1
             sender.received += sum(item[1] is not None for item in batch.items)
             sender.ended = batch.last

@@ -56,7 +56,7 @@ class Pipeline:
                 self._take(ready or ())
             return rows
         except sqlite3.Error as error:  # the batch is lost: what was said and not received is counted at the end
-            self.inbox.hear_of(batch)
+            self.inbox.miss(batch)
             self._warn_of_the_disk(error)
             return []
 
@@ -65,14 +65,21 @@ class Pipeline:
         with self._change() as rows:
             self._take(self.inbox.dead(sender_id))
             worker = self.inbox.senders[sender_id].worker
-            self._touched.add(worker)
-            self.steps.gone(worker, time.time(), dead=True)
+            others = [sender for id_, sender in self.inbox.senders.items() if id_ != sender_id]
+            if not any(sender.worker == worker and not sender.ended for sender in others):  # an actor may be back
+                self._touched.add(worker)
+                self.steps.gone(worker, time.time(), dead=True)
         return rows
 
     def expect(self, workers: int) -> list[Row]:
-        with self._change() as rows:
-            self.steps.expect(workers)
-        return rows
+        try:
+            with self._change() as rows:
+                self.steps.expect(workers)
+            return rows
+        except sqlite3.Error as error:
+            self.steps.workers = workers
+            self._warn_of_the_disk(error)
+            return []
 
     def tick(self) -> list[Row]:
         """To be called now and then: closes steps by the clock."""
@@ -85,7 +92,7 @@ class Pipeline:
         try:
             with self._change() as rows:
                 silent = [id_ for id_, sender in self.inbox.senders.items() if not sender.ended]
-                for id_ in silent:
+                for id_ in [*silent, *(id_ for id_, sender in self.inbox.senders.items() if sender.early)]:
                     self._take(self.inbox.dead(id_))
                 self.counts["silent"] += len(silent)
                 self.steps.finish()

@@ -56,9 +56,12 @@ class Store:
     def note(self, **facts: Any) -> None:
         """Remembers facts of the run by name."""
         self.facts |= facts
-        rows = [(name, pickle.dumps(value)) for name, value in facts.items()]
-        with contextlib.suppress(sqlite3.Error):  # the disk is full: this process remembers them
+        rows, within = [(name, pickle.dumps(value)) for name, value in facts.items()], self.db.in_transaction
+        try:
             self.db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows)
+        except sqlite3.Error:  # the disk is full: this process remembers them
+            if within:  # SQLite has rolled it back
+                raise
 
     def warn(self, kind: str, what: str) -> None:
         """Counts a warning; only the first one of a kind is told."""

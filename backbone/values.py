@@ -138,6 +138,7 @@ def _restore(kind: type, state: dict[str, Any], content: bytes) -> Any:
     from wandb.sdk.data_types._private import MEDIA_TMP
 
     value = kind.__new__(kind)
+    os.makedirs(MEDIA_TMP.name, exist_ok=True)  # some systems clean their temporary folder
     descriptor, path = tempfile.mkstemp(Path(state["_path"]).name, dir=MEDIA_TMP.name)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

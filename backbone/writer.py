@@ -124,25 +124,30 @@ class Writer:
             for key in [key for key in row.metrics if key.startswith(prefix) and key not in known]:
                 known.add(key)
                 self.run.define_metric(key, step_metric=f"{prefix}step")
-        if self._refuses(row.metrics, row.number):
-            refused = [key for key, value in row.metrics.items() if self._refuses({key: value}, row.number, False)]
-            self._refuses({}, row.number)
+        plain = {key: value for key, value in row.metrics.items() if isinstance(value, int | float | str)}
+        refused = [  # one by one, because none can be logged a second time
+            key
+            for key, value in row.metrics.items()
+            if key not in plain and not self._accepts({key: value}, row.number, commit=False)
+        ]
+        if not self._accepts(plain, row.number, commit=True):
+            refused += plain
+        if refused:
             self._store.refuse(row.number, len(refused))
-        for key, table in tables.items():
-            before = [(-1, path) for path in wandb_internals.increments_before(table)]
-            self._increments[key] = [*before, (row.number, wandb_internals.increment_path(table))]
+        for key in tables.keys() - set(refused):
+            before = [(-1, path) for path in wandb_internals.increments_before(tables[key])]
+            self._increments[key] = [*before, (row.number, wandb_internals.increment_path(tables[key]))]
             self._store.note(increments=self._increments)
 
-    def _refuses(self, metrics: dict[str, Any], number: int, commit: bool = True) -> bool:
+    def _accepts(self, metrics: dict[str, Any], number: int, commit: bool) -> bool:
         try:
             self.run.log(metrics, step=number, commit=commit)
         except Exception as error:
             if wandb_internals.service_has_died(error):
                 raise ServiceDiedError(line(error)) from None
-            if not commit:
-                self._store.warn("refused", f"W&B refused a value of {next(iter(metrics))!r}: {line(error)}")
-            return True
-        return False
+            self._store.warn("refused", f"W&B refused a value of {next(iter(metrics))!r}: {line(error)}")
+            return False
+        return True
 
     def _next_increments(self, row: Row) -> dict[str, wandb.Table]:
         """The incremental tables of a row, each made the increment behind those of the rows before."""
