@@ -51,17 +51,21 @@ class Store:
         self.db.executescript(SCHEMA)
         facts = self.db.execute("SELECT * FROM facts").fetchall()
         self.facts: dict[str, Any] = {name: pickle.loads(value) for name, value in facts}
+        self._unsaved: dict[str, Any] = {}
         self.hear: Callable[[str], None] = lambda warning: None  # is told the first warning of a kind
 
     def note(self, **facts: Any) -> None:
         """Remembers facts of the run by name."""
         self.facts |= facts
-        rows, within = [(name, pickle.dumps(value)) for name, value in facts.items()], self.db.in_transaction
-        try:
+        self._unsaved |= facts
+        if not self.db.in_transaction:  # else they are saved behind it, whatever becomes of it
+            self._save()
+
+    def _save(self) -> None:
+        rows = [(name, pickle.dumps(value)) for name, value in self._unsaved.items()]
+        with contextlib.suppress(sqlite3.Error):  # the disk is full: this process remembers them, and tries again
             self.db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows)
-        except sqlite3.Error:  # the disk is full: this process remembers them
-            if within:  # SQLite has rolled it back
-                raise
+            self._unsaved.clear()
 
     def warn(self, kind: str, what: str) -> None:
         """Counts a warning; only the first one of a kind is told."""
@@ -87,6 +91,9 @@ class Store:
             with contextlib.suppress(sqlite3.Error):  # SQLite may have done it itself
                 self.db.execute("ROLLBACK")
             raise
+        finally:
+            if self._unsaved:
+                self._save()
 
     # Rows
 
