@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -87,9 +88,26 @@ def logs(directory: Path) -> dict[str, Log]:
     return {log.run["display_name"]: log for log in found}
 
 
+# What a new shell has, and nothing of W&B or Ray: also not what Ray sets when it starts in this process.
+SHELL = {name: value for name, value in os.environ.items() if not re.match("_?WANDB_|RAY_|NETRC$", name)}
+
+
 def no_account(home: Path) -> dict[str, str]:
-    """The environment of a user without an account: an empty home folder, no WANDB_ variables."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(home)}
+    """The environment of a user without an account, with an empty home folder."""
+    return SHELL | {"HOME": str(home)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stranger(tmp_path_factory):
+    """No test finds the account, W&B settings or Ray of who runs it."""
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - SHELL - {"RAY_ENABLE_UV_RUN_RUNTIME_ENV"}:
+            patch.delenv(name)
+        patch.setenv("NETRC", str(empty / "netrc"))
+        patch.setenv("WANDB_CONFIG_DIR", str(empty))
+        patch.chdir(empty)  # wandb looks for settings here
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What W&B users expect to happen in their process and environment happens, though another process owns the run."""
 
+import asyncio
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import wandb
 from conftest import ROOT, Log, folders, no_account, wait_for
 from ray._private import state
-from wandb_server import Server
+from wandb_server import KEY, Server
 
 CLUSTER = """
 import sys
@@ -28,12 +29,11 @@ sys.stdin.read()
 cluster.shutdown()
 """
 
-PROGRAM = """
-import os, sys, time
-from common import WandbRun, InferencePipelineActor
+JOIN = """
+import json, os, signal, sys, time
+from common import PipelineActor, WandbRun, pipeline_actor
 import ray
-join = dict(log_to_driver=False, logging_level="error")
-ray.init(os.environ["CLUSTER"], **join)
+ray.init(os.environ["CLUSTER"], log_to_driver=False, logging_level="error")
 
 def run(**options):
     made = WandbRun("p", **{"mode": "offline"} | options)
@@ -44,32 +44,30 @@ def run(**options):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[str]:
+def foreign(tmp_path_factory) -> Iterator[str]:
     """The address of a Ray that was started from a shell which is not the user's."""
     theirs = {"WANDB_RUN_GROUP": "the raylet's", "WANDB_MODE": "disabled", "WANDB_RUN_ID": "theirs"}
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: it holds sockets
         environment = no_account(tmp_path_factory.mktemp("home")) | theirs
-        process = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER],
-            env=environment | {"RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        yield process.stdout.readline().strip()
-        process.communicate(timeout=60)
+        environment |= {"RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(
+            [sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            address = process.stdout.readline().strip()
+            assert address
+            yield address
+            process.communicate(timeout=60)
 
 
 @pytest.fixture
-def begin(cluster, tmp_path, environment) -> Iterator[Callable[..., subprocess.Popen]]:
-    """begin("run()"): a driver that does this; its runs are below tmp_path."""
+def begin(foreign, tmp_path, environment) -> Iterator[Callable[..., subprocess.Popen]]:
+    """begin("run()"): a driver that does this, on that Ray and in tmp_path."""
     started = []
 
-    def begin(program: str, **variables: str) -> subprocess.Popen:
-        (tmp_path / "program.py").write_text(PROGRAM + program)
-        variables = environment | {"CLUSTER": cluster, "PYTHONPATH": str(ROOT)} | variables
-        command, pipe = [sys.executable, "program.py"], subprocess.PIPE
+    def begin(program: str, *arguments: str, before: str = JOIN, **variables: str) -> subprocess.Popen:
+        (tmp_path / "program.py").write_text(before + program)
+        variables = environment | {"CLUSTER": foreign, "PYTHONPATH": str(ROOT)} | variables
+        command, pipe = [sys.executable, "program.py", *arguments], subprocess.PIPE
         started.append(subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=pipe, stderr=pipe, text=True))
         return started[-1]
 
@@ -82,14 +80,21 @@ def begin(cluster, tmp_path, environment) -> Iterator[Callable[..., subprocess.P
 
 @pytest.fixture
 def drive(begin) -> Callable[..., subprocess.CompletedProcess]:
-    """drive("run()"): a driver that has done this."""
+    """drive("run()"): such a driver that has ended."""
 
-    def drive(program: str, **variables: str) -> subprocess.CompletedProcess:
-        process = begin(program, **variables)
+    def drive(program: str, *arguments: str, **options: str) -> subprocess.CompletedProcess:
+        process = begin(program, *arguments, **options)
         stdout, stderr = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return drive
+
+
+@pytest.fixture
+def run(ray_here, tmp_path, monkeypatch) -> Callable[..., WandbRun]:
+    """run(): a run of a user who works in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    return lambda **options: WandbRun("p", **{"mode": "offline"} | options)
 
 
 @pytest.fixture
@@ -111,21 +116,146 @@ def summary(log: Log) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("end", "status", "exit_code", "failure"),
+    ("end", "exit_code", "failure"),
     [
-        ("", 0, 0, None),
-        ("sys.exit()", 0, 0, None),
-        ("sys.exit(3)", 3, 3, "SystemExit: 3"),
-        ("sys.exit('no GPU')", 1, 1, "SystemExit: no GPU"),
-        ("raise ValueError('no GPU')", 1, 1, "ValueError: no GPU"),
+        (SystemExit(), 0, None),
+        (SystemExit(0), 0, None),
+        (SystemExit(3), 3, "SystemExit: 3"),
+        (SystemExit("no GPU"), 1, "SystemExit: no GPU"),
+        (ValueError("no GPU"), 1, "ValueError: no GPU"),
+        (KeyboardInterrupt(), 1, "KeyboardInterrupt: KeyboardInterrupt"),
     ],
 )
-@pytest.mark.parametrize("within", [True, False])
-def test_a_run_ends_as_its_driver(drive, tmp_path, end, status, exit_code, failure, within):
-    done = drive(f"with run():\n    {end or 'pass'}" if within else f"run()\n{end}")
+def test_a_with_block_ends_as_a_process_with_that_exception_would(run, end, exit_code, failure):
+    with pytest.raises(type(end)), run() as made:
+        raise end
+    log = Log(made.path)
+    assert (log.exit_code, summary(log).get("failure")) == (exit_code, failure)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "exit_code", "failure"),
+    [
+        ("sys.exit(3)", 3, 3, "SystemExit: 3"),
+        ("raise ValueError('no GPU')", 1, 1, "ValueError: no GPU"),
+        ("signal.raise_signal(signal.SIGINT)", -signal.SIGINT, 255, "KeyboardInterrupt"),
+    ],
+)
+def test_without_finish_a_run_ends_as_its_driver(drive, tmp_path, end, status, exit_code, failure):
+    done = drive(f"run()\n{end}")
     assert done.returncode == status, done.stderr
     [log] = logs(tmp_path)
-    assert (log.exit_code, summary(log).get("failure"), len(log.rows)) == (exit_code, failure, 1)
+    assert (log.exit_code, summary(log)["failure"].partition(": K")[0], len(log.rows)) == (exit_code, failure, 1)
+
+
+def test_only_what_happened_to_a_run_counts(tmp_path, environment):
+    """Not an error of a notebook's cell, nor what was before it; also those are finished whose Ray was shut down."""
+    program = """
+import sys
+from common import WandbRun
+import ray
+
+def run(name):
+    made = WandbRun("p", name, mode="offline")
+    made.log({"a": 1.0}, 0)
+    return made
+
+here = dict(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+ray.init(**here)
+mended, left, failed = run("mended"), run("left"), run("failed")
+try:
+    1 / 0
+except ZeroDivisionError:
+    sys.last_type, sys.last_value, sys.last_traceback = sys.exc_info()  # as a notebook does
+mended.finish()
+failed.finish(2, failure="as I say")
+ray.shutdown()
+ray.init(**here)
+before = run("before")
+try:
+    1 / 0
+except ZeroDivisionError:
+    sys.excepthook(*sys.exc_info())  # as Python's own prompt does
+after = run("after")
+"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "program.py"]
+    variables = environment | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    ended = {log.run["display_name"]: (log.exit_code, summary(log).get("failure")) for log in logs(tmp_path)}
+    error = "ZeroDivisionError: division by zero"
+    assert ended == {
+        "mended": (0, None), "left": (1, error), "failed": (2, "as I say"), "before": (1, error), "after": (0, None),
+    }  # fmt: skip
+    for log in logs(tmp_path):
+        assert log.of("environment")[0]["program"].endswith("program.py")
+
+
+def test_a_run_that_a_worker_of_rays_left_ends_as_that_worker(drive, tmp_path):
+    done = drive(
+        """
+@ray.remote
+class Owner:
+    def make(self, name):
+        self.run = run(name=name, dir=folder)
+        return os.getpid()
+
+@ray.remote(max_calls=1)  # its process ends, as those with a GPU
+def task(name):
+    run(name=name, dir=folder)
+
+folder = os.getcwd()
+dropped, killed = Owner.remote(), Owner.remote()
+pids = ray.get([dropped.make.remote("dropped"), killed.make.remote("killed")])
+os.kill(pids[1], signal.SIGKILL)
+del dropped
+ray.get(task.remote("task"))
+while [name for name in os.listdir("wandb") if name.endswith(".store")]:
+    time.sleep(0.1)
+""",
+        "--lr",
+        "3",
+    )
+    assert done.returncode == 0, done.stderr
+    found = {log.run["display_name"]: log for log in logs(tmp_path)}
+    assert {name: log.exit_code for name, log in found.items()} == {"dropped": 0, "killed": 1, "task": 0}
+    for log in found.values():
+        environment = log.of("environment")[0]
+        assert (environment["program"].rpartition("/")[2], environment["args"]) == ("program.py", ["--lr", "3"])
+        assert len(log.rows) == 1
+
+
+def test_a_session_gives_signal_handlers_back_and_its_runs_tell_what_failed(drive, tmp_path):
+    done = drive(
+        """
+import os, signal
+from arguments import parse_args
+from session import ray_session, run_to_end
+from common import WandbRun
+import ray
+
+@ray.remote
+class TrainingWorker:
+    def work(self):
+        raise MemoryError("of the GPU")
+
+def mine(*_):
+    pass
+
+signal.signal(signal.SIGTERM, mine)
+before = signal.getsignal(signal.SIGINT)
+with ray_session(args := parse_args("", ["--address", os.environ["CLUSTER"]])):
+    assert signal.getsignal(signal.SIGTERM) is not mine
+    assert run_to_end(args, [TrainingWorker.remote()], WandbRun("p", "n", **args.init)) == 1
+assert signal.getsignal(signal.SIGTERM) is mine
+assert signal.getsignal(signal.SIGINT) is before
+""",
+        before="",
+    )
+    assert done.returncode == 0, done.stderr
+    [log] = logs(tmp_path)
+    assert (log.exit_code, summary(log)["failure"]) == (1, "training worker 0 failed: MemoryError: of the GPU")
 
 
 def test_stop_run_interrupts_a_demo_as_ctrl_c_does(start, server, tmp_path):
@@ -139,13 +269,6 @@ def test_stop_run_interrupts_a_demo_as_ctrl_c_does(start, server, tmp_path):
     assert server.runs["demo1-training-x"]["exit_code"] == 1
     for log in logs(tmp_path):
         assert f"{len(log.rows)} rows from" in stdout
-
-
-@pytest.fixture
-def run(ray_here, tmp_path, monkeypatch) -> Callable[..., WandbRun]:
-    """run(): a run of a user who works in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return lambda **options: WandbRun("p", **{"mode": "offline"} | options)
 
 
 def test_hooks_are_given_back_and_bear_those_of_others(run):
@@ -234,15 +357,15 @@ def test_an_id_in_the_environment_is_for_one_run(run, monkeypatch, caplog):
 
 
 def test_a_task_of_the_drivers_does_not_take_its_id_again(run, ray_here, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "the driver's")
+    monkeypatch.setenv("WANDB_RUN_ID", "taken")
 
-    @ray_here.remote(runtime_env={"env_vars": {"WANDB_RUN_ID": "the driver's"}})
+    @ray_here.remote(runtime_env={"env_vars": {"WANDB_RUN_ID": "taken"}})
     def task(folder: Path) -> str:
         with WandbRun("p", mode="offline", dir=folder) as made:
             return made.id
 
     with run() as made:
-        assert made.id == "the driver's"
+        assert made.id == "taken"
         assert ray_here.get(task.remote(Path.cwd())) != made.id
 
 
@@ -277,6 +400,67 @@ def test_a_refusal_is_only_of_what_is_asked_for(run, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "shared")
     with run(mode="offline", sync_tensorboard=False) as made:
         assert made.mode == "offline"
+
+
+def test_a_cluster_of_another_shell_gets_what_wandb_needs_and_adds_nothing(drive, tmp_path, server):
+    """Here the server is behind a proxy."""
+    network = {"HTTP_PROXY": f"http://127.0.0.1:{server.port}", "SSL_CERT_FILE": "/mine", "REQUESTS_CA_BUNDLE": "/mine"}
+    done = drive(
+        """
+@pipeline_actor
+class Telltale(PipelineActor):
+    def progress(self, prefix):
+        return dict(os.environ)
+
+with run(mode="online", pipeline=Telltale) as made:
+    print(json.dumps([made.id, ray.get(made._actor.progress.remote(""))]))
+""",
+        **server.environment | {"WANDB_BASE_URL": "http://wandb.invalid"} | network,
+    )
+    assert done.returncode == 0, done.stderr
+    id_, seen = json.loads(done.stdout)
+    assert network.items() <= seen.items()
+    assert not {name for name in seen if name in ("WANDB_RUN_GROUP", "WANDB_MODE", "WANDB_RUN_ID")}
+    assert len(server.rows(id_)) == 1
+    [log] = logs(tmp_path)
+    assert "run_group" not in log.run
+
+
+def test_where_wandb_offline_was_typed_nothing_is_sent(drive, tmp_path, environment, server):
+    netrc = Path(environment["HOME"], ".netrc")
+    netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
+    netrc.chmod(0o600)
+    base = {"WANDB_BASE_URL": server.environment["WANDB_BASE_URL"]}
+    for mode in ("offline", "online"):
+        subprocess.run([sys.executable, "-m", "wandb", mode], cwd=tmp_path, env=environment | base, check=True)
+        done = drive("from arguments import parse_args\nprint(run(mode=None).mode, parse_args('', []).mode)", **base)
+        assert done.stdout.split() == [mode, mode], done.stderr
+        assert len(server.runs) == (mode == "online")
+
+
+def test_trials_of_a_sweep_get_its_ids_and_config_and_a_second_run_stays_outside(drive, server):
+    """By `wandb.agent`, which runs them in a thread of one process."""
+    server.trials = [{"run_id": f"trial{i}", "args": {"lr": {"value": i}}} for i in range(2)]
+    done = drive(
+        """
+import wandb
+
+def trial():
+    with run(mode="online") as one, run(mode="online", config={"lr": 7}) as other:
+        print(json.dumps([one.id, one.config, other.id, other.config]))
+
+wandb.agent("sweep", trial, entity="e", project="p", count=2)
+""",
+        **server.environment,
+    )
+    assert done.returncode == 0, done.stderr
+    trials = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [(one, config) for one, config, *_ in trials] == [("trial0", {"lr": 0}), ("trial1", {"lr": 1})]
+    assert all(config == {"lr": 7} for *_, config in trials)
+    assert len(server.runs) == 4
+    assert {run["exit_code"] for run in server.runs.values()} == {0}
+    assert all(len(server.rows(id_)) == 1 for id_ in server.runs)
+    assert done.stderr.count("stays outside the sweep") == 2
 
 
 # What is recorded
@@ -316,10 +500,10 @@ def test_the_logs_of_a_run_hold_its_warnings_and_with_console_wrap_what_the_acto
         with run(pipeline=Loud, settings={"console": console}) as made:
             made.log({"which": "one"}, 0)
             made.log({"which": "another"}, 0)
-            assert not made.finish().warnings == []
-        text = json.dumps(Log(made.path).records)
-        assert "an actor's own line" in text if console == "wrap" else "an actor's own line" not in text
-        assert "which" in json.dumps(Log(made.path).of("output_raw") + Log(made.path).of("output"))
+            assert made.finish().warnings == ["'which' differs between workers: one of them is kept"]
+        log = Log(made.path)
+        assert "'which' differs" in json.dumps(log.of("output_logger"))
+        assert ("an actor's own line" in json.dumps(log.of("output_raw"))) == (console == "wrap")
 
 
 # Async actors
@@ -329,10 +513,14 @@ def test_the_first_log_of_an_async_actor_does_not_hold_its_event_loop(run, ray_h
     @ray_here.remote
     class Engine:
         async def generate(self, made: WandbRun) -> None:
+            self.run = made
             made.log({"a": 1.0}, 0)
 
         async def health(self) -> str:
             return "ok"
+
+        async def flush(self) -> None:
+            await asyncio.to_thread(self.run.flush)
 
     with run() as made:
         engine = Engine.remote()
@@ -345,4 +533,5 @@ def test_the_first_log_of_an_async_actor_does_not_hold_its_event_loop(run, ray_h
             ray_here.get(generated, timeout=30)
         finally:
             os.kill(pipeline, signal.SIGCONT)
+        ray_here.get(engine.flush.remote())
     assert len(Log(made.path).rows) == 1

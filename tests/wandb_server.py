@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 KEY = "s3cr3t" + "0" * 34
 
@@ -38,7 +39,7 @@ class Server:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
-                status, answer = outer.answer(self.path, self.headers.get("Authorization", ""), body)
+                status, answer = outer.answer(urlsplit(self.path).path, self.headers.get("Authorization", ""), body)
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
