@@ -118,9 +118,9 @@ class WandbRun:
             self._actor = self._owner._actor
         joining = self._actor.join.remote(prefix, pipeline.reduction, workers)
         try:
-            started = result(joining)
+            started = result(joining, self._actor)
         except KeyboardInterrupt:  # let it get ready, and record it as failed
-            result(joining)
+            result(joining, self._actor)
             answer(self._actor.finish, 1, "KeyboardInterrupt", prefix if share else None)
             raise
         except Exception as error:

@@ -19,7 +19,7 @@ import ray
 
 from . import artifacts, exits, guest
 from .artifacts import Artifacts
-from .calls import is_gone
+from .calls import DEATHS, is_gone
 from .ending import conclude, ledger
 from .files import store_path
 from .inbox import Batch, Sender
@@ -56,7 +56,6 @@ class PipelineActor:
 
     GRACE: ClassVar = 5.0  # seconds that `finish` waits for a process that says nothing
     PAUSE: ClassVar = 0.3  # seconds without news after which plain tasks, which can't be asked, have said all
-    DEATHS: ClassVar = 3  # in a row, without a row in between; then it gives up
     CLOCK: ClassVar = 5.0  # seconds between two looks at the clock
 
     def __init__(self, letter: Path):
@@ -105,9 +104,11 @@ class PipelineActor:
         store.hear = self._hear
         facts, self._pipelines = store.facts, Pipeline.all(store)
         if again := facts.get("life") == life:
-            store.note(restarts=facts.get("restarts", 0) + 1, deaths=facts.get("deaths", 0) + 1)
-            if facts["deaths"] > self.DEATHS:
-                raise RuntimeError(f"given up: the pipeline actor died {self.DEATHS} times without a row in between")
+            rows = len(disk.numbers(facts.get("paths", ())))
+            deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1
+            store.note(restarts=facts.get("restarts", 0) + 1, deaths=deaths, rows_at_restart=rows)
+            if deaths > DEATHS:
+                raise RuntimeError(f"given up: the pipeline actor died {deaths} times without a row in between")
             self._ended = {prefix for prefix, pipeline in self._pipelines.items() if pipeline.ended}
         else:  # a new run, or that of an earlier process which did not finish it
             for pipeline in self._pipelines.values():
@@ -156,8 +157,6 @@ class PipelineActor:
                 self._writer.log(row)
         except ServiceDiedError:
             os._exit(1)  # only a new process gets a new wandb-core
-        if rows and self._store.facts["deaths"]:
-            self._store.note(deaths=0)
 
     def _heard_end(self, prefix: str, sender: str, end: Future) -> None:
         if end.exception():

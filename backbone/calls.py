@@ -12,6 +12,8 @@ from ray._private import state
 
 from .ledger import RunFinishedError
 
+DEATHS = 3  # of a pipeline actor in a row; after more it is given up
+
 
 class ActorGoneError(RuntimeError):
     """The pipeline actor is gone for good, or all of Ray is."""
@@ -21,27 +23,28 @@ def answer(method: ray.actor.ActorMethod, *arguments: Any) -> Any:
     """Calls a method of the pipeline actor. Raises what the method raised, or ActorGoneError."""
     if not ray.is_initialized():
         raise ActorGoneError("Ray is not running any more")
-    try:
-        call = method.remote(*arguments)
-    except Exception as error:
-        if type(error) is Exception:  # this one of Ray's has no class of its own
-            raise ActorGoneError("the Ray that it was in is not running any more") from None
-        raise
-    return result(call)
+    return result(method.remote(*arguments), method._actor)
 
 
-def result(call: ray.ObjectRef) -> Any:
-    """What a call has returned or raised; ActorGoneError where it can't any more."""
-    future = call.future()
+def result(call: ray.ObjectRef, actor: ray.actor.ActorHandle) -> Any:
+    """What a call of the actor has returned or raised; ActorGoneError where it can't any more."""
+    future, before = call.future(), _restarts(actor)
     while not wait([future], timeout=1.0).done:
         if not ray_answers():
             raise ActorGoneError("Ray is not running any more")
+        if (deaths := _restarts(actor) - before) > DEATHS:
+            ray.kill(actor)
+            raise ActorGoneError(f"given up: it died {deaths} times without an answer")
     error = future.exception()
     if isinstance(error, ray.exceptions.RayTaskError):
         raise error.cause from None
     if isinstance(error, ray.exceptions.RayError):
         raise RunFinishedError("the run is finished") if has_left(error) else ActorGoneError(plain(error))
     return future.result()
+
+
+def _restarts(actor: ray.actor.ActorHandle) -> int:
+    return state.actors(actor._actor_id.hex()).get("NumRestarts", 0)
 
 
 def has_left(error: BaseException) -> bool:
