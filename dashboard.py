@@ -23,7 +23,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import common
-from backbone.values import as_report
 from demo4_extensions import EvaluationPipelineActor
 
 import numpy as np
@@ -49,8 +48,7 @@ SMOOTH = dict(smoothing_type="exponentialTimeWeighted", smoothing_factor=0.6, sm
 
 def logged(pipeline: Any, generate: Callable) -> list[str]:
     """The keys of a pipeline's rows, without prefix: of a report that is reduced as its actor does it."""
-    report = as_report(generate(0, np.random.default_rng(0)))
-    row = common.reduce_reports([report], pipeline.reduction)
+    row = common.reduce_reports([generate(0, np.random.default_rng(0))], pipeline.reduction)
     return [*row, *(f"{key}_total" for key in pipeline.reduction.totals)]
 
 

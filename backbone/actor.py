@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import ray
 
-from . import artifacts, exits, guest
+from . import artifacts, disk, exits, guest
 from .artifacts import Artifacts
 from .calls import DEATHS, is_gone
 from .ending import conclude, ledger

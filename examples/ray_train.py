@@ -2,8 +2,8 @@
 
     uv run --with "ray[train]~=2.60.0" --with torch python -m examples.ray_train
 
-To the plain example were added the run around `fit`, its way to the ranks in `train_loop_config`, and the `log` of what
-a rank has computed. Ray Train starts both ranks again, so the steps since the checkpoint have a row of each attempt.
+The lines marked `# W&B` were added to the plain example: a run, its way to the ranks, and what a rank logs of a step.
+Ray Train starts both ranks again, so each step since the checkpoint has two rows, one of each attempt.
 """
 
 import os
@@ -11,7 +11,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-from common import WandbRun
+from common import WandbRun  # W&B
 
 import ray
 import torch
@@ -23,8 +23,8 @@ RANKS, STEPS, SAVE_EVERY, KILLED_AT = 2, 150, 25, 60
 
 
 def train_on_rank(config: dict) -> None:
-    run, rank = config["run"], train.get_context().get_world_rank()
-    checkpoint, first = train.get_checkpoint(), 0
+    run = config["run"]  # W&B
+    rank, checkpoint, first = train.get_context().get_world_rank(), train.get_checkpoint(), 0
     model = prepare_model(nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2)))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     if checkpoint:
@@ -34,7 +34,7 @@ def train_on_rank(config: dict) -> None:
         optimizer.load_state_dict(moments)
     for step in range(first, STEPS):
         if step == KILLED_AT and rank == 1 and not checkpoint:
-            run.flush()  # what it logged in its last milliseconds would die with it
+            run.flush()  # W&B: what it logged in the last milliseconds would die with it
             os.kill(os.getpid(), signal.SIGKILL)
         points = torch.randn(256, 2)
         labels = (points.prod(dim=1) > 0).long()
@@ -43,7 +43,7 @@ def train_on_rank(config: dict) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.log({"cross_entropy": loss, "accuracy": logits.argmax(dim=1) == labels}, step)
+        run.log({"cross_entropy": loss, "accuracy": logits.argmax(dim=1) == labels}, step)  # W&B
         if (step + 1) % SAVE_EVERY == 0:
             with tempfile.TemporaryDirectory() as folder:
                 torch.save((step + 1, model.state_dict(), optimizer.state_dict()), Path(folder, "state.pt"))
@@ -52,9 +52,9 @@ def train_on_rank(config: dict) -> None:
 
 if __name__ == "__main__":
     ray.init(include_dashboard=False, log_to_driver=False)
-    with WandbRun("xor", "ddp", workers=RANKS, mode="offline") as run, tempfile.TemporaryDirectory() as storage:
-        again = train.RunConfig(storage_path=storage, failure_config=train.FailureConfig(max_failures=1))
-        options = dict(scaling_config=train.ScalingConfig(num_workers=RANKS), run_config=again)
-        TorchTrainer(train_on_rank, train_loop_config={"run": run}, **options).fit()
-    ledger = run.finish()
-    print(f"{ledger.rows} rows from {ledger.reports} reports, {ledger.lost} lost: {ledger.path}", *ledger.warnings)
+    run = WandbRun("xor", "ddp", workers=RANKS, mode="offline")  # W&B
+    ranks, inputs = train.ScalingConfig(num_workers=RANKS), {}
+    inputs["run"] = run  # W&B
+    again = train.RunConfig(failure_config=train.FailureConfig(max_failures=1))
+    TorchTrainer(train_on_rank, train_loop_config=inputs, scaling_config=ranks, run_config=again).fit()
+    print(run.finish())  # W&B

@@ -2,49 +2,42 @@
 
     uv run --with "ray[rllib]~=2.60.0" --with torch python -m examples.rllib_ppo
 
-To the plain example were added the two runs, the function that each env runner calls when it has sampled with the line
-of the config that names it, and the `log` of what RLlib says of the learner, as it is.
+The lines marked `# W&B` were added to the plain example: two runs, what each env runner logs when it has sampled, and
+what RLlib says of the learner, as it is. A rollouts' step is the version of the policy that has played.
 """
 
-from functools import partial
-from typing import Any
-
-from common import InferencePipelineActor, TrainingPipelineActor, WandbRun
+from common import InferencePipelineActor, TrainingPipelineActor, WandbRun  # W&B
 
 import ray
 import torch
 from ray.rllib.algorithms.ppo import PPOConfig
 
-ITERATIONS, ENV_RUNNERS = 12, 2
+ITERATIONS, ENV_RUNNERS = 15, 2
 
 
-def log_episodes(run: WandbRun, *, metrics_logger: Any, samples: list, **_: Any) -> None:
-    version = int(metrics_logger.peek("weights_seq_no"))  # of the policy that has played
-    returns, lengths = [episode.get_return() for episode in samples], [len(episode) for episode in samples]
-    run.log({"reward": returns, "episode_length": lengths, "rollouts": len(samples)}, step=version)
+def log_episodes(run: WandbRun, samples: list, metrics_logger: object, **_: object) -> None:  # W&B
+    rewards, version = [episode.get_return() for episode in samples], metrics_logger.peek("weights_seq_no")  # W&B
+    run.log({"reward": rewards, "rollouts": len(rewards)}, step=int(version))  # W&B
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # for a network of this size; the env runners need the other cores
+    torch.set_num_threads(1)  # enough for so small a network; the env runners need the other cores
     ray.init(include_dashboard=False, log_to_driver=False)
-    init = dict(mode="offline", group="rllib-ppo")
-    training = WandbRun("cartpole", "training", pipeline=TrainingPipelineActor, **init)
-    rollouts = WandbRun("cartpole", "rollouts", pipeline=InferencePipelineActor, workers=ENV_RUNNERS, **init)
-    with training, rollouts:
-        config = (
-            PPOConfig()
-            .environment("CartPole-v1")
-            .env_runners(num_env_runners=ENV_RUNNERS, batch_mode="complete_episodes")
-            .training(train_batch_size_per_learner=2000, lr=0.0005)
-            .callbacks(on_sample_end=partial(log_episodes, rollouts))
-        )
-        algorithm = config.build_algo()
-        for step in range(ITERATIONS):
-            result = algorithm.train()
-            training.log({"learners": result["learners"], "timers": result["timers"]}, step)
-            print(f"iteration {step}: mean return {result['env_runners']['episode_return_mean']:.0f}")
-    for ledger in (training.finish(), rollouts.finish()):
-        print(f"{ledger.name}: {ledger.rows} rows from {ledger.reports} reports, {ledger.lost} lost: {ledger.path}")
+    training = WandbRun("cartpole", "ppo", pipeline=TrainingPipelineActor, mode="offline")  # W&B
+    rollouts = WandbRun("cartpole", "rollouts", pipeline=InferencePipelineActor, workers=2, mode="offline")  # W&B
+    config = (
+        PPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_env_runners=ENV_RUNNERS, batch_mode="complete_episodes")
+        .training(train_batch_size_per_learner=2000, num_epochs=10, lr=0.001)
+        .callbacks(on_sample_end=lambda **sampled: log_episodes(rollouts, **sampled))  # W&B
+    )
+    algorithm = config.build_algo()
+    for iteration in range(ITERATIONS):
+        result = algorithm.train()
+        print(f"iteration {iteration}: mean return {result['env_runners']['episode_return_mean']:.0f}")
+        training.log({"learners": result["learners"], "timers": result["timers"]}, step=iteration)  # W&B
+    print(training.finish(), rollouts.finish(), sep="\n")  # W&B
 
 
 if __name__ == "__main__":

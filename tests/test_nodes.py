@@ -4,10 +4,10 @@ import os
 import re
 import subprocess
 
+from backbone.nodes import with_nodes
+
 import pytest
 from conftest import ROOT, Log, folders
-
-from backbone.nodes import with_nodes
 
 # Three runs on a cluster of two nodes, which last until they have system metrics of the endpoints that they read.
 RUNS = """

@@ -255,7 +255,10 @@ def test_a_driver_that_is_killed_on_a_cluster_leaves_finished_runs_and_no_actor(
         print("READY", flush=True)
         time.sleep(600)
     """,
-    ).replace('address="local", include_dashboard=False', f"address={address!r}")
+    ).replace(
+        'address="local", include_dashboard=False',
+        f"address={address!r}, runtime_env={{'env_vars': {{'PYTHONPATH': {str(ROOT)!r}}}}}",
+    )
     process = subprocess.Popen([sys.executable, "-c", text], env=token, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "READY"
     process.kill()
