@@ -107,6 +107,7 @@ def stranger(tmp_path_factory):
         patch.setenv("NETRC", str(empty / "netrc"))
         patch.setenv("WANDB_CONFIG_DIR", str(empty))
         patch.chdir(empty)  # wandb looks for settings here
+        patch.setenv("PYTHONPATH", str(ROOT))  # so that the workers of a Ray that is started from here find the modules
         yield
 
 
