@@ -34,6 +34,11 @@ class Ledger:
     lost_values: int = 0  # values that W&B refused; the rest of their rows is there
     silent: int = 0  # processes that may have had more to say, and did not answer at the end
 
+    def __str__(self) -> str:
+        """For the end of a program: the account, where the run is, and each warning on a line of its own."""
+        account = f"{self.name}: {self.rows} rows from {self.reports} reports, {self.lost} lost"
+        return "\n  ".join([account, str(self.url or self.path or "disabled: nothing is kept"), *self.warnings])
+
     @property
     def path(self) -> Path | None:
         """The run's folder, the latest if it was restarted; None for a disabled run."""

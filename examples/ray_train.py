@@ -9,7 +9,6 @@ Ray Train starts both ranks again, so each step since the checkpoint has two row
 import os
 import signal
 import tempfile
-from pathlib import Path
 
 from common import WandbRun  # W&B
 
@@ -17,44 +16,45 @@ import ray
 import torch
 from ray import train
 from ray.train.torch import TorchTrainer, prepare_model
-from torch import nn
 
-RANKS, STEPS, SAVE_EVERY, KILLED_AT = 2, 150, 25, 60
+STEPS, SAVE_EVERY, KILLED_AT = 150, 25, 60
 
 
 def train_on_rank(config: dict) -> None:
     run = config["run"]  # W&B
     rank, checkpoint, first = train.get_context().get_world_rank(), train.get_checkpoint(), 0
-    model = prepare_model(nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2)))
+    model = prepare_model(torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     if checkpoint:
         with checkpoint.as_directory() as folder:
-            first, weights, moments = torch.load(Path(folder, "state.pt"))
+            first, weights, moments = torch.load(f"{folder}/state.pt")
         model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
     for step in range(first, STEPS):
         if step == KILLED_AT and rank == 1 and not checkpoint:
-            run.flush()  # W&B: what it logged in the last milliseconds would die with it
+            run.flush()  # W&B: what was logged in the last milliseconds would die with this process
             os.kill(os.getpid(), signal.SIGKILL)
         points = torch.randn(256, 2)
         labels = (points.prod(dim=1) > 0).long()
         logits = model(points)
-        loss = nn.functional.cross_entropy(logits, labels)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         run.log({"cross_entropy": loss, "accuracy": logits.argmax(dim=1) == labels}, step)  # W&B
         if (step + 1) % SAVE_EVERY == 0:
             with tempfile.TemporaryDirectory() as folder:
-                torch.save((step + 1, model.state_dict(), optimizer.state_dict()), Path(folder, "state.pt"))
+                torch.save((step + 1, model.state_dict(), optimizer.state_dict()), f"{folder}/state.pt")
                 train.report({}, checkpoint=None if rank else train.Checkpoint.from_directory(folder))
 
 
 if __name__ == "__main__":
     ray.init(include_dashboard=False, log_to_driver=False)
-    run = WandbRun("xor", "ddp", workers=RANKS, mode="offline")  # W&B
-    ranks, inputs = train.ScalingConfig(num_workers=RANKS), {}
-    inputs["run"] = run  # W&B
-    again = train.RunConfig(failure_config=train.FailureConfig(max_failures=1))
-    TorchTrainer(train_on_rank, train_loop_config=inputs, scaling_config=ranks, run_config=again).fit()
+    run = WandbRun("xor", "ddp", workers=2, mode="offline")  # W&B
+    TorchTrainer(
+        train_on_rank,
+        train_loop_config={"run": run},  # W&B
+        scaling_config=train.ScalingConfig(num_workers=2),
+        run_config=train.RunConfig(failure_config=train.FailureConfig(max_failures=1)),
+    ).fit()
     print(run.finish())  # W&B

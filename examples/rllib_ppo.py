@@ -2,9 +2,11 @@
 
     uv run --with "ray[rllib]~=2.60.0" --with torch python -m examples.rllib_ppo
 
-The lines marked `# W&B` were added to the plain example: two runs, what each env runner logs when it has sampled, and
-what RLlib says of the learner, as it is. A rollouts' step is the version of the policy that has played.
+The lines marked `# W&B` were added to the plain example: two runs, what an env runner logs when it has sampled (its
+step is the version of the policy that has played), and what RLlib says of the learner, as it is.
 """
+
+from typing import Any  # W&B
 
 from common import InferencePipelineActor, TrainingPipelineActor, WandbRun  # W&B
 
@@ -12,12 +14,9 @@ import ray
 import torch
 from ray.rllib.algorithms.ppo import PPOConfig
 
-ITERATIONS, ENV_RUNNERS = 15, 2
 
-
-def log_episodes(run: WandbRun, samples: list, metrics_logger: object, **_: object) -> None:  # W&B
-    rewards, version = [episode.get_return() for episode in samples], metrics_logger.peek("weights_seq_no")  # W&B
-    run.log({"reward": rewards, "rollouts": len(rewards)}, step=int(version))  # W&B
+def log_episodes(run: WandbRun, samples: list, metrics_logger: Any, **_: Any) -> None:  # W&B
+    run.log({"reward": [e.get_return() for e in samples]}, step=int(metrics_logger.peek("weights_seq_no")))  # W&B
 
 
 def main() -> None:
@@ -28,12 +27,12 @@ def main() -> None:
     config = (
         PPOConfig()
         .environment("CartPole-v1")
-        .env_runners(num_env_runners=ENV_RUNNERS, batch_mode="complete_episodes")
+        .env_runners(num_env_runners=2, batch_mode="complete_episodes")
         .training(train_batch_size_per_learner=2000, num_epochs=10, lr=0.001)
         .callbacks(on_sample_end=lambda **sampled: log_episodes(rollouts, **sampled))  # W&B
     )
     algorithm = config.build_algo()
-    for iteration in range(ITERATIONS):
+    for iteration in range(15):
         result = algorithm.train()
         print(f"iteration {iteration}: mean return {result['env_runners']['episode_return_mean']:.0f}")
         training.log({"learners": result["learners"], "timers": result["timers"]}, step=iteration)  # W&B
