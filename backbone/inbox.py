@@ -83,7 +83,6 @@ class Inbox:
         sender = self.hear_of(batch)
         if batch.serial >= sender.floor and batch.serial not in sender.early:
             sender.missed.add(batch.serial)
-            sender.ended = batch.last and self._due(sender, batch) > batch.serial
 
     def _due(self, sender: Sender, batch: Batch) -> int:
         """The lowest serial that is still to come."""
