@@ -298,9 +298,15 @@ class PipelineActor:
         code = guest.how_it_ended(self._letter.ray_worker) if self._letter.ray_worker else 1
         if not self._letter.ray_worker:
             self.GRACE = 0.5
-        with contextlib.suppress(Exception):
+        try:
             self.finish(code, "the process that the run belonged to is gone" if code else None)
-        self._forget()
+            self._forget()
+        except Exception as error:  # the store stays, for the next run of that id
+            logger.warning("run %s could not be finished: %s", self._letter.init["id"], line(error))
+        with contextlib.suppress(Exception, SystemExit):
+            import wandb
+
+            wandb.teardown()  # waits until wandb-core has written all; killed with this process, it would not
         if os.getppid() != raylet:  # all of Ray is gone
             os._exit(0)
         ray.kill(ray.get_runtime_context().current_actor)
