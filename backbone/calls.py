@@ -23,16 +23,24 @@ def answer(method: ray.actor.ActorMethod, *arguments: Any) -> Any:
     """Calls a method of the pipeline actor. Raises what the method raised, or ActorGoneError."""
     if not ray.is_initialized():
         raise ActorGoneError("Ray is not running any more")
-    return result(method.remote(*arguments), method._actor)
+    try:
+        call = method.remote(*arguments)
+    except Exception as error:
+        if type(error) is Exception:  # which Ray has no class of its own for
+            raise ActorGoneError("it was in a Ray that this process has left") from None
+        raise
+    return result(call, method._actor)
 
 
 def result(call: ray.ObjectRef, actor: ray.actor.ActorHandle) -> Any:
     """What a call of the actor has returned or raised; ActorGoneError where it can't any more."""
-    future, before = call.future(), _restarts(actor)
+    future, before = call.future(), None
     while not wait([future], timeout=1.0).done:
         if not ray_answers():
             raise ActorGoneError("Ray is not running any more")
-        if (deaths := _restarts(actor) - before) > DEATHS:
+        restarts = state.actors(actor._actor_id.hex()).get("NumRestarts", 0)
+        before = restarts if before is None else before
+        if (deaths := restarts - before) > DEATHS:
             ray.kill(actor)
             raise ActorGoneError(f"given up: it died {deaths} times without an answer")
     error = future.exception()
@@ -41,10 +49,6 @@ def result(call: ray.ObjectRef, actor: ray.actor.ActorHandle) -> Any:
     if isinstance(error, ray.exceptions.RayError):
         raise RunFinishedError("the run is finished") if has_left(error) else ActorGoneError(plain(error))
     return future.result()
-
-
-def _restarts(actor: ray.actor.ActorHandle) -> int:
-    return state.actors(actor._actor_id.hex()).get("NumRestarts", 0)
 
 
 def has_left(error: BaseException) -> bool:
