@@ -77,9 +77,7 @@ def open_database(path: Path, patience: float = 3.0) -> sqlite3.Connection:
         raise OSError(f"{path}: {error}") from None
     except sqlite3.DatabaseError as error:
         database.close()
-        for file in _files(path):
-            if file.exists():
-                _set_aside(file, f"is damaged ({error})")
+        _set_aside(path, f"is damaged ({error})")  # SQLite drops a log that is left beside a new file
         return open_database(path, patience)
     return database
 

@@ -91,8 +91,9 @@ def test_a_private_file_is_opened(path, planted):
     assert planted.exists()
 
 
-def test_a_folder_in_the_way_is_set_aside(path):
-    path.mkdir()
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_is_set_aside(path, make):
+    make(path, 0o600)
     assert Store(path).facts == {}
 
 
