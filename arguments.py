@@ -46,7 +46,7 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
 
     Exits with status 2 and one line on stderr for anything that could not work, before Ray is started.
     """
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    env, now = os.environ.get, datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     form = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)  # errors are one line
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **form)
     parser.add_argument("--steps", type=int, default=20, help="of training and of inference (%(default)s)")
@@ -56,10 +56,11 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
     parser.add_argument("--seed", type=int, default=42, help="(%(default)s)")
     parser.add_argument("--mode", choices=("online", "offline", "disabled"), help="(WANDB_MODE, else by login)")
     parser.add_argument("--entity", help="W&B user or team (your default one)")
-    parser.add_argument("--dir", type=Path, default=Path(), help="runs go to DIR/wandb (this folder)")
+    parser.add_argument("--dir", type=Path, default=env("WANDB_DIR") or ".", help="runs go to DIR/wandb (this folder)")
     parser.add_argument("--experiment", default=now, metavar="ID", help="in run names (the clock)")
-    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS") or None, help="Ray cluster (start one here)")
-    parser.add_argument("--finish-timeout", type=float, default=60, metavar="S", help="upload (%(default)s)")
+    parser.add_argument("--address", default=env("RAY_ADDRESS") or None, help="Ray cluster (start one here)")
+    timeout = env("WANDB_FINISH_TIMEOUT") or "60"
+    parser.add_argument("--finish-timeout", type=float, default=timeout, metavar="S", help="upload (%(default)s)")
     if "--one-run" in doc:
         parser.add_argument("--one-run", action="store_true", help="both pipelines in one run")
     args = parser.parse_args(argv)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from arguments import parse_args
 from common import PipelineActor, WandbRun, pipeline_actor
 
 import pytest
@@ -31,6 +33,7 @@ cluster.shutdown()
 
 JOIN = """
 import json, os, signal, sys, time
+from arguments import parse_args
 from common import PipelineActor, WandbRun, pipeline_actor
 import ray
 ray.init(os.environ["CLUSTER"], log_to_driver=False, logging_level="error")
@@ -400,6 +403,19 @@ def test_a_refusal_is_only_of_what_is_asked_for(run, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "shared")
     with run(mode="offline", sync_tensorboard=False) as made:
         assert made.mode == "offline"
+
+
+def test_a_demo_s_flags_begin_as_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "7")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as ray_of_some_kind:
+        address = f"[::1]:{ray_of_some_kind.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        args = parse_args("", ["--mode", "offline"])
+    assert (args.dir, args.finish_timeout, args.address) == (tmp_path / "mine", 7, address)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    args = parse_args("", ["--mode", "offline", "--dir", str(tmp_path), "--finish-timeout", "8"])
+    assert (args.dir, args.finish_timeout, args.address) == (tmp_path, 8, None)
 
 
 def test_a_cluster_of_another_shell_gets_what_wandb_needs_and_adds_nothing(drive, tmp_path, server):
