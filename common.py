@@ -150,7 +150,7 @@ class WandbRun:
     def _start_actor(self, pipeline: ray.actor.ActorClass, init: dict[str, Any]) -> Callable[[], None]:
         """Starts the pipeline actor on this node, where the run's folder and the login are; returns how to stop."""
         context, init = ray.get_runtime_context(), guest.arguments(init)
-        environ, aside = guest.travelling(own_id="id" in init)
+        environ, aside = guest.travelling(init.get("id"))
         own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
         init = guest.complete(init, own, environ)
         check_run_id(init["id"])

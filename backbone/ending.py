@@ -72,6 +72,8 @@ def take_over(
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is gone")
+    from ray import cloudpickle  # here, in the driver, which has it
+
     module, root = __name__, Path(__file__).resolve().parents[len(__name__.split(".")) - 1]
     search = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
@@ -83,7 +85,7 @@ def take_over(
         start_new_session=True,  # a signal to this process's group has been meant for this process
     )
     try:
-        process.communicate(pickle.dumps((letter, exit_code, failure)), timeout=seconds)
+        process.communicate(cloudpickle.dumps((letter, exit_code, failure)), timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()

@@ -2,6 +2,7 @@
 
 The pipeline actor is another process, maybe started by somebody else's Ray. All that a W&B user expects to count there
 comes to it in a letter, a private file on the owner's node, which the owner keeps locked for as long as it lives.
+Ray is imported where it is needed, because `ending` does without.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .files import fcntl, is_private
 # What wandb needs to reach its server, and to find a login.
 NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
 NETWORK += ("CURL_CA_BUNDLE", "NETRC", "HOME")
+NO_PROGRAM = "<python with no main file>"  # as wandb says
 # What belongs to one run: the first that is made without an id of its own since the value appeared.
 ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 
@@ -39,15 +41,15 @@ _locked: dict[Path, Any] = {}  # letters of this process; closing a file would e
 _taken: set[tuple] = set()  # ids in the environment that a run of this process has got
 
 
-def travelling(own_id: bool) -> tuple[dict[str, str], str | None]:
+def travelling(own_id: str | None) -> tuple[dict[str, str], str | None]:
     """The variables that a run's actor gets, and a line to say where an id in them is not for this run.
 
-    own_id: the code says what this run's id is.
+    own_id: the run's id, if the code says so.
     """
     environ = {k: v for k, v in os.environ.items() if k.startswith("WANDB_") or k.upper() in NETWORK}
     environ.pop("WANDB_SERVICE", None)  # of wandb in this process
     run, sweep = environ.get("WANDB_RUN_ID"), environ.get("WANDB_SWEEP_ID")
-    if not (run or sweep) or not (own_id or _is_taken(run, sweep)):
+    if not (run or sweep) or (own_id in (None, run) and not _is_taken(run, sweep)):
         return environ, None
     for name in ONE_RUN:
         environ.pop(name, None)
@@ -66,9 +68,11 @@ def _is_taken(*ids: str | None) -> bool:
 
 
 def write_letter(letter: Letter) -> Path:
+    from ray import cloudpickle
+
     descriptor, name = tempfile.mkstemp(prefix="wandb-run-")  # with mode 0600
     file = _locked[Path(name)] = os.fdopen(descriptor, "r+b")
-    pickle.dump(letter, file)
+    cloudpickle.dump(letter, file)  # a config may have objects of the user's `__main__`
     file.flush()
     if fcntl:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -94,7 +98,7 @@ def move_in(letter: Letter) -> None:
         del os.environ[name]
     os.environ.update(letter.environ)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it takes a third of the time of `run.log`
-    os.environ.setdefault("WANDB_PROGRAM", os.path.abspath(letter.argv[0]) if letter.argv else "")
+    os.environ.setdefault("WANDB_PROGRAM", letter.argv[0])
     sys.argv = letter.argv  # wandb records it; that of a Ray worker is Ray's own, addresses and all
     if os.path.isdir(letter.directory):
         os.chdir(letter.directory)
@@ -111,10 +115,10 @@ def has_died(path: Path) -> bool:
 
 def how_it_ended(ray_worker: str) -> int:
     """The exit code that an ended worker of Ray's deserves, as Ray's GCS tells it."""
-    from ray._private.state import state
+    from ray._private import state
     from ray.core.generated import common_pb2, gcs_pb2
 
-    for raw in state._connect_and_get_accessor().get_worker_table():
+    for raw in state.state._connect_and_get_accessor().get_worker_table():
         data = gcs_pb2.WorkerTableData.FromString(raw)
         if data.worker_address.worker_id.hex() == ray_worker:
             intended = common_pb2.INTENDED_SYSTEM_EXIT, common_pb2.INTENDED_USER_EXIT
@@ -123,15 +127,20 @@ def how_it_ended(ray_worker: str) -> int:
 
 
 def command_line() -> list[str]:
-    """That of this process; in a worker of Ray's that of its job's driver, or none."""
+    """Program and arguments of this process; in a worker of Ray's those of its job's driver."""
     import ray
     from ray._private import state
 
     if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
-        return sys.argv
+        main = sys.modules["__main__"]
+        module = getattr(main, "__spec__", None)  # of `python -m`
+        return [f"-m {module.name}" if module else getattr(main, "__file__", NO_PROGRAM), *sys.argv[1:]]
     job = ray.get_runtime_context().get_job_id()
-    entry = next((found.get("Entrypoint", "") for found in state.jobs() if found["JobID"] == job), "")
-    return entry.split()[1:] if entry.split()[:1] == [sys.executable] else entry.split()
+    words = next((found.get("Entrypoint", "") for found in state.jobs() if found["JobID"] == job), "").split()
+    words = words[1:] if words[:1] == [sys.executable] else words
+    if words[:1] == ["-m"]:
+        return [" ".join(words[:2]), *words[2:]]
+    return [NO_PROGRAM] if words[:1] in ([], ["-c"]) else words
 
 
 def arguments(init: Mapping[str, Any]) -> dict[str, Any]:
