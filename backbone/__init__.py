@@ -7,8 +7,9 @@ steps.py       says when a step has all its reports
 reduction.py   makes one row of them
 writer.py      gives the rows to the W&B run, by number, and says which of them are there
 
-values.py (what may be logged), artifacts.py, ledger.py (the account), guest.py (what the run must know of the
-process that it belongs to) and wandb_internals.py (what of wandb is used without being public) serve these.
+values.py (what may be logged), artifacts.py, ledger.py (the account), guest.py (what the run must know of the process
+that it belongs to), exits.py (how that ends) and wandb_internals.py (what of wandb is used without being public) serve
+these.
 """
 
 import os
