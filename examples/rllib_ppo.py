@@ -32,7 +32,7 @@ def main() -> None:
         .callbacks(on_sample_end=lambda **sampled: log_episodes(rollouts, **sampled))  # W&B
     )
     algorithm = config.build_algo()
-    for iteration in range(15):
+    for iteration in range(10):
         result = algorithm.train()
         print(f"iteration {iteration}: mean return {result['env_runners']['episode_return_mean']:.0f}")
         training.log({"learners": result["learners"], "timers": result["timers"]}, step=iteration)  # W&B
