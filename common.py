@@ -305,7 +305,7 @@ class WandbRun:
 
     def _take_over(self, exit_code: int, failure: str | None, error: ActorGoneError) -> dict[str, Ledger]:
         """The actor is gone for good, so its run is finished from its store."""
-        owner, why = self._owner or self, f"the pipeline actor is gone: {line(error)}"
+        owner, why = self._owner or self, f"the pipeline actor can't be reached: {line(error)}"
         try:
             if owner._letter is None:
                 raise OSError("only the process that made the run can finish it then")
@@ -315,7 +315,14 @@ class WandbRun:
                 store_path(Path(init["dir"], "wandb"), init["id"]), owner._letter, exit_code, failure, seconds
             )
         except OSError as problem:
-            paths, warnings = [self.path] if self.path else [], [f"{why}; {line(problem)}"]
+            if self._letter and not isinstance(problem, FileNotFoundError):  # another process has it: the actor lives
+                self._letter.ended = exit_code, failure
+                guest.rewrite_letter(self._letter_path, self._letter)
+                self._letter = None
+                why += "; it finishes the run when this process has ended"
+            else:
+                why += f"; {line(problem)}"
+            paths, warnings = [self.path] if self.path else [], [why]
             same = dict(mode=self.mode, url=self.url, paths=paths, gone=True, warnings=warnings)
             return {prefix: Ledger(self.name, self.id, **same, prefix=prefix) for prefix in owner._prefixes}
 

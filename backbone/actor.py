@@ -298,8 +298,9 @@ class PipelineActor:
         code = guest.how_it_ended(self._letter.ray_worker) if self._letter.ray_worker else 1
         if not self._letter.ray_worker:
             self.GRACE = 0.5
+        ended = code, "the process that the run belonged to is gone" if code else None
         try:
-            self.finish(code, "the process that the run belonged to is gone" if code else None)
+            self.finish(*(guest.read_letter(self._letter_path).ended or ended))
             self._forget()
         except Exception as error:  # the store stays, for the next run of that id
             logger.warning("run %s could not be finished: %s", self._letter.init["id"], line(error))

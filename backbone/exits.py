@@ -88,7 +88,8 @@ def how_it_ends(error: BaseException | None) -> tuple[int, str | None]:
     code = int(error is not None)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    return code, f"{type(error).__name__}: {line(error)}" if code else None
+    name = type(error).__name__
+    return code, (name if line(error) == name else f"{name}: {line(error)}") if code else None
 
 
 def interrupt() -> None:

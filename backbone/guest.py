@@ -35,6 +35,7 @@ class Letter:
     directory: str  # where the owner is: wandb's settings and the repository are found from there
     argv: list[str]
     ray_worker: str | None  # id of the owner if it is a worker of Ray's, None for a driver
+    ended: tuple[int, str | None] | None = None  # exit code and failure, from an owner that can't call the actor
 
 
 _locked: dict[Path, Any] = {}  # letters of this process; closing a file would end its lock
@@ -68,15 +69,22 @@ def _is_taken(*ids: str | None) -> bool:
 
 
 def write_letter(letter: Letter) -> Path:
-    from ray import cloudpickle
-
     descriptor, name = tempfile.mkstemp(prefix="wandb-run-")  # with mode 0600
     file = _locked[Path(name)] = os.fdopen(descriptor, "r+b")
-    cloudpickle.dump(letter, file)  # a config may have objects of the user's `__main__`
-    file.flush()
     if fcntl:
         fcntl.lockf(file, fcntl.LOCK_EX)
+    rewrite_letter(Path(name), letter)
     return Path(name)
+
+
+def rewrite_letter(path: Path, letter: Letter) -> None:
+    from ray import cloudpickle
+
+    file = _locked[path]
+    file.seek(0)
+    file.truncate()
+    cloudpickle.dump(letter, file)  # a config may have objects of the user's `__main__`
+    file.flush()
 
 
 def read_letter(path: Path) -> Letter:
