@@ -131,7 +131,8 @@ class Server:
         rows = self.rows(run_id)
         return {
             "id": run_id, "name": run_id, "displayName": self.runs[run_id]["name"], "sweepName": None, "tags": [],
-            "config": "{}", "wandbConfig": "{}", "summaryMetrics": json.dumps(rows[-1] if rows else {}),
+            "config": "{}", "wandbConfig": json.dumps({"t": 1}),  # a client resumes no run without one
+            "summaryMetrics": json.dumps(rows[-1] if rows else {}),
             "historyLineCount": len(rows), "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
             "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0,
             "project": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}},

@@ -1,0 +1,463 @@
+"""Rows become those of a real W&B run, each once: whatever W&B refuses, whoever is killed, online or not.
+
+Without Ray: what these tests open and close is what a restarted actor opens.
+"""
+
+import json
+import os
+import pickle
+import random
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+from backbone import artifacts, disk, wandb_internals
+from backbone.artifacts import Artifacts
+from backbone.reduction import Reduction
+from backbone.values import pack
+
+import numpy as np
+import pytest
+import wandb
+from conftest import ROOT, Log, folders, no_account, read_rows, wait_for
+from rooms import Opened
+from wandb_server import Server
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # which a writer sets for good
+    made = []
+
+    def opened(**init) -> Opened:
+        made.append(Opened(tmp_path, **init))
+        return made[-1]
+
+    yield opened
+    for each in made:
+        each.writer.run.finish()
+        each.store.close()
+
+
+def logged(directory: Path) -> list[dict]:
+    """The rows in all folders, in the order in which they would be uploaded."""
+    return [row for path in folders(directory) for row in read_rows(path)]
+
+
+def numbers(rows: list[dict]) -> list[int]:
+    return [row["_step"] for row in rows]
+
+
+# Rows
+
+
+def test_rows_are_in_the_log_under_their_numbers_with_their_axes(opened, tmp_path):
+    made = opened()
+    made.join("training/")
+    made.join("inference/")
+    for step in (5, 6):
+        made.report(step, {"loss": 0.5}, "training/")
+        made.report(step + 100, {"speed": 9.0}, "inference/")
+    accounts = made.finish()
+    log = Log(folders(tmp_path)[0])
+    assert numbers(log.rows) == [0, 1, 2, 3]
+    assert [row.get("training/step") for row in log.rows] == [5, None, 6, None]
+    globs = {m["glob_name"]: m["step_metric"] for m in log.of("metric") if m.get("glob_name")}
+    assert globs == {"training/*": "training/step", "inference/*": "inference/step"}
+    hidden = {m["name"] for m in log.of("metric") if m.get("options", {}).get("hidden")}
+    assert hidden == {f"{prefix}/{key}" for prefix in ("training", "inference") for key in ("step", "workers")}
+    assert log.exit_code == 0
+    assert [(account.prefix, account.rows, account.lost, account.ok) for account in accounts.values()] == [
+        ("training/", 2, 0, True),
+        ("inference/", 2, 0, True),
+    ]
+
+
+def test_beside_bare_keys_each_key_has_its_axis_by_name(opened, tmp_path):
+    """Which of two globs wins is undefined, and `*` fits everything."""
+    made = opened()
+    made.join("")
+    made.join("eval/")
+    made.report(0, {"loss": 0.5})
+    made.report(0, {"accuracy": 0.5}, "eval/")
+    made.report(1, {"accuracy": 0.6, "late": 1.0}, "eval/")
+    made.finish()
+    log = Log(folders(tmp_path)[0])
+    axes = {m.get("glob_name") or m.get("name"): m.get("step_metric") for m in log.of("metric")}
+    assert axes["*"] == "step"
+    assert axes["eval/accuracy"] == axes["eval/late"] == axes["eval/workers"] == "eval/step"
+    assert "eval/*" not in axes
+
+
+def test_a_failed_run_says_so_with_its_reason(opened, tmp_path):
+    made = opened()
+    made.join()
+    made.report(0, {"a": 1.0})
+    made.finish(3, "ValueError: loss is nan")
+    log = Log(folders(tmp_path)[0])
+    assert log.exit_code == 3
+    assert any("loss is nan" in json.dumps(summary) for summary in log.of("summary"))
+
+
+def test_a_disabled_run_has_no_folder_and_lacks_nothing(opened, tmp_path):
+    made = opened(mode="disabled")
+    made.join()
+    for step in range(3):
+        made.report(step, {"a": 1.0, "page": wandb.Html("x")})
+    account = made.finish()[""]
+    assert (account.mode, account.rows, account.lost, account.path, account.ok) == ("disabled", 3, 0, None, True)
+    assert folders(tmp_path) == []
+
+
+# What W&B refuses
+
+
+def refused(step: int) -> dict:
+    """A report of which W&B refuses one value: its name is too long for a file's."""
+    page = {f"page{'x' * 300}": wandb.Html("refused")}
+    image = wandb.Image(np.zeros((4, 4, 3), np.uint8))
+    return {"a": float(step), **page, "image": image, "pages": [wandb.Html("1"), wandb.Html("2")], "z": "text"}
+
+
+def test_a_value_that_wandb_refuses_leaves_the_others_of_its_row_and_is_counted(opened, tmp_path):
+    made = opened()
+    made.join()
+    for step in range(3):
+        made.report(step, refused(step) if step == 1 else {"a": float(step)})
+    account = made.finish()[""]
+    rows = logged(tmp_path)
+    assert [(row["_step"], row["step"], row["a"]) for row in rows] == [(0, 0, 0), (1, 1, 1), (2, 2, 2)]
+    assert (rows[1]["image._type"], rows[1]["pages.count"], rows[1]["z"]) == ("image-file", 2, "text")
+    assert not [key for key in rows[1] if key.startswith("pagex")]
+    assert (account.reports, account.rows, account.lost, account.lost_values, account.ok) == (3, 3, 0, 1, False)
+    assert account.warnings[0].startswith("W&B refused a value of 'pagexxx")
+    assert len(account.warnings) == 1
+
+
+def test_a_value_whose_file_is_gone_is_refused_alone(opened, tmp_path):
+    made = opened()
+    made.join()
+    row = made.push(0, {"a": 1.0, "page": wandb.Html("gone"), "image": wandb.Html("stays")})
+    os.unlink(row.metrics["page"]._path)  # by somebody who cleans the temporary folder
+    made.writer.log(row)
+    account = made.finish()[""]
+    [row] = logged(tmp_path)
+    assert (row["a"], row["image._type"]) == (1, "html-file")
+    assert not [key for key in row if key.startswith("page")]
+    assert account.lost_values == 1
+
+
+def test_what_was_refused_is_counted_after_a_restart_too(opened, tmp_path):
+    made = opened()
+    made.join()
+    made.report(0, refused(0))
+    made.report(1, {"a": 1.0})
+    made.abandon()
+    made = opened()
+    made.report(2, {"a": 2.0})
+    account = made.finish()[""]
+    assert numbers(logged(tmp_path)) == [0, 1, 2]
+    assert (account.reports, account.rows, account.lost, account.lost_values) == (3, 3, 0, 1)
+    assert len(account.warnings) == 1
+
+
+def test_many_refused_values_are_one_warning_with_its_count(opened):
+    made = opened()
+    made.join()
+    for step in range(20):
+        made.report(step, refused(step))
+    account = made.finish()[""]
+    assert account.lost_values == 20
+    [warning] = account.warnings
+    assert warning.endswith("(20 times)")
+
+
+# Restarts
+
+
+def test_a_row_that_is_missing_below_the_highest_gets_a_number_behind_all(opened, tmp_path):
+    made = opened()
+    made.join()
+    for step in range(6):
+        row = made.push(step, {"a": float(step)})
+        if step not in (2, 3, 5):  # which W&B never gets
+            made.writer.log(row)
+    made.abandon()
+    made = opened()
+    account = made.finish()[""]
+    rows = logged(tmp_path)
+    assert [(row["_step"], row["step"], row["a"]) for row in rows] == [
+        *((0, 0, 0), (1, 1, 1), (4, 4, 4)),
+        *((5, 5, 5), (6, 2, 2), (7, 3, 3)),
+    ]
+    assert (account.reports, account.rows, account.lost) == (6, 6, 0)
+
+
+def test_media_and_tables_that_were_not_there_are_logged_again(opened, tmp_path):
+    made = opened()
+    made.join()
+    made.report(0, {"a": 0.0})
+    table = wandb.Table(columns=["reward", "page"], data=[[0.5, wandb.Html("in a table")]])
+    rows = {"page": wandb.Html("a page"), "rollouts": table, "pages": [wandb.Html("1"), wandb.Html("2")]}
+    made.push(1, rows)  # and killed before W&B had it
+    made.abandon()
+    made = opened()
+    made.finish()
+    row = logged(tmp_path)[-1]
+    assert (row["page._type"], row["rollouts._type"], row["pages.count"]) == ("html-file", "table-file", 2)
+    files = folders(tmp_path)[-1] / "files"
+    assert (files / row["page.path"]).read_text().endswith("a page")
+    assert (files / row["rollouts.path"]).is_file()
+
+
+PROGRAM = f"""
+import json, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+import wandb
+from backbone.reduction import Reduction
+from rooms import Opened
+folder, steps, init, metrics = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), eval(sys.argv[4])
+made = Opened(folder, **init)
+if not made.pipelines:
+    made.join("", Reduction(totals=["n"]))
+for step in range(made.pipelines[""].counts["reports"], steps):
+    made.report(step, metrics(step))
+    print(step, flush=True)
+account = made.finish()[""]
+print(json.dumps([account.reports, account.rows, account.lost, account.restarts, account.warnings]), flush=True)
+"""
+
+
+def writing(folder: Path, steps: int, init: dict, metrics: str, environ: dict | None = None) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(steps), json.dumps(init), metrics]
+    quiet = {"WANDB_ERROR_REPORTING": "false"}  # as in an actor; it waits for the server at a process's end
+    variables, pipe = no_account(folder) | quiet | (environ or {}), subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=variables)
+
+
+def killed_after(process: subprocess.Popen, rows: int) -> None:
+    for _ in range(rows):
+        assert process.stdout.readline(), process.stderr.read()
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_rows_of_writers_that_are_killed_at_any_moment_are_there_once_in_order(tmp_path, seed):
+    chance = random.Random(seed)
+    for _ in range(2):
+        killed_after(writing(tmp_path, 800, {}, "lambda step: dict(n=1, a=step / 7)"), chance.randint(1, 400))
+    last = writing(tmp_path, 800, {}, "lambda step: dict(n=1, a=step / 7)")
+    stdout, stderr = last.communicate(timeout=120)
+    assert json.loads(stdout.splitlines()[-1]) == [800, 800, 0, 0, []], stderr[-800:]
+    assert len(folders(tmp_path)) == 3
+    rows = logged(tmp_path)
+    assert numbers(rows) == list(range(800))
+    assert [(row["step"], row["n_total"]) for row in rows] == [(step, step + 1) for step in range(800)]
+    assert [row["a"] for row in rows] == pytest.approx([step / 7 for step in range(800)])
+
+
+# Online
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.stop()
+
+
+def online(server: Server) -> dict[str, str]:
+    return server.environment | {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
+
+
+def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server):
+    """Not the disk's, which may be behind or ahead of them: each row is on the server once."""
+    process = writing(tmp_path, 3000, dict(mode="online"), "lambda step: dict(n=1)", online(server))
+    wait_for(lambda: process.stdout.readline() and "run" in server.runs and len(server.rows("run")) > 10, every=0)
+    process.kill()
+    process.communicate()
+    had = len(server.rows("run"))
+    last = writing(tmp_path, 3000, dict(mode="online"), "lambda step: dict(n=1)", online(server))
+    stdout, stderr = last.communicate(timeout=120)
+    assert json.loads(stdout.splitlines()[-1]) == [3000, 3000, 0, 0, []], stderr[-800:]
+    assert 10 < had < 3000
+    rows = server.rows("run")
+    assert numbers(rows) == list(range(3000))
+    assert [row["step"] for row in rows] == list(range(3000))
+
+
+def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, server):
+    for life in range(2):
+        folder = tmp_path / str(life)  # another machine: what is known, the server knows
+        folder.mkdir()
+        init = dict(mode="online", resume="allow")
+        stdout, stderr = writing(folder, 5, init, "lambda step: dict(n=1)", online(server)).communicate(timeout=60)
+        assert json.loads(stdout.splitlines()[-1])[:3] == [5, 5, 0], stderr[-800:]
+    rows = server.rows("run")
+    assert numbers(rows) == list(range(10))
+    assert [row["n_total"] for row in rows] == list(range(1, 11))
+
+
+def test_with_a_server_that_says_nothing_the_run_is_kept_here(tmp_path, server):
+    server.stop()
+    variables = server.environment | {"WANDB_INIT_TIMEOUT": "3"}
+    with socket.create_server(("127.0.0.1", server.port)):  # accepts, and never answers
+        process = writing(tmp_path, 5, dict(mode="online"), "lambda step: dict(n=1)", variables)
+        stdout, stderr = process.communicate(timeout=100)
+    reports, rows, lost, _, warnings = json.loads(stdout.splitlines()[-1])
+    assert (reports, rows, lost) == (5, 5, 0), stderr[-800:]
+    assert [warning[:40] for warning in warnings] == ["the W&B server does not answer, so the r"]
+    [path] = folders(tmp_path)
+    assert path.name.startswith("offline-")
+
+
+# Resuming, and other runs in the same folder
+
+
+def test_a_run_that_is_resumed_offline_has_numbers_and_totals_behind_those_of_its_earlier_folders(opened, tmp_path):
+    rule = Reduction(totals=("n",))
+    for _ in range(2):
+        made = opened(resume="allow")
+        made.join("", rule)
+        for step in range(3):
+            made.report(step, {"n": 1})
+        made.finish()
+        made.store.remove()
+    rows = logged(tmp_path)
+    assert numbers(rows) == list(range(6))
+    assert [row["n_total"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("ids", [("seed-7", "7"), ("a1", "a[1]"), ("7-1", "7")], ids=str)
+def test_a_run_goes_on_with_nothing_of_another_whose_id_looks_like_its_own(opened, tmp_path, ids):
+    for id_ in ids:
+        made = opened(id=id_, resume="allow")
+        made.join("", Reduction(totals=("n",)))
+        made.report(0, {"n": 1000 if id_ == ids[0] else 1})
+        made.finish()
+        made.store.remove()
+    mine = [Log(path) for path in disk.folders(tmp_path / "wandb", ids[1])]
+    assert [(row["_step"], row["n_total"]) for log in mine for row in log.rows] == [(0, 1)]
+
+
+# Tables that grow
+
+
+def rollout(step: int) -> wandb.Table:
+    return wandb.Table(columns=["step"], data=[[step]], log_mode="INCREMENTAL")
+
+
+def test_a_growing_table_counts_its_increments_over_a_restart(opened, tmp_path):
+    made = opened()
+    made.join()
+    for step in range(2):
+        made.report(step, {"rollouts": rollout(step)})
+    made.abandon()
+    made = opened()
+    for step in range(2, 4):
+        made.report(step, {"rollouts": rollout(step), "others": rollout(step)})
+    made.finish()
+    rows = logged(tmp_path)
+    assert {row["rollouts._type"] for row in rows} == {"incremental-table-file"}
+    assert [row["rollouts.increment_num"] for row in rows] == [0, 1, 2, 3]
+    assert [len(row["rollouts.previous_increments_paths"]) for row in rows] == [0, 1, 2, 3]
+    assert len(set(rows[-1]["rollouts.previous_increments_paths"])) == 3
+    assert [row.get("others.increment_num") for row in rows] == [None, None, 0, 1]
+
+
+def test_an_increment_that_was_not_there_is_logged_again_under_its_own_count(opened, tmp_path):
+    made = opened()
+    made.join()
+    for step in range(2):
+        made.report(step, {"rollouts": rollout(step)})
+    made.push(2, {"rollouts": rollout(2)})  # and killed before W&B had it
+    made.abandon()
+    made = opened()
+    made.report(3, {"rollouts": rollout(3)})
+    made.finish()
+    assert [row["rollouts.increment_num"] for row in logged(tmp_path)] == [0, 1, 2, 3]
+
+
+# Artifacts
+
+
+def staged(made: Opened, name: str, content: bytes, **more) -> tuple[str, dict]:
+    """A folder and a description, as `WandbRun.log_artifact` makes them."""
+    what, found = artifacts.check(name, "model", None, more.pop("aliases", ())), {"a.bin": content, **more}
+    found = artifacts.contents(name, found)
+    folder = Path(made.writer.run.sync_dir, "artifacts", f"{name}-{len(list(Path(made.init['dir']).rglob('*')))}")
+    for file, source in found["files"].items():
+        artifacts.copy(source, folder / file)
+    return str(folder), what | found | dict(files=[*found["files"]], objects=pack(found["objects"]))
+
+
+def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opened, tmp_path):
+    made = opened()
+    made.join()
+    queue = Artifacts(made.store, made.writer, threading.RLock())
+    queue.log(*staged(made, "first", b"1", aliases=["best"]))
+    queue.use("other:latest")
+    queue.finish(60)
+    folder, what = staged(made, "second", b"2")
+    task = pickle.dumps(("log", what | {"folder": folder}))
+    made.store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))  # and killed before W&B had it
+    made.abandon()
+    made = opened()
+    queue = Artifacts(made.store, made.writer, threading.RLock())
+    table, reference = wandb.Table(columns=["x"], data=[[1]]), f"http://127.0.0.1:1/{'x' * 50}"
+    queue.log(*staged(made, "third", b"3", table=table, at=reference))
+    queue.finish(60)
+    account = made.finish()[""]
+    first, second = (Log(path) for path in folders(tmp_path))
+    assert [artifact["name"] for artifact in first.of("artifact")] == ["first"]
+    assert "best" in first.of("artifact")[0]["aliases"]
+    assert first.config["used_artifacts"] == ["other:latest"]
+    assert [artifact["name"] for artifact in second.of("artifact")] == ["second", "third"]
+    assert "used_artifacts" not in second.config
+    assert account.lost_artifacts == 0
+    assert sorted(path.read_bytes() for path in tmp_path.rglob("a.bin")) == [b"1", b"2", b"3"]
+    manifest = {entry["path"]: entry for entry in second.of("artifact")[-1]["manifest"]["contents"]}
+    assert sorted(manifest) == ["a.bin", "at", "table.table.json"]
+    assert reference in json.dumps(manifest["at"])
+
+
+def test_an_artifact_that_can_not_be_logged_is_counted_and_named(opened):
+    made = opened()
+    made.join()
+    queue = Artifacts(made.store, made.writer, threading.RLock())
+    folder, what = staged(made, "gone", b"1")
+    Path(folder, "a.bin").unlink()
+    queue.log(folder, what)
+    queue.log(*staged(made, "there", b"2"))
+    queue.finish(60)
+    account = made.finish()[""]
+    assert (account.lost_artifacts, account.ok) == (1, False)
+    assert account.warnings[0].startswith("1 artifacts were not logged or used: ")
+
+
+# The disk's account
+
+
+def test_numbers_of_whole_and_cut_logs_are_those_that_leet_finds(opened, tmp_path):
+    made = opened()
+    made.join()
+    for step in range(400):  # several of the log's blocks, and records longer than one
+        made.report(step, {"a": float(step), "text": "x" * (70_000 if step % 100 == 50 else step)})
+    made.finish()
+    path = folders(tmp_path)[0]
+    whole = next(path.glob("*.wandb")).read_bytes()
+    assert len(whole) > 10 * 32_768
+    assert wandb_internals.numbers(path) == {*numbers(read_rows(path))} == {*range(400)}
+    cut, chance, found = tmp_path / "cut" / path.name, random.Random(3), Counter()
+    cut.mkdir(parents=True)
+    places = [7, 8, 100, 32_768, 32_769, 2 * 32_768 - 3, *(chance.randrange(7, len(whole)) for _ in range(6))]
+    for place in places:
+        (cut / "run-run.wandb").write_bytes(whole[:place])
+        assert wandb_internals.numbers(cut) == {*numbers(read_rows(cut))}, place
+        found[len(wandb_internals.numbers(cut))] += 1
+    assert len(found) > 6
