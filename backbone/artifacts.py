@@ -154,7 +154,7 @@ def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     for name, what in found.items():
         if not isinstance(name, str) or not name or name[0] == "/" or ".." in Path(name).parts:
             raise ValueError(f"file {name!r} must be a relative path without '..', as its name in the artifact")
-        if values.is_data_type(what):
+        if wandb_internals.is_data_type(what):
             sorted_["objects"][name] = what
         elif isinstance(what, str) and "://" in what:
             sorted_["references"][name] = what

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import wandb_internals
 from .ledger import line
 
 Warn = Callable[[str, str], None]  # (what kind of thing, what exactly): a kind is told once
@@ -153,7 +154,7 @@ def _object(key: str, values: list[Any], warn: Warn) -> Any:
 
 def _columns(value: Any) -> list | None:
     """Of a `wandb.Table`, else None."""
-    return value.columns if getattr(value, "_log_type", None) == "table" else None
+    return value.columns if wandb_internals.is_table(value) else None
 
 
 def _one_table(tables: Sequence[Any]) -> Any:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import pickle
 import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import wandb_internals
 from .ledger import line
 
 _KNOWN_KEYS: set[str] = set()  # that were found right before; looking here is cheaper than looking at them again
@@ -77,11 +75,11 @@ def _value(key: str, value: Any) -> Any:
         return float(value)
     if isinstance(value, int):
         return _integer(key, int(value))
-    if is_data_type(value):
+    if wandb_internals.is_data_type(value):
         return value
     if isinstance(value, str):
         return _text(value)
-    if isinstance(value, list | tuple) and value and all(map(is_data_type, value)):
+    if isinstance(value, list | tuple) and value and all(map(wandb_internals.is_data_type, value)):
         return list(value)
     array = None
     with contextlib.suppress(Exception):  # ragged lists, tensors that can't be read from here
@@ -114,36 +112,14 @@ def _as_array(value: Any) -> np.ndarray:
     return array.astype(np.float64) if foreign or array.dtype == np.longdouble else array
 
 
-def is_data_type(value: Any) -> bool:
-    """Whether it is a `wandb.Table`, `wandb.Histogram`, a chart of `wandb.plot` or the like."""
-    if "wandb" not in sys.modules:  # then nobody can have made one
-        return False
-    import wandb
-    from wandb.sdk.data_types.base_types.wb_value import WBValue
-
-    return isinstance(value, WBValue | wandb.plot.CustomChart)
-
-
 class _Pickler(pickle.Pickler):
     """Puts the bytes of media beside them, which otherwise are a path in a temporary folder of one process."""
 
     def reducer_override(self, value: Any) -> Any:
-        path = getattr(value, "_path", None) if is_data_type(value) else None
-        if not isinstance(path, str) or "://" in path:
+        path = wandb_internals.media_file(value)
+        if path is None:
             return NotImplemented
-        return _restore, (type(value), value.__dict__, Path(path).read_bytes())
-
-
-def _restore(kind: type, state: dict[str, Any], content: bytes) -> Any:
-    from wandb.sdk.data_types._private import MEDIA_TMP
-
-    value = kind.__new__(kind)
-    os.makedirs(MEDIA_TMP.name, exist_ok=True)  # some systems clean their temporary folder
-    descriptor, path = tempfile.mkstemp(Path(state["_path"]).name, dir=MEDIA_TMP.name)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    value.__dict__.update(state, _path=path, _is_tmp=True)
-    return value
+        return wandb_internals.media, (type(value), value.__dict__, path.read_bytes())
 
 
 def pack(report: Mapping[str, Any]) -> bytes:

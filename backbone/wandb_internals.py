@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import struct
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +60,43 @@ def last_values(folder: Path) -> dict[str, Any]:
     for record in records(folder):
         found |= {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
     return {key: json.loads(value) for key, value in found.items()}
+
+
+def is_data_type(value: Any) -> bool:
+    """Whether it is a `wandb.Table`, `wandb.Histogram`, a chart of `wandb.plot` or the like."""
+    if "wandb" not in sys.modules:  # then nobody can have made one
+        return False
+    import wandb
+    from wandb.sdk.data_types.base_types.wb_value import WBValue
+
+    return isinstance(value, WBValue | wandb.plot.CustomChart)
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is a `wandb.Table`, without importing wandb."""
+    return getattr(value, "_log_type", None) == "table"
+
+
+def media_file(value: Any) -> Path | None:
+    """The content of a `wandb.Image`, `wandb.Html` or the like: a temporary file of the process that made it.
+
+    None for what has no file, or one that is elsewhere (`s3://…`).
+    """
+    path = getattr(value, "_path", None) if is_data_type(value) else None
+    return Path(path) if isinstance(path, str) and "://" not in path else None
+
+
+def media(kind: type, state: dict[str, Any], content: bytes) -> Any:
+    """Such an object again, in another process. wandb moves its file into a run's folder as if it had made it."""
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    value = kind.__new__(kind)
+    os.makedirs(MEDIA_TMP.name, exist_ok=True)  # some systems clean their temporary folder
+    descriptor, path = tempfile.mkstemp(Path(state["_path"]).name, dir=MEDIA_TMP.name)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    value.__dict__.update(state, _path=path, _is_tmp=True)
+    return value
 
 
 def logged_artifacts(folder: Path) -> set[str]:
