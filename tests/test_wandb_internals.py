@@ -1,0 +1,329 @@
+"""Contract tests of what is used of wandb without being public: they fail when wandb changes it.
+
+Those of `has_login` and `mode_of_this_folder` are in test_arguments.py, of `with_endpoints` in test_nodes.py.
+"""
+
+import os
+import pty
+import re
+import select
+import socket
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from backbone import wandb_internals
+
+import numpy as np
+import pytest
+import wandb
+from conftest import ROOT, Log, folders, no_account, read_rows, wait_for
+from wandb.sdk.data_types._private import MEDIA_TMP
+from wandb.util import get_core_path
+from wandb_server import Server
+
+QUIET = dict(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
+
+
+@pytest.fixture
+def begin(tmp_path):
+    made = []
+
+    def begin(settings: dict | None = None, **init) -> wandb.Run:
+        options = dict(project="p", dir=tmp_path, mode="offline", reinit="create_new") | init
+        made.append(wandb.init(**options, settings=wandb.Settings(**QUIET | (settings or {}))))
+        return made[-1]
+
+    yield begin
+    for run in made:
+        run.finish()
+
+
+# Transaction logs (cut ones: see test_writer.py)
+
+
+def test_the_records_of_a_log_say_what_leet_says(begin):
+    run = begin()
+    run.log({"a": 1, "n": {"b": 2.5}, "x/tokens_total": 7, "gone": 1}, step=3)
+    run.log({"a": 2, "nan": float("nan"), "text": "ü"}, step=5)
+    artifacts = [wandb.Artifact(name, "model") for name in ("one", "two")]
+    for artifact in artifacts:
+        run.log_artifact(artifact)
+    run.finish()
+    folder = Path(run.sync_dir)
+    log = Log(folder)
+    assert wandb_internals.numbers(folder) == {row["_step"] for row in log.rows} == {3, 5}
+    last = wandb_internals.last_values(folder)
+    assert (last["a"], last["x/tokens_total"], last["gone"], last["text"]) == (2, 7, 1, "ü")
+    assert last["nan"] != last["nan"]
+    found = wandb_internals.logged_artifacts(folder)
+    assert found == {artifact["client_id"] for artifact in log.of("artifact")}
+    assert found == {wandb_internals.client_id(artifact) for artifact in artifacts}
+    assert len(found) == 2
+
+
+def test_a_folder_without_a_log_has_no_records(tmp_path):
+    assert wandb_internals.numbers(tmp_path) == set()
+    assert wandb_internals.last_values(tmp_path) == {}
+
+
+def test_the_log_is_written_as_often_as_is_asked_for(begin):
+    """By default every 15 s."""
+    seldom, often = begin(), begin(wandb_internals.FLUSH_EVERY)
+    for run in (seldom, often):
+        run.log({"a": 1})
+    wait_for(lambda: wandb_internals.numbers(Path(often.sync_dir)) == {0})
+    assert wandb_internals.numbers(Path(seldom.sync_dir)) == set()
+
+
+# Troubles
+
+
+def program(folder: Path, code: str, **variables: str) -> subprocess.Popen:
+    """A process of its own, because wandb's service is the process's, and a server is found once."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    environ, pipe = no_account(folder) | {"WANDB_ERROR_REPORTING": "false"} | variables, subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environ, stdout=pipe, stderr=pipe, text=True)
+
+
+def printed(process: subprocess.Popen) -> list[str]:
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    return stdout.split("\n")[:-1]
+
+
+UNREACHABLE = f"""
+from backbone import wandb_internals
+import wandb
+try:
+    wandb.init(project="p", mode="online", settings=wandb.Settings(init_timeout=2, **{QUIET}))
+except wandb.Error as error:
+    print(wandb_internals.is_unreachable(error), error)
+"""
+
+
+def test_a_server_that_does_not_answer_is_told_from_one_that_says_no(tmp_path):
+    server = Server()
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as nobody:
+        refused = nobody.getsockname()[1]
+        nobody.close()
+        key = server.environment["WANDB_API_KEY"]
+        cases = {
+            "silent": (silent.getsockname()[1], key),
+            "refused": (refused, key),
+            "wrong key": (server.port, "k" * 40),
+        }
+        processes = {}
+        for name, (port, key_) in cases.items():
+            variables = dict(WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_API_KEY=key_)
+            (tmp_path / name).mkdir()
+            processes[name] = program(tmp_path / name, UNREACHABLE, **variables)
+        said = {name: printed(process)[0].partition(" ") for name, process in processes.items()}
+    server.stop()
+    assert {name: verdict for name, (verdict, _, _) in said.items()} == {
+        "silent": "True",
+        "refused": "True",
+        "wrong key": "False",
+    }, said
+
+
+def test_a_refused_upload_is_in_the_run_s_own_log_and_a_good_one_is_not(tmp_path):
+    server, verdicts = Server(), {}
+    code = f"""
+from pathlib import Path
+from backbone import wandb_internals
+import wandb
+run = wandb.init(project="p", settings=wandb.Settings(finish_timeout=20, **{QUIET}))
+run.log({{"a": 1}})
+run.finish()
+print(wandb_internals.upload_was_refused(Path(run.sync_dir)))
+"""
+    for status in (None, 403):
+        server.fail = status
+        verdicts[status] = printed(program(tmp_path, code, **server.environment))
+    server.stop()
+    assert verdicts == {None: ["False"], 403: ["True"]}
+
+
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_a_dead_service_is_told_from_other_errors(tmp_path, method):
+    code = f"""
+import os, signal
+from pathlib import Path
+from backbone import wandb_internals
+import wandb
+run = wandb.init(project="p", mode="offline", settings=wandb.Settings(**{QUIET}))
+try:
+    run.log([1])
+except Exception as error:
+    print(wandb_internals.service_has_died(error))
+for entry in Path("/proc").glob("[0-9]*"):
+    stat, name = entry.joinpath("stat"), entry.joinpath("cmdline")
+    try:
+        if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid() and "wandb-core" in name.read_text():
+            os.kill(int(entry.name), signal.SIGKILL)
+    except OSError:
+        pass
+try:
+    while {method == "log"}:
+        run.log({{"a": 1}})
+    run.finish()
+except Exception as error:
+    print(wandb_internals.service_has_died(error), type(error), flush=True)
+os._exit(0)
+"""
+    mistake, death = printed(program(tmp_path, code))
+    assert mistake == "False"
+    assert death.startswith("True"), death
+
+
+# Data types
+
+
+def test_data_types_are_told_from_other_values():
+    table = wandb.Table(columns=["x"], data=[[1]])
+    for value in (table, wandb.Html("x"), wandb.Histogram([1]), wandb.plot.bar(table, "x", "x")):
+        assert wandb_internals.is_data_type(value)
+        assert wandb_internals.is_table(value) == (value is table)
+    for value in (1.0, "x", [table], {"x": table}, np.zeros(2), wandb.Html, None):
+        assert not wandb_internals.is_data_type(value)
+        assert not wandb_internals.is_table(value)
+
+
+def test_media_have_a_file_and_may_be_made_again_of_it(begin):
+    page = wandb.Html("<b>x</b>")
+    content = wandb_internals.media_file(page).read_bytes()
+    assert b"<b>x</b>" in content
+    assert wandb_internals.media_file(page).is_relative_to(MEDIA_TMP.name)
+    again = wandb_internals.media(wandb.Html, page.__dict__, content)
+    assert wandb_internals.media_file(again) != wandb_internals.media_file(page)
+    run = begin()
+    run.log({"page": again})
+    run.finish()
+    [row] = read_rows(Path(run.sync_dir))
+    assert Path(run.sync_dir, "files", row["page.path"]).read_bytes() == content
+    for value in (wandb.Histogram([1]), wandb.Table(columns=["x"]), 1.0):
+        assert wandb_internals.media_file(value) is None
+
+
+def test_media_may_be_made_again_where_the_temporary_folder_was_cleaned():
+    page = wandb.Html("x")
+    content = wandb_internals.media_file(page).read_bytes()
+    for path in Path(MEDIA_TMP.name).iterdir():
+        path.unlink()
+    Path(MEDIA_TMP.name).rmdir()
+    again = wandb_internals.media(wandb.Html, page.__dict__, content)
+    assert wandb_internals.media_file(again).read_bytes() == content
+
+
+def test_an_incremental_table_is_made_the_next_one_of_those_logged(begin):
+    def table(i: int) -> wandb.Table:
+        return wandb.Table(columns=["x"], data=[[i]], log_mode="INCREMENTAL")
+
+    run, logged = begin(), []
+    for i in range(3):
+        made = table(i)
+        assert wandb_internals.increments_before(made) == []
+        wandb_internals.continue_table(made, logged)
+        assert wandb_internals.increments_before(made) == logged
+        run.log({"table": made})
+        logged.append(wandb_internals.increment_path(made))
+    run.finish()
+    rows = read_rows(Path(run.sync_dir))
+    assert [row["table.increment_num"] for row in rows] == [0, 1, 2]
+    assert rows[2]["table.previous_increments_paths"] == logged[:2]
+    assert len(set(logged)) == 3
+
+
+# Settings
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """wandb in another folder, as if just imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()
+    yield monkeypatch
+    wandb.teardown()
+
+
+def test_what_the_environment_or_a_file_says_is_not_set(fresh, tmp_path):
+    defaults = dict(finish_timeout=60, init_timeout=10, console="off")
+    assert wandb_internals.unless_said(defaults) == defaults | wandb_internals.FLUSH_EVERY
+    fresh.setenv("WANDB_FINISH_TIMEOUT", "7")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nconsole = wrap\n")
+    wandb.teardown()
+    assert wandb_internals.unless_said(defaults) == {"init_timeout": 10} | wandb_internals.FLUSH_EVERY
+
+
+def test_the_repository_around_the_working_directory_is_that_of_the_run(fresh, tmp_path, begin):
+    assert wandb_internals.repository() == {}
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@e"]
+    repository = tmp_path / "code"
+    subprocess.run([*git, "init", "-q", repository], check=True)
+    subprocess.run([*git, "-C", repository, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    commit = subprocess.check_output([*git, "-C", repository, "rev-parse", "HEAD"], text=True).strip()
+    (repository / "below").mkdir()
+    fresh.chdir(repository / "below")
+    assert wandb_internals.repository() == {"git_root": str(repository)}
+    run = begin(wandb_internals.repository() | dict(x_disable_meta=False))
+    run.finish()
+    assert commit in str(Log(Path(run.sync_dir)).run)
+
+
+# LEET
+
+
+def shown(folder: Path, *until: str) -> str:
+    """What LEET shows of a folder, from its start until it has shown these texts."""
+    terminal, its_end = pty.openpty()
+    termios.tcsetwinsize(terminal, (50, 180))
+    command = [get_core_path(), "leet", "run", "--no-observability", str(folder)]
+    environ = no_account(folder.parent) | {"TERM": "xterm-256color"}
+    process = subprocess.Popen(command, env=environ, stdin=its_end, stdout=its_end, stderr=its_end)
+    seen = b""
+
+    def text() -> str:
+        return re.sub(r"\x1b\[[0-9;?>]*[a-zA-Z]", "", seen.decode(errors="replace"))
+
+    def more() -> bool:
+        nonlocal seen
+        if select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 1 << 16)
+        return all(each in text() for each in until)
+
+    try:
+        wait_for(more, every=0)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+        os.close(its_end)
+    return text()
+
+
+def test_leet_shows_the_runs_and_first_the_metrics_that_it_is_told_of(begin, tmp_path):
+    for id_ in ("first", "second", "third"):
+        run = begin(id=id_)
+        run.log({"loss": 1, "zebra": 1, "kl": 1})
+        run.finish()
+    first, second, third = folders(tmp_path)
+    wandb_internals.open_in_leet(tmp_path / "wandb", [first, second], "loss|kl")
+    text = shown(tmp_path / "wandb", 'Filter (regex): "loss|kl"', f"▶ {first.name}", f"● {second.name}", third.name)
+    assert not re.search(rf"[▶●] {third.name}", text)
+
+
+def test_a_filter_that_the_user_has_typed_stays(tmp_path):
+    memory = tmp_path / ".wandb-leet.json"
+    wandb_internals.open_in_leet(tmp_path, [tmp_path / "a"], "loss")
+    memory.write_text(memory.read_text().replace('"loss"', '"typed"'))
+    wandb_internals.open_in_leet(tmp_path, [tmp_path / "b", tmp_path / "c"], "loss")
+    text = memory.read_text()
+    assert '"typed"' in text
+    assert '"pinned_run": "b"' in text
+    memory.write_text("no json")
+    wandb_internals.open_in_leet(tmp_path, [tmp_path / "a"], "loss")
+    assert memory.read_text() == "no json"
