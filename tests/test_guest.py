@@ -397,10 +397,11 @@ def test_what_can_not_go_with_numbered_rows_is_refused_in_one_line(run, monkeypa
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_refusal_is_only_of_what_is_asked_for(run, monkeypatch):
-    monkeypatch.setenv("WANDB_SYNC_TENSORBOARD", "false")
+@pytest.mark.parametrize(("environment", "argument"), [("false", None), ("true", False)])
+def test_a_refusal_is_only_of_what_is_asked_for(run, monkeypatch, environment, argument):
+    monkeypatch.setenv("WANDB_SYNC_TENSORBOARD", environment)
     monkeypatch.setenv("WANDB_MODE", "shared")
-    with run(mode="offline", sync_tensorboard=False) as made:
+    with run(mode="offline", sync_tensorboard=argument) as made:
         assert made.mode == "offline"
 
 
@@ -493,18 +494,20 @@ def test_config_may_change_on_resume_and_hold_the_users_own_objects(run):
 
 
 def test_the_users_repository_is_recorded_wherever_the_runs_are(run, tmp_path, monkeypatch):
-    repository = tmp_path / "repository"
-    git = ["git", "-C", str(repository), "-c", "user.name=u", "-c", "user.email=u@v"]
-    subprocess.run(["git", "init", "-q", str(repository)], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
-    subprocess.run([*git, "remote", "add", "origin", "https://git.invalid/mine.git"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    (repository / "below").mkdir()
-    monkeypatch.chdir(repository / "below")
-    with run(dir=tmp_path / "elsewhere") as made:
+    def repository(name: str) -> str:
+        git = ["git", "-C", str(tmp_path / name), "-c", "user.name=u", "-c", "user.email=u@v"]
+        subprocess.run(["git", "init", "-q", str(tmp_path / name)], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", name], check=True)
+        subprocess.run([*git, "remote", "add", "origin", f"https://git.invalid/{name}.git"], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+    commit, _ = repository("mine"), repository("of-the-runs")
+    (tmp_path / "mine" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "mine" / "below")
+    with run(dir=tmp_path / "of-the-runs") as made:
         pass
     [recorded] = [found["git"] for found in Log(made.path).of("environment") if "git" in found]
-    assert (recorded["commit"], recorded["remote_url"]) == (head, "https://git.invalid/mine.git")
+    assert (recorded["commit"], recorded["remote_url"]) == (commit, "https://git.invalid/mine.git")
 
 
 def test_the_logs_of_a_run_hold_its_warnings_and_with_console_wrap_what_the_actor_prints(run):
