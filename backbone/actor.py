@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import ray
 
-from . import artifacts, disk, exits, guest
+from . import artifacts, disk, exits, guest, wandb_internals
 from .artifacts import Artifacts
 from .calls import DEATHS, is_gone
 from .ending import conclude, ledger
@@ -163,11 +163,13 @@ class PipelineActor:
             self._deaths.put((prefix, sender))
 
     def _look_after(self) -> None:
-        """Does what nobody pushes: deaths, and the clock."""
+        """Does what nobody pushes: deaths, of wandb-core too, and the clock."""
         while True:
             dead = None
             with contextlib.suppress(queue.Empty):
                 dead = self._deaths.get(timeout=self.CLOCK)
+            if self._store and wandb_internals.service_is_dead():
+                os._exit(1)
             with self._changed, contextlib.suppress(sqlite3.Error):  # the disk is full: the next time
                 for prefix, pipeline in self._pipelines.items():
                     if not pipeline.ended and dead and dead[0] == prefix:

@@ -127,6 +127,14 @@ def service_has_died(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | HandleAbandonedError)
 
 
+def service_is_dead() -> bool:
+    """Whether the wandb-core of this process has ended. The first row after that is dropped without an error."""
+    from wandb.sdk import wandb_setup
+
+    connection = wandb_setup.singleton()._connection
+    return bool(connection and connection._proc and connection._proc._process.poll() is not None)
+
+
 def continue_table(table: wandb.Table, logged: Sequence[str]) -> None:
     """Makes an incremental table the next increment after those `logged`, which were objects of their own."""
     table._increment_num, table._previous_increments_paths = len(logged), list(logged)
@@ -141,12 +149,19 @@ def increment_path(table: wandb.Table) -> str | None:
     return table._get_artifact_entry_ref_url()
 
 
+def session_settings() -> wandb.Settings:
+    """What the environment and wandb's files say. `wandb.setup()` would start a wandb-core, and hang if that dies."""
+    from wandb.sdk import wandb_setup
+
+    return wandb_setup.singleton().settings
+
+
 def has_login() -> bool:
     """Whether wandb finds a key, without a prompt. Raises ValueError for a key that can't be right."""
     import wandb
     from wandb.sdk.lib import wbauth
 
-    host = wandb.setup().settings.base_url
+    host = session_settings().base_url
     try:
         return bool(wbauth.authenticate_session(host=host, source="", prompt=False, update_session=False))
     except wandb.errors.AuthenticationError as error:
@@ -155,9 +170,7 @@ def has_login() -> bool:
 
 def mode_of_this_folder() -> str | None:
     """What `wandb offline` or `wandb online` was typed in the working directory, or set for the user."""
-    import wandb
-
-    settings = wandb.setup().settings
+    settings = session_settings()
     return settings.mode if "mode" in settings.model_fields_set else None
 
 
@@ -178,9 +191,7 @@ def open_in_leet(folder: Path, runs: Sequence[Path], metrics: str) -> None:
 
 def unless_said(settings: dict[str, Any]) -> dict[str, Any]:
     """Those settings that neither the environment nor a file of wandb's makes, and how often the log is written."""
-    import wandb
-
-    said = wandb.setup().settings.model_fields_set
+    said = session_settings().model_fields_set
     return {key: value for key, value in (settings | FLUSH_EVERY).items() if key not in said}
 
 

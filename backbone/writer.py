@@ -70,7 +70,7 @@ class Writer:
             settings = {key: getattr(settings, key) for key in settings.model_fields_set}
         defaults = dict(silent=True, console="off", init_timeout=10, finish_timeout=60)
         settings = wandb_internals.unless_said(defaults | wandb_internals.repository()) | settings
-        self.timeout = float(settings.get("finish_timeout") or wandb.setup().settings.finish_timeout) / 2
+        self.timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout) / 2
         settings |= dict(finish_timeout=self.timeout, finish_timeout_raises=True)
         if stop := self._stop:
             settings["stop_fn"] = lambda: stop()  # noqa: PLW0108 - wandb copies settings, and a method's object with them

@@ -1,5 +1,6 @@
 """When the pipeline actor can't finish its run: it is started anew, or the driver does it from what the actor left."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -123,17 +124,19 @@ def test_an_actor_that_dies_whenever_it_starts_is_given_up(run, name):
     made.flush()
     wait_for(lambda: len(read_rows(made.path)) == 49)
     deadline = time.monotonic() + 120
-    while is_there(made) and time.monotonic() < deadline:
+    for _ in iter(lambda: is_there(made) and time.monotonic() < deadline, False):
         for pid in victims(made, name):
-            os.kill(pid, signal.SIGKILL)
-        made._outbox.flush(0.1)  # training would go on
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                step += 1
+                made.log({"a": 1.0}, step)  # it is a row that meets the death of wandb-core
     assert not is_there(made)
-    made.log({"a": 1.0}, 50)
     ledger = made.finish()
-    assert (ledger.rows, ledger.gone, ledger.ok) == (50, True, False)
+    assert (ledger.gone, ledger.ok) == (True, False)
+    assert ledger.reports == ledger.rows + ledger.lost
     assert [w for w in ledger.warnings if "gone" in w]
     steps = {row["step"] for path in ledger.paths for row in Log(path).rows}
-    assert steps == set(range(50))
+    assert steps >= set(range(50))
 
 
 def is_there(made: WandbRun) -> bool:
@@ -141,10 +144,11 @@ def is_there(made: WandbRun) -> bool:
 
 
 def victims(made: WandbRun, name: str) -> set[int]:
-    """The pipeline actor's process, or the wandb-core below it."""
+    """The wandb-core that the pipeline actor has started, or the actor itself as soon as it has."""
     try:
         actor = pipeline_process(made)
-        return set(below(actor, "wandb-core")) if name == "wandb-core" else {actor}
+        cores = below(actor, "wandb-core")
+        return {actor} if cores and name == "actor" else set(cores)
     except OSError:
         return set()
 
