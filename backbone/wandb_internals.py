@@ -117,7 +117,7 @@ def upload_was_refused(folder: Path) -> bool:
 
 def is_unreachable(error: Exception) -> bool:
     """Whether `wandb.init` failed because no server answers, which has no class of its own."""
-    return any(text in str(error) for text in ("retrying", "context deadline exceeded", "timed out", "Timed out"))
+    return any(text in str(error).lower() for text in ("timed out", "context deadline exceeded"))
 
 
 def service_has_died(error: BaseException) -> bool:

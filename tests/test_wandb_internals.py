@@ -146,10 +146,10 @@ print(wandb_internals.upload_was_refused(Path(run.sync_dir)))
     assert verdicts == {None: ["False"], 403: ["True"]}
 
 
-@pytest.mark.parametrize("method", ["log", "finish"])
-def test_a_dead_service_is_told_from_other_errors(tmp_path, method):
+@pytest.mark.parametrize("death", ["before log", "during finish"])
+def test_a_dead_service_is_told_from_other_errors(tmp_path, death):
     code = f"""
-import os, signal
+import os, signal, threading
 from pathlib import Path
 from backbone import wandb_internals
 import wandb
@@ -158,24 +158,23 @@ try:
     run.log([1])
 except Exception as error:
     print(wandb_internals.service_has_died(error))
-for entry in Path("/proc").glob("[0-9]*"):
-    stat, name = entry.joinpath("stat"), entry.joinpath("cmdline")
-    try:
-        if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid() and "wandb-core" in name.read_text():
-            os.kill(int(entry.name), signal.SIGKILL)
-    except OSError:
-        pass
+children = Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()
+[core] = [int(pid) for pid in children if "wandb-core" in Path(f"/proc/{{pid}}/cmdline").read_text()]
 try:
-    while {method == "log"}:
-        run.log({{"a": 1}})
+    if {death == "before log"}:
+        os.kill(core, signal.SIGKILL)
+        while True:
+            run.log({{"a": 1}})
+    os.kill(core, signal.SIGSTOP)
+    threading.Timer(1, os.kill, [core, signal.SIGKILL]).start()
     run.finish()
 except Exception as error:
-    print(wandb_internals.service_has_died(error), type(error), flush=True)
+    print(wandb_internals.service_has_died(error), type(error).__name__, flush=True)
 os._exit(0)
 """
-    mistake, death = printed(program(tmp_path, code))
+    mistake, died = printed(program(tmp_path, code))
     assert mistake == "False"
-    assert death.startswith("True"), death
+    assert died.startswith("True"), died
 
 
 # Data types
