@@ -115,7 +115,7 @@ def stranger(tmp_path_factory):
 def environment(tmp_path: Path) -> dict[str, str]:
     home = tmp_path / "home"
     home.mkdir()
-    return no_account(home)
+    return no_account(home) | {"PYTHONPATH": str(ROOT)}  # for programs that are no file beside the modules
 
 
 @pytest.fixture
@@ -247,7 +247,12 @@ def cluster(token):
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: it holds sockets
         command, pipe = [sys.executable, "-c", CLUSTER], subprocess.PIPE
         process = subprocess.Popen(
-            command, env=token | {"RAY_TMPDIR": folder}, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            command,
+            env=token | {"RAY_TMPDIR": folder, "PYTHONPATH": ""},
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         yield json.loads(process.stdout.readline())
         process.communicate(timeout=60)

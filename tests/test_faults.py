@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun
@@ -304,6 +305,15 @@ def test_a_copy_may_finish_the_run_and_the_ledger_is_the_same(ray_here, run):
     with pytest.raises(RunFinishedError, match="finished"):
         made.log({"a": 1.0}, 1)
     assert made.finish() == report
+
+
+def test_two_may_finish_a_run_at_once(run):
+    made = run()
+    made.log({"a": 1.0}, 0)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(made.finish, (0, 1))
+    assert one == other
+    assert (one.reports, one.rows, one.lost, one.ok) == (1, 1, 0, True)
 
 
 def test_an_actor_that_is_gone_for_good_is_no_success(ray_here, run, caplog):

@@ -70,7 +70,7 @@ def begin(foreign, tmp_path, environment) -> Iterator[Callable[..., subprocess.P
 
     def begin(program: str, *arguments: str, before: str = JOIN, **variables: str) -> subprocess.Popen:
         (tmp_path / "program.py").write_text(before + program)
-        variables = environment | {"CLUSTER": foreign, "PYTHONPATH": str(ROOT)} | variables
+        variables = environment | {"CLUSTER": foreign} | variables
         command, pipe = [sys.executable, "program.py", *arguments], subprocess.PIPE
         started.append(subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=pipe, stderr=pipe, text=True))
         return started[-1]
@@ -184,8 +184,7 @@ after = run("after")
 """
     (tmp_path / "program.py").write_text(program)
     command = [sys.executable, "program.py"]
-    variables = environment | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     ended = {log.run["display_name"]: (log.exit_code, summary(log).get("failure")) for log in logs(tmp_path)}
     error = "ZeroDivisionError: division by zero"

@@ -129,6 +129,15 @@ def test_the_row_of_the_highest_step_is_the_progress_whatever_came_last(opened):
     assert made.pipeline.last_row["step"] == 8
 
 
+def test_a_straggler_s_report_gets_a_row_of_its_own_and_nobody_s_attempt_is_mixed_with_it(opened):
+    made = opened(workers=2)
+    made.push(("w", 0, {"a": 1.0}, True), ("v", 0, {"a": 3.0}, True))
+    made.push(("u", 0, {"a": 9.0}, True), sender="late")
+    rows = made.pipeline.end()
+    assert [row.metrics for row in rows] == [{"a": 9.0, "step": 0, "workers": 1}]
+    assert (made.ledger().rows, made.ledger().partial, made.ledger().lost) == (2, 1, 0)
+
+
 def test_fewer_workers_make_steps_whole_that_wait(opened):
     made = opened(workers=2)
     assert made.push(*(("w", step, {"a": float(step)}, False) for step in range(3))) == []
