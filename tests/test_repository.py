@@ -1,0 +1,55 @@
+"""What holds for the code as a whole."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from conftest import ROOT
+
+CODE = [path for path in sorted(ROOT.rglob("*.py")) if not {".venv", "wandb"} & set(path.relative_to(ROOT).parts)]
+ROOMS = sorted((ROOT / "backbone").glob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the modules that a file imports anywhere, those of its own folder with a dot before them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {"." * node.level + name for name in names}
+    return found
+
+
+def test_the_code_names_nothing_of_the_machine_it_was_written_on():
+    assert len(CODE) > 30
+    for path in CODE:
+        assert path == Path(__file__) or not re.search(r"/(work|root|home)/", path.read_text()), path
+
+
+def test_the_rooms_import_each_other_one_way():
+    graph = {f".{path.stem}": {name for name in imports(path) if name.startswith(".")} for path in ROOMS}
+    assert len(graph) > 10
+    TopologicalSorter(graph).prepare()  # raises for a circle
+
+
+def test_no_room_knows_who_uses_it():
+    users = {path.stem for path in ROOT.glob("*.py")}
+    assert "common" in users
+    for path in ROOMS:
+        assert not imports(path) & users, path
+
+
+def test_what_is_not_public_of_wandb_is_used_in_one_room():
+    for path in ROOMS:
+        inside = [name for name in imports(path) if re.match(r"wandb\.(sdk|proto|util|apis|errors\.)", name)]
+        assert not inside or path.name == "wandb_internals.py", path
+
+
+def test_the_store_and_the_writer_know_nothing_of_ray():
+    """So that whoever finds the store of a dead actor can go on from it."""
+    ray_s = {path.stem for path in ROOMS if "ray" in imports(path)}
+    assert "actor" in ray_s
+    assert not ray_s & {"store", "inbox", "steps", "reduction", "values", "pipeline", "writer", "artifacts"}
