@@ -121,6 +121,8 @@ class Outbox:
             if self._opened:
                 return
             self._stop, self._session = stop, _session()
+            if not self._session:
+                raise RuntimeError(f"Ray is not running, so nothing can be logged to run {self._name!r}")
             context = ray.get_runtime_context()
             self._id, self._process = uuid.uuid4().hex, (context.get_node_id(), os.getpid())
             actor_id, core = context.get_actor_id(), context.worker.core_worker
@@ -193,8 +195,13 @@ class Outbox:
         _mark.of_ray = True
         while not self._error and not (self._closed and self._last_sent):
             with self._changed:
-                self._changed.wait_for(lambda: self._error or (self._is_due() and not self._submitting))
+                self._changed.wait_for(lambda: self._error or (self._is_due() and not self._is_taken_care_of))
             self._submit()
+
+    @property
+    def _is_taken_care_of(self) -> bool:
+        """A task's reports are submitted by who logs them, up to the goodbye: it may end as soon as that returns."""
+        return self._submitting or (self._in_task and not self._leaving)
 
     def _is_due(self) -> bool:
         if self._error:
@@ -279,7 +286,7 @@ class Outbox:
             stop()
         with self._changed:
             self._closed = self._prefix in ended
-            if not self._closed:
+            if not self._closed and self._session == _session():
                 self._hold()
             self._changed.notify_all()
         self._submit()
