@@ -12,28 +12,25 @@ system of your own copy this file and that folder.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
-import os
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone import artifacts, exits, guest, values
+from backbone import artifacts, ending, exits, starting, values
 from backbone.actor import PipelineActor, pipeline_actor
-from backbone.calls import ActorGoneError, answer, result
-from backbone.ending import take_over
-from backbone.files import check_run_id, store_path
+from backbone.calls import ActorGoneError, answer
 from backbone.ledger import Ledger, RunFinishedError, line
 from backbone.outbox import outbox
 from backbone.reduction import Reduction, reduce_reports
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 __all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
 __all__ += ["generate_evaluation_metrics", "generate_inference_metrics", "generate_training_metrics"]
@@ -108,69 +105,31 @@ class WandbRun:
     ):
         prefix = prefix or (getattr(pipeline, "prefix", "") if share is not None else "")
         _check(project, pipeline, workers, prefix, share, init)
-        self._owner = share and (share._owner or share)  # the one that this pipeline shares the run of
+        self._sharer = share and (share._sharer or share)  # the run that this pipeline shares
         self._prefix, self._prefixes, self._sharing = prefix, [prefix], []
-        self.shares, self._copy = share is not None, False
-        self._letter, self._letter_path, self._ledger, stop = None, None, None, None
-        if share is None:
-            stop = self._start_actor(pipeline, init | dict(project=project, name=name))
-        else:
-            self._actor = self._owner._actor
-        joining = self._actor.join.remote(prefix, pipeline.reduction, workers)
-        try:
-            started = result(joining, self._actor)
-        except KeyboardInterrupt:  # let it get ready, and record it as failed
-            result(joining, self._actor)
-            answer(self._actor.finish, 1, "KeyboardInterrupt", prefix if share else None)
-            raise
-        except Exception as error:
-            if share is None:
-                ray.kill(self._actor)
-                guest.forget_letter(self._letter_path)
-            hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
-            message = f"W&B run {name or init.get('id')!r} of {project!r} can't start: {line(error)}{hint}"
-            raise (RuntimeError if isinstance(error, ActorGoneError) else type(error))(message) from None
-        ledger, self.config, self.project = started
-        self.name, self.id, self.mode, self.url, self.path = (
-            ledger.name,
-            ledger.id,
-            ledger.mode,
-            ledger.url,
-            ledger.path,
-        )
+        self.shares, self._copy, self._ledger = share is not None, False, None
+        self._owned = None if share else starting.start_actor(pipeline, init | dict(project=project, name=name))
+        self._actor = self._owned.actor if self._owned else self._sharer._actor
+        what = f"{name or init.get('id')!r} of {project!r}"
+        started = starting.join(self._actor, prefix, pipeline.reduction, workers, what, self._owned)
+        self._begun, self.config, self.project = started
+        self.name, self.id, self.mode = self._begun.name, self._begun.id, self._begun.mode
+        self.url, self.path = self._begun.url, self._begun.path
         self._node = ray.get_runtime_context().get_node_id()
         self._connect()
-        self._outbox.open(stop)
-        if self._owner:
-            self._owner._sharing.append(self)
-            self._owner._prefixes.append(prefix)
+        self._outbox.open(self._owned and self._owned.stop)
+        if self._sharer:
+            self._sharer._sharing.append(self)
+            self._sharer._prefixes.append(prefix)
         if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
             exits.unfinished.add(self)
-
-    def _start_actor(self, pipeline: ray.actor.ActorClass, init: dict[str, Any]) -> Callable[[], None]:
-        """Starts the pipeline actor on this node, where the run's folder and the login are; returns how to stop."""
-        context, init = ray.get_runtime_context(), guest.arguments(init)
-        environ, aside = guest.travelling(init.get("id"))
-        own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
-        init = guest.complete(init, own, environ)
-        check_run_id(init["id"])
-        if aside:
-            logger.warning("run %s %s", init.get("name") or init["id"], aside)
-        stop = init["settings"].pop("stop_fn", None) or exits.interrupt
-        ray_worker = context.get_worker_id() if context.worker.mode == ray.WORKER_MODE else None
-        self._letter = guest.Letter(init, environ, os.getcwd(), guest.command_line(), ray_worker)
-        self._letter_path = guest.write_letter(self._letter)
-        here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
-        self._actor = pipeline.options(scheduling_strategy=here).remote(self._letter_path)
-        return stop
 
     def _connect(self) -> None:
         self._outbox = outbox(self._actor, self._prefix, self.name)
         self._outbox.add(id(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = dict(_owner=None, _sharing=[], _letter=None, _letter_path=None, _ledger=None, _outbox=None)
-        return self.__dict__ | own | dict(_copy=True)
+        return self.__dict__ | dict(_sharer=None, _sharing=[], _owned=None, _ledger=None, _outbox=None, _copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -202,13 +161,7 @@ class WandbRun:
         Raises TypeError or ValueError naming the key of what can't be logged, RunFinishedError after `finish`, and
         RuntimeError in a forked process.
         """
-        if type(step) is not int:
-            if isinstance(step, bool) or not isinstance(step, np.integer):
-                raise TypeError(f"step must be an integer, not {step!r}")
-            step = int(step)
-        if not 0 <= step < 2**63:
-            raise ValueError(f"step must be a number from 0 to 2**63, not {step}")
-        self._outbox.put(step, values.pack(values.as_report(metrics)), commit)
+        self._outbox.put(values.as_step(step), values.pack(values.as_report(metrics)), commit)
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Waits until the pipeline actor has all that this process logged; whether it had it within `timeout` s.
@@ -238,13 +191,8 @@ class WandbRun:
             return
         folder = self.path / "artifacts" / uuid.uuid4().hex
         here = ray.get_runtime_context().get_node_id() == self._node and self.path.is_dir()
-        for file, source in content["files"].items():
-            if here:
-                artifacts.copy(source, folder / file)
-            else:
-                for offset, piece in artifacts.pieces(source):
-                    self._ask(self._actor.stage, folder / file, offset, piece)
-        what |= content | dict(files=[*content["files"]], objects=values.pack(content["objects"]))
+        send = None if here else functools.partial(self._ask, self._actor.stage)
+        what |= artifacts.stage(content, folder, send)
         self._ask(self._actor.log_artifact, self._prefix, folder, what)
 
     def use_artifact(self, name: str) -> None:
@@ -289,42 +237,24 @@ class WandbRun:
         if not isinstance(exit_code, int):
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
         if self._ledger is None:
+            ended = self, *self._sharing
             try:
                 ledgers = answer(self._actor.finish, exit_code, failure, self._prefix if self.shares else None)
-            except ActorGoneError as error:
-                ledgers = self._take_over(exit_code, failure, error)
-            else:
-                if self._letter:
+                if self._owned:
                     self._actor.leave.remote()
-            for run in (self, *self._sharing):
+            except ActorGoneError as error:
+                top = self._sharer or self
+                ended = top, *top._sharing
+                last = dataclasses.replace(
+                    self._begun, warnings=[f"the pipeline actor can't be reached: {line(error)}"]
+                )
+                ledgers = ending.finish_without_actor(top._owned, exit_code, failure, last, top._prefixes)
+            for run in ended:
                 run._ledger = ledgers[run._prefix]
                 exits.unfinished.remove(run)
-            if self._letter:
-                guest.forget_letter(self._letter_path)
+            if self._owned and not self._owned.letter.ended:
+                self._owned.forget()
         return self._ledger
-
-    def _take_over(self, exit_code: int, failure: str | None, error: ActorGoneError) -> dict[str, Ledger]:
-        """The actor is gone for good, so its run is finished from its store."""
-        owner, why = self._owner or self, f"the pipeline actor can't be reached: {line(error)}"
-        try:
-            if owner._letter is None:
-                raise OSError("only the process that made the run can finish it then")
-            init = owner._letter.init
-            seconds = 30 + float(init["settings"].get("finish_timeout") or 60)
-            return take_over(
-                store_path(Path(init["dir"], "wandb"), init["id"]), owner._letter, exit_code, failure, seconds
-            )
-        except OSError as problem:
-            if self._letter and not isinstance(problem, FileNotFoundError):  # another process has it: the actor lives
-                self._letter.ended = exit_code, failure
-                guest.rewrite_letter(self._letter_path, self._letter)
-                self._letter = None
-                why += "; it finishes the run when this process has ended"
-            else:
-                why += f"; {line(problem)}"
-            paths, warnings = [self.path] if self.path else [], [why]
-            same = dict(mode=self.mode, url=self.url, paths=paths, gone=True, warnings=warnings)
-            return {prefix: Ledger(self.name, self.id, **same, prefix=prefix) for prefix in owner._prefixes}
 
 
 def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, init: Mapping[str, Any]) -> None:
@@ -343,8 +273,8 @@ def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, i
         return
     if not isinstance(share, WandbRun) or share._copy or share._ledger is not None:
         raise ValueError(f"share must be a WandbRun of this process that is not finished, not {share!r}")
-    owner = share._owner or share
-    if init or project not in (owner.project, owner._letter.init["project"]):  # a server may call it otherwise
+    owner = share._sharer or share
+    if init or project not in (owner.project, owner._owned.letter.init["project"]):  # a server may call it otherwise
         raise ValueError(f"share= takes the project ({owner.project!r}) and the settings of the run it shares")
     others = [other for other in owner._prefixes if other]  # one with bare keys may be shared
     if not prefix or any(prefix.startswith(other) or other.startswith(prefix) for other in others):

@@ -8,7 +8,6 @@ import os
 import queue
 import sqlite3
 import threading
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -17,20 +16,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import ray
 
-from . import artifacts, disk, exits, guest, wandb_internals
-from .artifacts import Artifacts
-from .calls import DEATHS, is_gone
-from .ending import conclude, ledger
+from . import artifacts, exits, guest, owner, wandb_internals
+from .events import Events
 from .files import store_path
-from .inbox import Batch, Sender
+from .inbox import Answer, Batch
+from .last_words import hear_out
 from .ledger import Ledger, RunFinishedError, line
 from .nodes import with_nodes
-from .outbox import Answer
 from .pipeline import Pipeline
 from .reduction import Reduction
-from .steps import is_task
-from .store import Row, Store
-from .writer import ServiceDiedError, Writer
+from .run import GivenUpError, Run, ledger
+from .store import Row
+from .writer import ServiceDiedError
 
 logger = logging.getLogger("wandb_run")
 
@@ -54,8 +51,6 @@ class PipelineActor:
     job_type: str | None = None
     reduction = Reduction()
 
-    GRACE: ClassVar = 5.0  # seconds that `finish` waits for a process that says nothing
-    PAUSE: ClassVar = 0.3  # seconds without news after which plain tasks, which can't be asked, have said all
     CLOCK: ClassVar = 5.0  # seconds between two looks at the clock
 
     def __init__(self, letter: Path):
@@ -63,66 +58,38 @@ class PipelineActor:
         guest.move_in(self._letter)
         self._generation = uuid.uuid4().hex
         self._changed = threading.Condition()  # guards all that follows
-        self._store: Store | None = None
-        self._pipelines: dict[str, Pipeline] = {}
+        self._run: Run | None = None
         self._deaths: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()  # prefix and sender
-        self._event = threading.Condition()  # guards what `hold` tells
-        self._ended: set[str] = set()
-        self._stopped = False
+        self._events = Events()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._come_back()
         threading.Thread(target=self._look_after, daemon=True).start()
-        threading.Thread(target=self._watch_owner, daemon=True).start()
+        threading.Thread(target=owner.watch, args=(letter, self.finish, self._forget), daemon=True).start()
 
     # Starting
 
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline to the run, which the first one starts."""
         with self._changed:
-            if self._store is None:
+            if self._run is None:
                 try:
                     self._begin()
                 except Exception as error:  # wandb's own kinds don't all survive the way to the caller
                     kind = type(error) if type(error) in (TypeError, ValueError, OSError) else RuntimeError
                     raise kind(" ".join(str(error).split())[:500]) from error
-            if prefix not in self._pipelines:
-                self._writer.define(prefix, self._pipelines)
-                self._pipelines[prefix] = Pipeline(self._store, prefix, reduction)
-            self._pipelines[prefix].begin(reduction, workers, self._writer.totals(prefix))
-            run = self._writer.run
-            return Started(ledger(self._store, self._pipelines[prefix]), dict(run.config), run.project)
+            self._run.join(prefix, reduction, workers)
+            of_wandb = self._run.writer.run
+            return Started(
+                ledger(self._run.store, self._run.pipelines[prefix]), dict(of_wandb.config), of_wandb.project
+            )
 
     def _begin(self) -> None:
         """Starts the run, or goes on with what a dead actor has left."""
-        init, life = self._letter.init, str(self._letter_path)
-        folder = Path(init["dir"], "wandb")
-        folder.mkdir(parents=True, exist_ok=True)
-        store = Store(store_path(folder, init["id"]))
-        if store.facts.get("life") != life and "ledgers" in store.facts:  # the run of an earlier process, finished
-            store.remove()
-            store = Store(store.path)
-        store.hear = self._hear
-        facts, self._pipelines = store.facts, Pipeline.all(store)
-        if again := facts.get("life") == life:
-            rows = len(disk.numbers(facts.get("paths", ())))
-            deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1
-            store.note(restarts=facts.get("restarts", 0) + 1, deaths=deaths, rows_at_restart=rows)
-            if deaths > DEATHS:
-                raise RuntimeError(f"given up: the pipeline actor died {deaths} times without a row in between")
-            self._ended = {prefix for prefix, pipeline in self._pipelines.items() if pipeline.ended}
-        else:  # a new run, or that of an earlier process which did not finish it
-            for pipeline in self._pipelines.values():
-                pipeline.end()
-            store.note(life=life, deaths=0)
-        init = init | dict(settings=with_nodes(init["settings"]))
-        self._writer = Writer(store, init, self._stop)
-        try:
-            if "ledgers" not in facts:
-                self._writer.start(self._pipelines)
-        except Exception:
-            store.close() if again or self._pipelines else store.remove()
-            raise
-        self._artifacts, self._store = Artifacts(store, self._writer, self._changed), store
+        init = self._letter.init | dict(settings=with_nodes(self._letter.init["settings"]))
+        run = Run.open(str(self._letter_path), init, self._changed, self._events.stop)
+        run.store.hear = self._hear
+        run.start()
+        self._run = run
 
     def _come_back(self) -> None:
         """What a restarted actor does first. If it can't, it dies, and tries again until it has given up."""
@@ -131,9 +98,10 @@ class PipelineActor:
             return
         try:
             self._begin()
+            self._events.end(prefix for prefix, pipeline in self._run.pipelines.items() if pipeline.ended)
+        except GivenUpError:
+            raise  # out of a constructor: Ray does not restart it any more
         except Exception as error:
-            if "given up" in str(error):
-                raise  # out of a constructor: Ray does not restart it any more
             logger.warning("the pipeline actor can't go on: %s", line(error))
             os._exit(1)
 
@@ -144,17 +112,16 @@ class PipelineActor:
         for call in holding:
             call.future().add_done_callback(lambda end: self._heard_end(batch.prefix, batch.sender, end))
         with self._changed:
-            pipeline = self._pipelines.get(batch.prefix)
+            pipeline = self._run.pipelines.get(batch.prefix) if self._run else None
             if not pipeline or pipeline.ended:
                 return Answer(self._generation, finished=True)
             self._log(pipeline.push(batch))
             self._changed.notify_all()
-            return Answer(self._generation)
+            return Answer(self._generation, finished=False)
 
     def _log(self, rows: Sequence[Row]) -> None:
         try:
-            for row in rows:
-                self._writer.log(row)
+            self._run.log(rows)
         except ServiceDiedError:
             os._exit(1)  # only a new process gets a new wandb-core
 
@@ -168,10 +135,12 @@ class PipelineActor:
             dead = None
             with contextlib.suppress(queue.Empty):
                 dead = self._deaths.get(timeout=self.CLOCK)
-            if self._store and wandb_internals.service_is_dead():
+            if not self._run:
+                continue
+            if wandb_internals.service_is_dead():
                 os._exit(1)
             with self._changed, contextlib.suppress(sqlite3.Error):  # the disk is full: the next time
-                for prefix, pipeline in self._pipelines.items():
+                for prefix, pipeline in self._run.pipelines.items():
                     if not pipeline.ended and dead and dead[0] == prefix:
                         self._log(pipeline.died(dead[1]))
                     elif not pipeline.ended and not dead:
@@ -180,30 +149,20 @@ class PipelineActor:
 
     @ray.method(concurrency_group="hold")
     def hold(self, seen: int) -> tuple[int, set[str], bool]:
-        """Returns at the next event after `seen` of them: a pipeline ends, or somebody wants the run stopped.
-
-        Returns how many there were, the prefixes of the pipelines that end and whether the run is to be stopped.
-        """
-        with self._event:
-            self._event.wait_for(lambda: len(self._ended) + self._stopped > seen)
-            return len(self._ended) + self._stopped, set(self._ended), self._stopped
-
-    def _stop(self) -> None:
-        with self._event:
-            self._stopped = True
-            self._event.notify_all()
+        """Returns at the next event of the run: how many there were, and what `Events.behind` says of them."""
+        return self._events.behind(seen)
 
     @ray.method(concurrency_group="control")
     def expect(self, prefix: str, workers: int) -> None:
         with self._changed:
-            self._raise_if_ended(prefix)
-            self._log(self._pipelines[prefix].expect(workers))
+            self._log(self._pipeline(prefix).expect(workers))
 
     @ray.method(concurrency_group="control")
     def progress(self, prefix: str) -> tuple[Ledger, dict[str, Any]]:
         """The ledger so far, and the numbers of the row of the highest step (keys without prefix)."""
         with self._changed:
-            return ledger(self._store, self._pipelines[prefix]), self._pipelines[prefix].last_row
+            pipeline = self._run.pipelines[prefix]
+            return ledger(self._run.store, pipeline), pipeline.last_row
 
     # Artifacts
 
@@ -216,70 +175,45 @@ class PipelineActor:
     def log_artifact(self, prefix: str, folder: Path, what: Mapping[str, Any]) -> None:
         """Has an artifact logged whose files are in `folder`."""
         with self._changed:
-            self._raise_if_ended(prefix)
-            self._artifacts.log(folder, what)
+            self._pipeline(prefix)
+            self._run.artifacts.log(folder, what)
 
     @ray.method(concurrency_group="control")
     def use_artifact(self, prefix: str, name: str) -> None:
         with self._changed:
-            self._raise_if_ended(prefix)
-            self._artifacts.use(name)
+            self._pipeline(prefix)
+            self._run.artifacts.use(name)
 
-    def _raise_if_ended(self, prefix: str) -> None:
-        if prefix not in self._pipelines or self._pipelines[prefix].ended:
+    def _pipeline(self, prefix: str) -> Pipeline:
+        if prefix not in self._run.pipelines or self._run.pipelines[prefix].ended:
             raise RunFinishedError(f"run {self._letter.init.get('name')!r} is finished")
+        return self._run.pipelines[prefix]
 
     # Finishing
 
     @ray.method(concurrency_group="control")
-    def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None) -> dict[str, Ledger]:
-        """Finishes the run, or only one pipeline of a run that goes on; returns the ledgers by prefix."""
+    def finish(
+        self, exit_code: int, failure: str | None = None, prefix: str | None = None, grace: float = 5.0
+    ) -> dict[str, Ledger]:
+        """Finishes the run, or only one pipeline of a run that goes on; returns the ledgers by prefix.
+
+        grace: seconds that it waits for a process which says nothing.
+        """
+        run = self._run
         with self._changed:
-            ends = [prefix] if prefix is not None else list(self._pipelines)
-            self._end([self._pipelines[prefix] for prefix in ends if not self._pipelines[prefix].ended])
+            ends = [pipeline for pipeline in run.pipelines.values() if prefix in (None, pipeline.prefix)]
+            ends = [pipeline for pipeline in ends if not pipeline.ended]
+            self._events.end(pipeline.prefix for pipeline in ends)
+            hear_out(ends, run.store, self._changed, self._log, grace)
+            for pipeline in ends:
+                if not pipeline.ended:  # by another caller, while this one waited
+                    self._log(pipeline.end())
             if prefix is not None:
-                return {prefix: ledger(self._store, self._pipelines[prefix])}
-        self._artifacts.finish(self._writer.timeout)  # its threads need the lock
-        with self._changed:
-            if "ledgers" not in self._store.facts:
-                try:
-                    self._writer.finish(exits.INTERRUPTED if self._stopped and exit_code else exit_code, failure)
-                except ServiceDiedError:
-                    os._exit(1)  # Ray repeats the call on the next actor
-                conclude(self._store, self._pipelines, self._writer.there)
-            return self._store.facts["ledgers"]
-
-    def _end(self, pipelines: Sequence[Pipeline]) -> None:
-        """Waits for the last word of each sender, then closes the steps."""
-        with self._event:
-            self._ended |= {pipeline.prefix for pipeline in pipelines}
-            self._event.notify_all()
-        began = time.time()
-        senders = [sender for pipeline in pipelines for sender in pipeline.inbox.senders.values()]
-        while any(is_task(sender.worker) and time.time() - sender.heard < self.PAUSE for sender in senders):
-            self._changed.wait(self.PAUSE)
-        while silent := self._silent(pipelines):
-            self._changed.wait(0.05)
-            for pipeline, id_, sender in silent if time.time() - began > 0.5 else ():  # Ray may know more by now
-                if is_gone(sender.worker, sender.process):
-                    self._log(pipeline.died(id_))
-            if all(time.time() - max(began, sender.heard) > self.GRACE for _, _, sender in silent):
-                break
-        for _, _, sender in self._silent(pipelines):
-            node, pid = sender.process
-            self._store.warn(
-                f"silent {pid} {node}",
-                f"process {pid} on node {node} did not answer within {self.GRACE} s: {sender.received} of its reports "
-                f"have arrived, of {sender.said} at least",
-            )
-        for pipeline in pipelines:
-            if not pipeline.ended:  # by another caller, while this one waited
-                self._log(pipeline.end())
-
-    def _silent(self, pipelines: Sequence[Pipeline]) -> list[tuple[Pipeline, str, Sender]]:
-        """Senders that may have more to say."""
-        each = ((pipeline, *found) for pipeline in pipelines for found in pipeline.inbox.senders.items())
-        return [found for found in each if not found[2].ended]
+                return {prefix: ledger(run.store, run.pipelines[prefix])}
+        try:
+            return run.finish(exits.INTERRUPTED if self._events.stopped and exit_code else exit_code, failure)
+        except ServiceDiedError:
+            os._exit(1)  # Ray repeats the call on the next actor
 
     @ray.method(concurrency_group="control", max_task_retries=0)
     def leave(self) -> None:
@@ -288,36 +222,14 @@ class PipelineActor:
         ray.actor.exit_actor()
 
     def _forget(self) -> None:
-        if self._store:
-            self._store.remove()
+        if self._run:
+            self._run.store.remove()
         guest.forget_letter(self._letter_path)
-
-    def _watch_owner(self) -> None:
-        """Finishes the run when the process that it belongs to is gone; Ray leaves two seconds for that, or more."""
-        raylet = os.getppid()
-        if not guest.has_died(self._letter_path):
-            return
-        code = guest.how_it_ended(self._letter.ray_worker) if self._letter.ray_worker else 1
-        if not self._letter.ray_worker:
-            self.GRACE = 0.5
-        ended = code, "the process that the run belonged to is gone" if code else None
-        try:
-            self.finish(*(guest.read_letter(self._letter_path).ended or ended))
-            self._forget()
-        except Exception as error:  # the store stays, for the next run of that id
-            logger.warning("run %s could not be finished: %s", self._letter.init["id"], line(error))
-        with contextlib.suppress(Exception, SystemExit):
-            import wandb
-
-            wandb.teardown()  # waits until wandb-core has written all; killed with this process, it would not
-        if os.getppid() != raylet:  # all of Ray is gone
-            os._exit(0)
-        ray.kill(ray.get_runtime_context().current_actor)
 
     def _hear(self, warning: str) -> None:
         logger.warning("W&B run %s: %s", self._letter.init.get("name") or self._letter.init["id"], warning)
         with contextlib.suppress(Exception):
-            self._writer.run.write_logs(warning)
+            self._run.writer.run.write_logs(warning)
 
 
 def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -167,16 +167,27 @@ def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     return sorted_
 
 
-def copy(content: bytes | str | Path, to: Path) -> None:
-    """Puts a file into the run's folder, on its own node: later changes of the original don't change it."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        to.write_bytes(content)
-    else:
-        shutil.copyfile(content, to)
+def stage(
+    content: Mapping[str, Mapping[str, Any]], folder: Path, send: Callable[[Path, int, bytes], object] | None
+) -> dict[str, Any]:
+    """Brings an artifact's files into `folder`, on this node or by `send`; later changes of them don't change it.
+
+    Returns what the pipeline actor must know of the content.
+    """
+    for name, source in content["files"].items():
+        if send:
+            for offset, piece in _pieces(source):
+                send(folder / name, offset, piece)
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, bytes):
+            (folder / name).write_bytes(source)
+        else:
+            shutil.copyfile(source, folder / name)
+    return {**content, "files": [*content["files"]], "objects": values.pack(content["objects"])}
 
 
-def pieces(content: bytes | str | Path) -> Iterator[tuple[int, bytes]]:
+def _pieces(content: bytes | str | Path) -> Iterator[tuple[int, bytes]]:
     """A file for another node: offset and bytes of each piece; at least one."""
     size, offset = len(content) if isinstance(content, bytes) else Path(content).stat().st_size, 0
     with contextlib.nullcontext() if isinstance(content, bytes) else open(content, "rb") as file:

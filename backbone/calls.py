@@ -62,10 +62,10 @@ def ray_answers() -> bool:
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     except Exception:  # Ray's own, where it is not initialized
         return False
-    return not _is_refused(host.strip("[]"), int(port))
+    return not is_refused(host.strip("[]"), int(port))
 
 
-def _is_refused(host: str, port: int) -> bool:
+def is_refused(host: str, port: int) -> bool:
     """Whether nobody listens there, on a machine that is there."""
     try:
         socket.create_connection((host, port), timeout=1).close()
@@ -74,16 +74,6 @@ def _is_refused(host: str, port: int) -> bool:
     except OSError:
         return False
     return False
-
-
-def is_gone(worker: str, process: tuple[str, int]) -> bool:
-    """Whether the process of a worker, given as node and process id, is dead. Ray takes a while to know of a node."""
-    if worker.startswith("actor"):
-        actor = state.actors(worker.split()[1])
-        address = actor["Address"]
-        alive = actor["State"] == "ALIVE" and (address["NodeID"], actor["Pid"]) == process
-        return not alive or _is_refused(address["IPAddress"], address["Port"])
-    return not any(node["NodeID"] == process[0] and node["Alive"] for node in ray.nodes())
 
 
 def plain(error: BaseException) -> str:

@@ -1,123 +1,102 @@
-"""How a run ends: its last rows, its ledgers. Also that of a dead pipeline actor, for which the driver calls
+"""How a run ends whose pipeline actor is gone: from its store. The run's owner has that done by
 
     python -m backbone.ending STORE
 
-in a process of its own, because wandb has runs of the user's in the driver.
+in a process of its own, because wandb has runs of the user's in the owner.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import disk, guest
-from .artifacts import Artifacts
-from .ledger import Ledger
-from .pipeline import Pipeline
+from .files import store_path
+from .ledger import Ledger, line
+from .run import Run
 from .store import Store
-from .writer import Writer
+
+if TYPE_CHECKING:
+    from .starting import Owned
 
 
-def ledger(store: Store, pipeline: Pipeline, there: Callable[[int], bool] | None = None) -> Ledger:
-    """A pipeline's account: so far, or at the end, when it is known which rows are `there`."""
-    facts, counts = store.facts, pipeline.counts
-    known = ("name", "id", "mode", "url", "restarts", "uploaded", "lost_artifacts", "gone")
-    account = Ledger(**{"name": "", "id": ""} | {field: facts[field] for field in known if field in facts})
-    account.prefix, account.paths, account.warnings = (
-        pipeline.prefix,
-        [*map(Path, facts.get("paths", ()))],
-        store.warnings,
-    )
-    for field in ("reports", "rows", "partial", "repeats", "lost_values", "silent"):
-        setattr(account, field, counts[field])
-    if there:
-        found = store.account(pipeline.prefix, there)
-        account.reports, account.rows = pipeline.said, found["rows"]
-        account.lost = account.reports - found["reports"]
-        account.lost_values += found["lost_values"]
-    return account
-
-
-def conclude(
-    store: Store, pipelines: Mapping[str, Pipeline], there: Callable[[], Callable[[int], bool]]
+def finish_without_actor(
+    owned: Owned | None, exit_code: int, failure: str | None, last: Ledger, prefixes: Sequence[str]
 ) -> dict[str, Ledger]:
-    """The ledgers, by prefix, of a finished run. They stay in the store until they have arrived."""
-    deadline = time.monotonic() + 3
-    while True:
-        now = there()
-        ledgers = {prefix: ledger(store, pipeline, now) for prefix, pipeline in pipelines.items()}
-        if time.monotonic() > deadline or not any(account.lost for account in ledgers.values()):
-            break
-        time.sleep(0.2)  # the last rows are written a moment after `run.finish`
-    if lost := sum(account.lost for account in ledgers.values()):
-        store.warn("lost", f"{lost} reports are in no row")
-        for account in ledgers.values():
-            account.warnings = store.warnings
-    store.note(ledgers=ledgers)
-    return ledgers
+    """Finishes a run, whatever has become of it; returns the ledgers by prefix.
 
-
-def take_over(
-    path: Path, letter: guest.Letter, exit_code: int, failure: str | None, seconds: float
-) -> dict[str, Ledger]:
-    """Finishes the run of a dead actor from its store, within so many seconds; returns the ledgers by prefix.
-
-    Raises OSError if another process has the store, or there is none.
+    owned: the run, None in a process that did not make it. last: what is known of it, and why its actor is gone.
     """
+    try:
+        if owned is None:
+            raise FileNotFoundError("only the process that made the run can finish it then")
+        return _take_over(owned.letter, exit_code, failure)
+    except FileNotFoundError as error:
+        problem = line(error)
+    except OSError:  # another process has the store: the actor lives, and only can't be reached from here
+        owned.letter.ended = exit_code, failure
+        guest.rewrite_letter(owned.path, owned.letter)
+        problem = "it finishes the run when this process has ended"
+    last = dataclasses.replace(last, gone=True, warnings=["; ".join([*last.warnings, problem])])
+    return {prefix: dataclasses.replace(last, prefix=prefix) for prefix in prefixes}
+
+
+def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> dict[str, Ledger]:
+    """Raises OSError if another process has the store, or there is none."""
+    from ray import cloudpickle  # here, in the owner, which has it
+
+    path = store_path(Path(letter.init["dir"], "wandb"), letter.init["id"])
     if not path.exists():
         raise FileNotFoundError(f"{path} is gone")
-    from ray import cloudpickle  # here, in the driver, which has it
-
     module, root = __name__, Path(__file__).resolve().parents[len(__name__.split(".")) - 1]
     search = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [sys.executable, "-m", module, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": search},
         start_new_session=True,  # a signal to this process's group has been meant for this process
     )
+    said, seconds = b"", 30 + float(letter.init["settings"].get("finish_timeout") or 60)
     try:
-        process.communicate(cloudpickle.dumps((letter, exit_code, failure)), timeout=seconds)
+        _, said = process.communicate(cloudpickle.dumps((letter, exit_code, failure)), timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-    store = Store(path)
-    if "ledgers" not in store.facts:  # it had no time, or could not start the run
-        pipelines = Pipeline.all(store)
-        for pipeline in pipelines.values():
+    run = Run(Store(path), letter.init, threading.RLock())
+    if "ledgers" not in run.store.facts:
+        why = said.decode(errors="replace").strip().rpartition("\n")[2] or f"it took more than {seconds:.0f} s"
+        run.store.note(gone=True)
+        run.store.warn("not finished", f"the run could not be finished: {why}")
+        for pipeline in run.pipelines.values():
             pipeline.end()
-        conclude(store, pipelines, lambda: disk.numbers(store.facts.get("paths", ())).__contains__)
-    ledgers = store.facts["ledgers"]
-    store.remove()
+        run.conclude(lambda: disk.numbers(run.store.facts.get("paths", ())).__contains__)
+    ledgers = run.store.facts["ledgers"]
+    run.store.remove()
     return ledgers
 
 
 def main() -> None:
     letter, exit_code, failure = pickle.load(sys.stdin.buffer)
-    store = Store(Path(sys.argv[1]), patience=10)
     guest.move_in(letter)
-    if "ledgers" in store.facts:
+    run = Run(Store(Path(sys.argv[1]), patience=10), letter.init, threading.RLock())
+    if "ledgers" in run.store.facts:
         return
-    pipelines = Pipeline.all(store)
-    store.note(gone=True)
-    store.warn(
-        "gone", "the pipeline actor is gone; what it had taken is in the run, what workers said after that is lost"
-    )
-    for pipeline in pipelines.values():
+    gone = "the pipeline actor is gone; what it had taken is in the run, what workers said after that is lost"
+    run.store.note(gone=True)
+    run.store.warn("gone", gone)
+    for pipeline in run.pipelines.values():
         pipeline.end()
-    writer = Writer(store, letter.init)
-    writer.start(pipelines)
-    Artifacts(store, writer, threading.RLock()).finish(writer.timeout)
-    writer.finish(exit_code, failure)
-    conclude(store, pipelines, writer.there)
+    run.start()
+    run.finish(exit_code, failure)
 
 
 if __name__ == "__main__":

@@ -112,28 +112,6 @@ def move_in(letter: Letter) -> None:
         os.chdir(letter.directory)
 
 
-def has_died(path: Path) -> bool:
-    """Waits until the owner is gone; whether that came before it had what it wanted to know."""
-    if not fcntl:  # Windows: it is not watched
-        return False
-    with path.open("r+b") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-    return path.exists()
-
-
-def how_it_ended(ray_worker: str) -> int:
-    """The exit code that an ended worker of Ray's deserves, as Ray's GCS tells it."""
-    from ray._private import state
-    from ray.core.generated import common_pb2, gcs_pb2
-
-    for raw in state.state._connect_and_get_accessor().get_worker_table():
-        data = gcs_pb2.WorkerTableData.FromString(raw)
-        if data.worker_address.worker_id.hex() == ray_worker:
-            intended = common_pb2.INTENDED_SYSTEM_EXIT, common_pb2.INTENDED_USER_EXIT
-            return int(data.exit_type not in intended)
-    return 1
-
-
 def command_line() -> list[str]:
     """Program and arguments of this process; in a worker of Ray's those of its job's driver."""
     import ray

@@ -27,6 +27,13 @@ class Batch(NamedTuple):
     items: Sequence[Item]
 
 
+class Answer(NamedTuple):
+    """The pipeline actor's to a batch."""
+
+    generation: str  # another one after each restart
+    finished: bool  # the batch was not taken
+
+
 @dataclasses.dataclass
 class Sender:
     """An outbox, as far as the pipeline knows it."""

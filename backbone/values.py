@@ -18,6 +18,15 @@ _KNOWN_KEYS: set[str] = set()  # that were found right before; looking here is c
 _RESERVED = ("step", "workers")  # what every row has
 
 
+def as_step(step: Any) -> int:
+    """A step as it was given to `log`. Raises TypeError or ValueError for what is none."""
+    if isinstance(step, bool) or not isinstance(step, int | np.integer):
+        raise TypeError(f"step must be an integer, not {step!r}")
+    if not 0 <= step < 2**63:
+        raise ValueError(f"step must be a number from 0 to 2**63, not {step}")
+    return int(step)
+
+
 def as_report(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What is sent for `metrics`: nested mappings as paths, without None, tensors and the like as numbers or arrays.
 

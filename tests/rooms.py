@@ -1,36 +1,32 @@
 """What a pipeline actor opens, here without an actor and Ray: the store, the pipelines, the W&B run."""
 
+import threading
 from pathlib import Path
 
-from backbone.ending import conclude
 from backbone.inbox import Batch
 from backbone.ledger import Ledger
 from backbone.pipeline import Pipeline
 from backbone.reduction import Reduction
+from backbone.run import Run
 from backbone.store import Row, Store
 from backbone.values import pack
-from backbone.writer import Writer
 
 QUIET = dict(x_disable_stats=True, x_disable_meta=True)
 
 
 class Opened:
-    """The store and the run of a pipeline actor."""
+    """The run of a pipeline actor."""
 
     def __init__(self, folder: Path, **init):
         (folder / "wandb").mkdir(exist_ok=True)
         self.init = dict(project="p", name="n", id="run", dir=str(folder), mode="offline", settings=QUIET) | init
         self.store = Store(folder / "wandb" / f".{self.init['id']}.store")
-        self.pipelines = Pipeline.all(self.store)
-        self.writer = Writer(self.store, self.init)
-        self.writer.start(self.pipelines)
+        self.run = Run(self.store, self.init, threading.RLock())
+        self.run.start()
+        self.writer, self.artifacts, self.pipelines = self.run.writer, self.run.artifacts, self.run.pipelines
 
     def join(self, prefix: str = "", reduction: Reduction | None = None, workers: int = 1) -> Pipeline:
-        if prefix not in self.pipelines:
-            self.writer.define(prefix, self.pipelines)
-            self.pipelines[prefix] = Pipeline(self.store, prefix, reduction or Reduction())
-        self.pipelines[prefix].begin(reduction or Reduction(), workers, self.writer.totals(prefix))
-        return self.pipelines[prefix]
+        return self.run.join(prefix, reduction or Reduction(), workers)
 
     def push(self, step: int, metrics: dict, prefix: str = "") -> Row:
         """A worker's report, which is a row at once; W&B has not got it."""
@@ -41,14 +37,11 @@ class Opened:
         return row
 
     def report(self, step: int, metrics: dict, prefix: str = "") -> None:
-        self.writer.log(self.push(step, metrics, prefix))
+        self.run.log([self.push(step, metrics, prefix)])
 
     def finish(self, exit_code: int = 0, failure: str | None = None) -> dict[str, Ledger]:
-        for pipeline in self.pipelines.values():
-            for row in pipeline.end():
-                self.writer.log(row)
-        self.writer.finish(exit_code, failure)
-        return conclude(self.store, self.pipelines, self.writer.there)
+        self.run.end(list(self.pipelines.values()))
+        return self.run.finish(exit_code, failure)
 
     def abandon(self) -> None:
         """As an actor that is killed right after its rows were written."""

@@ -17,12 +17,12 @@ DOC = "A demo.\n\n--one-run: both pipelines in one run."
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch, tmp_path):
     """A user without an account, in a folder of their own; wandb looks at settings once per process."""
+    wandb.teardown()  # takes WANDB_SERVICE along, which must not be put back afterwards
     for key in list(os.environ):
         if key.startswith("WANDB_") or key in ("RAY_ADDRESS", "NETRC"):
             monkeypatch.delenv(key)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    wandb.teardown()
     yield
     wandb.teardown()
 

@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from backbone.ending import ledger
 from backbone.inbox import Batch
 from backbone.pipeline import Pipeline
 from backbone.reduction import Reduction
+from backbone.run import ledger
 from backbone.store import Row, Store
 from backbone.values import pack
 from common import TrainingPipelineActor

@@ -10,15 +10,12 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
 from backbone import artifacts, disk, wandb_internals
-from backbone.artifacts import Artifacts
-from backbone.ending import conclude
+from backbone.ledger import Ledger
 from backbone.reduction import Reduction
-from backbone.values import pack
 
 import numpy as np
 import pytest
@@ -177,6 +174,11 @@ def test_many_refused_values_are_one_warning_with_its_count(opened):
     assert warning.endswith("(20 times)")
 
 
+def concluded(made: Opened, there) -> Ledger:
+    made.run.conclude(there)
+    return made.store.facts["ledgers"][""]
+
+
 def test_rows_that_come_to_disk_while_they_are_counted_are_not_called_lost(opened):
     """The lag is wandb's own, a few milliseconds; here the first look doesn't see what the second one sees."""
     made, looks = opened(), []
@@ -189,7 +191,7 @@ def test_rows_that_come_to_disk_while_they_are_counted_are_not_called_lost(opene
         looks.append(made.writer.there())
         return looks[-1] if len(looks) > 1 else lambda number: number < 4
 
-    account = conclude(made.store, made.pipelines, there)[""]
+    account = concluded(made, there)
     assert (len(looks), account.rows, account.lost, account.warnings) == (2, 5, 0, [])
 
 
@@ -198,7 +200,7 @@ def test_rows_that_do_not_come_to_disk_are_lost_and_told(opened):
     made.join()
     made.report(0, {"a": 1.0})
     made.finish()
-    account = conclude(made.store, made.pipelines, lambda: lambda number: False)[""]
+    account = concluded(made, lambda: lambda number: False)
     assert (account.reports, account.rows, account.lost, account.ok) == (1, 0, 1, False)
     assert account.warnings == ["1 reports are in no row"]
 
@@ -304,18 +306,18 @@ def online(server: Server) -> dict[str, str]:
 
 def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server):
     """Not the disk's, which may be behind or ahead of them: each row is on the server once."""
-    process = writing(tmp_path, 3000, dict(mode="online"), "lambda step: dict(n=1)", online(server))
+    process = writing(tmp_path, 12000, dict(mode="online"), "lambda step: dict(n=1)", online(server))
     wait_for(lambda: process.stdout.readline() and "run" in server.runs and len(server.rows("run")) > 10, every=0)
     process.kill()
     process.communicate()
     had = len(server.rows("run"))
-    last = writing(tmp_path, 3000, dict(mode="online"), "lambda step: dict(n=1)", online(server))
+    last = writing(tmp_path, 12000, dict(mode="online"), "lambda step: dict(n=1)", online(server))
     stdout, stderr = last.communicate(timeout=120)
-    assert json.loads(stdout.splitlines()[-1]) == [3000, 3000, 0, 0, []], stderr[-800:]
-    assert 10 < had < 3000
+    assert json.loads(stdout.splitlines()[-1]) == [12000, 12000, 0, 0, []], stderr[-800:]
+    assert 10 < had < 12000
     rows = server.rows("run")
-    assert numbers(rows) == list(range(3000))
-    assert [row["step"] for row in rows] == list(range(3000))
+    assert numbers(rows) == list(range(12000))
+    assert [row["step"] for row in rows] == list(range(12000))
 
 
 def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, server):
@@ -418,15 +420,13 @@ def staged(made: Opened, name: str, content: bytes, **more) -> tuple[str, dict]:
     what, found = artifacts.check(name, "model", None, more.pop("aliases", ())), {"a.bin": content, **more}
     found = artifacts.contents(name, found)
     folder = Path(made.writer.run.sync_dir, "artifacts", f"{name}-{len(list(Path(made.init['dir']).rglob('*')))}")
-    for file, source in found["files"].items():
-        artifacts.copy(source, folder / file)
-    return str(folder), what | found | dict(files=[*found["files"]], objects=pack(found["objects"]))
+    return str(folder), what | artifacts.stage(found, folder, None)
 
 
 def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opened, tmp_path):
     made = opened()
     made.join()
-    queue = Artifacts(made.store, made.writer, threading.RLock())
+    queue = made.artifacts
     queue.log(*staged(made, "first", b"1", aliases=["best"]))
     queue.use("other:latest")
     queue.finish(60)
@@ -435,7 +435,7 @@ def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opene
     made.store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))  # and killed before W&B had it
     made.abandon()
     made = opened()
-    queue = Artifacts(made.store, made.writer, threading.RLock())
+    queue = made.artifacts
     table, reference = wandb.Table(columns=["x"], data=[[1]]), f"http://127.0.0.1:1/{'x' * 50}"
     queue.log(*staged(made, "third", b"3", table=table, at=reference))
     queue.finish(60)
@@ -456,7 +456,7 @@ def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opene
 def test_one_table_may_be_logged_in_many_rows_and_artifacts(opened, tmp_path):
     made = opened()
     made.join()
-    queue = Artifacts(made.store, made.writer, threading.RLock())
+    queue = made.artifacts
     table = wandb.Table(columns=["reward"], data=[[0.5]])
     for step in range(3):
         made.report(step, {"rollouts": table})
@@ -472,7 +472,7 @@ def test_one_table_may_be_logged_in_many_rows_and_artifacts(opened, tmp_path):
 def test_an_artifact_that_can_not_be_logged_is_counted_and_named(opened):
     made = opened()
     made.join()
-    queue = Artifacts(made.store, made.writer, threading.RLock())
+    queue = made.artifacts
     folder, what = staged(made, "gone", b"1")
     Path(folder, "a.bin").unlink()
     queue.log(folder, what)

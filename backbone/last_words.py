@@ -1,0 +1,65 @@
+"""Before a pipeline ends, each of its processes has its last word. Whether one that says nothing is dead, Ray knows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import ray
+from ray._private import state
+
+from .calls import is_refused
+from .inbox import Sender
+from .pipeline import Pipeline
+from .steps import is_task
+from .store import Row, Store
+
+PAUSE = 0.3  # seconds without news after which plain tasks, which can't be asked, have said all
+
+
+def hear_out(
+    pipelines: Sequence[Pipeline],
+    store: Store,
+    changed: threading.Condition,
+    log: Callable[[Sequence[Row]], None],
+    grace: float,
+) -> None:
+    """Waits for the last word of each sender, `grace` seconds after it was heard of; then warns of it.
+
+    changed: has been acquired, and tells of what is pushed meanwhile. log: is given the rows of those that are dead.
+    """
+    began = time.time()
+    senders = [sender for pipeline in pipelines for sender in pipeline.inbox.senders.values()]
+    while any(is_task(sender.worker) and time.time() - sender.heard < PAUSE for sender in senders):
+        changed.wait(PAUSE)
+    while silent := _silent(pipelines):
+        changed.wait(0.05)
+        for pipeline, id_, sender in silent if time.time() - began > 0.5 else ():  # Ray may know more by now
+            if _is_gone(sender.worker, sender.process):
+                log(pipeline.died(id_))
+        if all(time.time() - max(began, sender.heard) > grace for _, _, sender in silent):
+            break
+    for _, _, sender in _silent(pipelines):
+        node, pid = sender.process
+        store.warn(
+            f"silent {pid} {node}",
+            f"process {pid} on node {node} did not answer within {grace} s: {sender.received} of its reports "
+            f"have arrived, of {sender.said} at least",
+        )
+
+
+def _silent(pipelines: Sequence[Pipeline]) -> list[tuple[Pipeline, str, Sender]]:
+    """Senders that may have more to say."""
+    each = ((pipeline, *found) for pipeline in pipelines for found in pipeline.inbox.senders.items())
+    return [found for found in each if not found[2].ended]
+
+
+def _is_gone(worker: str, process: tuple[str, int]) -> bool:
+    """Whether the process of a worker, given as node and process id, is dead. Ray takes a while to know of a node."""
+    if worker.startswith("actor"):
+        actor = state.actors(worker.split()[1])
+        address = actor["Address"]
+        alive = actor["State"] == "ALIVE" and (address["NodeID"], actor["Pid"]) == process
+        return not alive or is_refused(address["IPAddress"], address["Port"])
+    return not any(node["NodeID"] == process[0] and node["Alive"] for node in ray.nodes())

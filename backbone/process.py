@@ -1,0 +1,73 @@
+"""What a process knows of itself: who logs in it, which Ray it is in, and which of its threads must not wait."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from typing import NamedTuple
+
+import ray
+
+_name = f"process {uuid.uuid4().hex}"  # who logs where no actor and no task does
+forked_from: list[int] = []  # processes that this one is a fork of
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: forked_from.append(os.getppid()))
+
+
+class Self(NamedTuple):
+    """This process, as its Ray knows it."""
+
+    place: tuple[str, int]  # node and process id
+    worker: str  # who logs, but for tasks
+    in_task: bool  # it runs plain tasks, and may end behind each of them
+    in_async_actor: bool
+
+
+def myself() -> Self:
+    context = ray.get_runtime_context()
+    actor, worker = context.get_actor_id(), context.worker
+    return Self(
+        place=(context.get_node_id(), os.getpid()),
+        worker=f"actor {actor}" if actor else _name,
+        in_task=not actor and worker.mode == ray.WORKER_MODE,
+        in_async_actor=bool(actor) and worker.core_worker.current_actor_is_asyncio(),
+    )
+
+
+def session() -> str:
+    """Which Ray this process is connected to, if any. A handle is of no use in another one."""
+    return ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
+
+
+def current_task() -> str:
+    """The plain task that this thread runs. Other threads of a task have no id of it."""
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    if not context or context.worker.mode != ray.WORKER_MODE:  # a driver, in which Ray warns of the question below
+        return ""
+    if context.get_actor_id() or threading.current_thread() is not threading.main_thread():
+        return ""
+    task = context.get_task_id()
+    return f"task {task} {context.worker.core_worker.get_current_task_attempt_number()}" if task else ""
+
+
+class _Mark(threading.local):
+    """Threads that must not wait for an outbox, because it waits for them."""
+
+    depth = 0  # how many locks of outboxes this thread has
+    runs_callbacks = False  # of Ray's
+
+
+mark = _Mark()
+
+
+class MarkedLock(threading.Condition):
+    """The lock of an outbox. The collector may run a destructor in the very thread that has it."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        mark.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        mark.depth -= 1
+        super().__exit__(*error)

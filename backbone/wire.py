@@ -1,0 +1,180 @@
+"""The way from a process to the pipeline actor: batches are submitted, answers come by callbacks.
+
+No thread waits inside Ray: one that does so while its process ends crashes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Set
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+
+from . import process
+from .backlog import Backlog
+from .calls import has_left, plain
+from .ledger import RunFinishedError
+
+logger = logging.getLogger("wandb_run")
+
+
+class Wire:
+    """Sends the reports of one outbox, several batches at a time.
+
+    A thread submits them, so that logging takes microseconds. In a plain task who logs submits them, because the
+    process may end right after it.
+
+    copies: of the run in this process; behind the last one it says goodbye.
+    stop: is called once if somebody presses "Stop run" on the run's page.
+
+    Raises RuntimeError where Ray is not running.
+    """
+
+    def __init__(
+        self,
+        actor: ray.actor.ActorHandle,
+        prefix: str,
+        name: str,
+        copies: Set[int],
+        changed: threading.Condition,
+        stop: Callable[[], None] | None,
+    ):
+        self._session = process.session()
+        if not self._session:
+            raise RuntimeError(f"Ray is not running, so nothing can be logged to run {name!r}")
+        self._actor, self._prefix, self._name, self._copies, self._stop = actor, prefix, name, copies, stop
+        self._changed = changed  # guards all that follows
+        self.me = process.myself()
+        self.backlog = Backlog(prefix, self.me.place, self.me.worker)
+        self.generation = ""  # of the actor, in its last answer
+        self.closed = False  # nothing more is taken, and what is here is sent
+        self.error: BaseException | None = None  # why nothing can be sent any more
+        self.flushing = self._submitting = False
+        self._told = False  # the user knows that reports are lost
+        # A call of the actor without an answer: Ray tells the actor when the call's owner dies. Not in a plain task,
+        # whose process could not end as long as it waits for an answer.
+        self._holding: Any = None
+        self._announce = False  # the next batch tells the actor of it
+        self._seen = 0  # how many events of the run this process knows of
+        if not self.me.in_task:
+            self._hold()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def raise_if_closed(self) -> None:
+        if self.closed:
+            raise RunFinishedError(f"run {self._name!r} is finished, so nothing more can be logged to it")
+        if self.error and self._session != process.session():
+            raise RuntimeError(f"Ray is not running any more, so nothing can be logged to run {self._name!r}")
+
+    # Sending
+
+    def _work(self) -> None:
+        process.mark.runs_callbacks = True
+        while not self.error and not (self.closed and self.backlog.last_sent):
+            with self._changed:
+                self._changed.wait_for(lambda: self.error or (self._is_due and not self._is_taken_care_of))
+            self.submit()
+
+    @property
+    def _is_taken_care_of(self) -> bool:
+        """A task's reports are submitted by who logs them, up to the goodbye: it may end as soon as that returns."""
+        return self._submitting or (self.me.in_task and not self._leaving)
+
+    @property
+    def _is_due(self) -> bool:
+        if self.error:
+            return False
+        more = not self.backlog.is_full or self.flushing or self.me.in_task or self._leaving
+        return bool((self.backlog.waiting and more) or self._owes_goodbye or (self._announce and self.generation))
+
+    @property
+    def _leaving(self) -> bool:
+        return self.closed or not self._copies
+
+    @property
+    def _owes_goodbye(self) -> bool:
+        backlog = self.backlog
+        return bool(self._leaving and backlog.serial and (not backlog.last_sent or backlog.of_task))
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing of this process will be sent, or wait for an answer, unless more is logged."""
+        return self.error is not None or not (self.backlog.waiting or self.backlog.under_way or self._owes_goodbye)
+
+    def submit(self) -> None:
+        """Sends batches as long as some are due; one thread at a time, so that they are sent in order."""
+        mine = False
+        while True:
+            with self._changed:
+                if mine:
+                    self._submitting = mine = False
+                if self._submitting or not self._is_due:
+                    return
+                batch = self.backlog.next_batch(self._leaving, may_end=self.me.in_task)
+                announced = [self._holding] if self._announce else []
+                self._announce, self._submitting, mine = False, True, True
+            try:
+                if self._session != process.session():
+                    raise RuntimeError("Ray is not running any more")
+                answer = self._actor.push.remote(batch, announced).future()
+                answer.add_done_callback(functools.partial(self._answered, batch.serial))
+            except Exception as error:  # Ray is not running any more
+                self._fail(error)
+
+    def _answered(self, serial: int, answer: Future) -> None:
+        process.mark.runs_callbacks = True
+        error = answer.exception()
+        if isinstance(error, ray.exceptions.RayActorError):
+            self._fail(error)
+        with self._changed:
+            reports = self.backlog.answered(serial)
+            if error:
+                self.lose(reports, error)
+            else:
+                generation, finished = answer.result()
+                restarted = self.generation not in ("", generation)
+                self._announce |= restarted and self._holding is not None
+                self.generation = generation
+                self.closed |= finished
+                if finished:
+                    self.lose(reports, RunFinishedError("the run is finished"))
+            self._changed.notify_all()
+
+    # What the run tells
+
+    def _hold(self) -> None:
+        self._announce, self._holding = True, self._actor.hold.remote(self._seen)
+        self._holding.future().add_done_callback(self._hear)
+
+    def _hear(self, event: Future) -> None:
+        """Called when a pipeline of the run ends, somebody wants it stopped, or the actor is gone."""
+        process.mark.runs_callbacks = True
+        if event.exception():
+            return self._fail(event.exception())
+        self._seen, ended, stopped = event.result()
+        if stopped and self._stop:
+            stop, self._stop = self._stop, None
+            stop()
+        with self._changed:
+            self.closed = self._prefix in ended
+            if not self.closed and self._session == process.session():
+                self._hold()
+            self._changed.notify_all()
+        self.submit()
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing can be sent any more: the run is finished, its actor is gone for good, or Ray is."""
+        with self._changed:
+            self.closed |= has_left(error)
+            self.error = error
+            self.lose(self.backlog.drop(), error)
+            self._changed.notify_all()
+
+    def lose(self, reports: int, error: BaseException) -> None:
+        if reports and not self._told:
+            self._told = True
+            logger.warning("run %s: reports are lost from now on, training goes on: %s", self._name, plain(error))
