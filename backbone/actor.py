@@ -10,7 +10,6 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -110,7 +109,9 @@ class PipelineActor:
     def push(self, batch: Batch, holding: Sequence[ray.ObjectRef]) -> Answer:
         """Takes a batch. holding: a call of `hold` by the sender, whose fate tells of the sender's death."""
         for call in holding:
-            call.future().add_done_callback(lambda end: self._heard_end(batch.prefix, batch.sender, end))
+            call.future().add_done_callback(
+                lambda end: end.exception() and self._deaths.put((batch.prefix, batch.sender))
+            )
         with self._changed:
             pipeline = self._run.pipelines.get(batch.prefix) if self._run else None
             if not pipeline or pipeline.ended:
@@ -124,10 +125,6 @@ class PipelineActor:
             self._run.log(rows)
         except ServiceDiedError:
             os._exit(1)  # only a new process gets a new wandb-core
-
-    def _heard_end(self, prefix: str, sender: str, end: Future) -> None:
-        if end.exception():
-            self._deaths.put((prefix, sender))
 
     def _look_after(self) -> None:
         """Does what nobody pushes: deaths, of wandb-core too, and the clock."""
@@ -200,17 +197,15 @@ class PipelineActor:
         grace: seconds that it waits for a process which says nothing.
         """
         run = self._run
-        with self._changed:
-            ends = [pipeline for pipeline in run.pipelines.values() if prefix in (None, pipeline.prefix)]
-            ends = [pipeline for pipeline in ends if not pipeline.ended]
-            self._events.end(pipeline.prefix for pipeline in ends)
-            hear_out(ends, run.store, self._changed, self._log, grace)
-            for pipeline in ends:
-                if not pipeline.ended:  # by another caller, while this one waited
-                    self._log(pipeline.end())
-            if prefix is not None:
-                return {prefix: ledger(run.store, run.pipelines[prefix])}
         try:
+            with self._changed:
+                ends = [pipeline for pipeline in run.pipelines.values() if prefix in (None, pipeline.prefix)]
+                ends = [pipeline for pipeline in ends if not pipeline.ended]
+                self._events.end(pipeline.prefix for pipeline in ends)
+                hear_out(ends, run, self._changed, grace)
+                run.end(ends)
+                if prefix is not None:
+                    return {prefix: ledger(run.store, run.pipelines[prefix])}
             return run.finish(exits.INTERRUPTED if self._events.stopped and exit_code else exit_code, failure)
         except ServiceDiedError:
             os._exit(1)  # Ray repeats the call on the next actor

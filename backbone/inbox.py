@@ -57,6 +57,11 @@ class Inbox:
         self.senders: dict[str, Sender] = {}
         self._changed: set[str] = set()
 
+    @property
+    def said(self) -> int:
+        """Reports that the workers are known to have logged."""
+        return sum(max(sender.said, sender.received) for sender in self.senders.values())
+
     def load(self) -> None:
         """Goes back to what is in the store, but for what has been said since."""
         before, self._changed = self.senders, set()

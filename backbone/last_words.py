@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import ray
 from ray._private import state
@@ -12,22 +14,16 @@ from ray._private import state
 from .calls import is_refused
 from .inbox import Sender
 from .pipeline import Pipeline
+from .run import Run
 from .steps import is_task
-from .store import Row, Store
 
 PAUSE = 0.3  # seconds without news after which plain tasks, which can't be asked, have said all
 
 
-def hear_out(
-    pipelines: Sequence[Pipeline],
-    store: Store,
-    changed: threading.Condition,
-    log: Callable[[Sequence[Row]], None],
-    grace: float,
-) -> None:
+def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Condition, grace: float) -> None:
     """Waits for the last word of each sender, `grace` seconds after it was heard of; then warns of it.
 
-    changed: has been acquired, and tells of what is pushed meanwhile. log: is given the rows of those that are dead.
+    changed: has been acquired, and tells of what is pushed meanwhile.
     """
     began = time.time()
     senders = [sender for pipeline in pipelines for sender in pipeline.inbox.senders.values()]
@@ -37,12 +33,13 @@ def hear_out(
         changed.wait(0.05)
         for pipeline, id_, sender in silent if time.time() - began > 0.5 else ():  # Ray may know more by now
             if _is_gone(sender.worker, sender.process):
-                log(pipeline.died(id_))
+                with contextlib.suppress(sqlite3.Error):  # the disk is full
+                    run.log(pipeline.died(id_))
         if all(time.time() - max(began, sender.heard) > grace for _, _, sender in silent):
             break
     for _, _, sender in _silent(pipelines):
         node, pid = sender.process
-        store.warn(
+        run.store.warn(
             f"silent {pid} {node}",
             f"process {pid} on node {node} did not answer within {grace} s: {sender.received} of its reports "
             f"have arrived, of {sender.said} at least",

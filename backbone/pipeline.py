@@ -8,7 +8,7 @@ import pickle
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import values
@@ -107,11 +107,6 @@ class Pipeline:
     def _warn_of_the_disk(self, error: sqlite3.Error) -> None:
         self._warn("disk", f"{line(error)}: reports get lost until that ends, training goes on")
 
-    @property
-    def said(self) -> int:
-        """Reports that the workers are known to have logged."""
-        return sum(max(sender.said, sender.received) for sender in self.inbox.senders.values())
-
     def _take(self, batches: Sequence[Batch]) -> None:
         for worker, step, commit, metrics in (item for batch in batches for item in batch.items):
             self._touched.add(worker)
@@ -138,10 +133,7 @@ class Pipeline:
         if not metrics:
             return
         row = reduce_reports(metrics, self.reduction, self._warn)
-        for key in [key for key in row if self.reduction.rule(key).total and isinstance(row[key], int | float)]:
-            self.totals[key] = self.totals.get(key, 0) + (row[key] if math.isfinite(row[key]) else 0)
-            row[f"{key}_total"] = self.totals[key]
-        row |= {"step": step, "workers": len(reports)}
+        row |= _add(row, self.totals, self.reduction) | {"step": step, "workers": len(reports)}
         self.counts.update(rows=1, partial=len(reports) < self.steps.workers)
         if step >= self.last_row.get("step", 0):
             self.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
@@ -206,3 +198,11 @@ class Pipeline:
             self.steps.places.update({} if dead else {worker: Place(step, bool(committed), heard)})
         for _, id_, step, worker, heard, _ in db.execute("SELECT * FROM reports WHERE prefix = ? ORDER BY id", mine):
             self.steps.restore(worker, step, id_, heard)
+
+
+def _add(row: Mapping[str, Any], totals: dict[str, float], reduction: Reduction) -> dict[str, float]:
+    """Adds a row to the running sums; what they are now, under the keys of a row."""
+    keys = [key for key in row if reduction.rule(key).total and isinstance(row[key], int | float)]
+    for key in keys:
+        totals[key] = totals.get(key, 0) + (row[key] if math.isfinite(row[key]) else 0)
+    return {f"{key}_total": totals[key] for key in keys}

@@ -141,7 +141,7 @@ def ledger(store: Store, pipeline: Pipeline, there: Callable[[int], bool] | None
         setattr(account, field, counts[field])
     if there:
         found = store.account(pipeline.prefix, there)
-        account.reports, account.rows = pipeline.said, found["rows"]
+        account.reports, account.rows = pipeline.inbox.said, found["rows"]
         account.lost = account.reports - found["reports"]
         account.lost_values += found["lost_values"]
     return account

@@ -1,4 +1,4 @@
-"""The benchmark runs, and logs what it says it logs."""
+"""The benchmarks run, and log what they say they log."""
 
 import json
 import subprocess
@@ -7,13 +7,27 @@ import sys
 from conftest import ROOT
 
 
-def test_every_way_is_measured_and_wandb_run_loses_no_report(environment):
-    command = [sys.executable, str(ROOT / "benchmarks" / "logging_cost.py"), "--json", "--workers", "2"]
-    command += ["--reports", "20", "--paced", "5", "--rounds", "1"]
+def measured(environment: dict[str, str], program: str, *arguments: str) -> dict:
+    command = [sys.executable, str(ROOT / "benchmarks" / program), "--json", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    ways = json.loads(done.stdout)["ways"]
-    assert {*ways} == {
+    return json.loads(done.stdout)
+
+
+def test_every_way_is_measured_and_loses_no_report(environment):
+    load = ["--workers", "2", "--reports", "20", "--paced", "5", "--rounds", "1"]
+    result = measured(environment, "logging_cost.py", *load)
+    assert list(result["ways"]) == [
         *("blocking", "unbounded", "own run", "driver", "queue", "WandbRun rows", "WandbRun reduced", "ceiling"),
-    }
-    assert {ways[name]["lost"] for name in ways} == {0}
+    ]
+    assert {row["lost"] for row in result["ways"].values()} == {0}
+    assert len(result["targets"]) == 5
+
+
+def test_what_one_pipeline_carries_is_measured_and_none_of_it_lost(environment):
+    load = ["--million", "1000", "--reports", "64", "--workers", "8", "--steps", "2"]
+    result = measured(environment, "one_pipeline.py", "--only", "million", "scaling", "thousand", *load)
+    rows = [row for part in ("million", "scaling", "thousand") for row in result[part].values()]
+    assert len(rows) == 1 + 6 + 3
+    assert {row["lost"] for row in rows} == {0}
+    assert len(result["targets"]) == 5
