@@ -85,9 +85,9 @@ def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> dic
 
 
 def main() -> None:
-    letter, exit_code, failure = pickle.load(sys.stdin.buffer)
+    path, (letter, exit_code, failure) = Path(sys.argv[1]), pickle.load(sys.stdin.buffer)
     guest.move_in(letter)
-    run = Run(Store(Path(sys.argv[1]), patience=10), letter.init, threading.RLock())
+    run = Run(Store(path, patience=10), letter.init, threading.RLock())
     if "ledgers" in run.store.facts:
         return
     gone = "the pipeline actor is gone; what it had taken is in the run, what workers said after that is lost"
