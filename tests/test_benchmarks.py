@@ -30,4 +30,6 @@ def test_what_one_pipeline_carries_is_measured_and_none_of_it_lost(environment):
     rows = [row for part in ("million", "scaling", "thousand") for row in result[part].values()]
     assert len(rows) == 1 + 6 + 3
     assert {row["lost"] for row in rows} == {0}
+    steps = [100, 16, 4, 1, 16, 4, 1, 2, 2, 2]
+    assert [row["rows"] for row in rows] == [1 + each for each in steps], "all workers of a step are in its row"
     assert len(result["targets"]) == 5
