@@ -86,7 +86,10 @@ class Artifacts:
 
     def _use(self, id_: int, *, name: str) -> None:
         run = self._writer.run
-        used = dict.fromkeys([*run.config.get("used_artifacts", []), name])
+        with self._lock:
+            tasks = self._store.db.execute("SELECT task FROM artifacts WHERE id <= ? ORDER BY id", (id_,)).fetchall()
+        names = [what["name"] for kind, what in map(pickle.loads, (task for (task,) in tasks)) if kind == "use"]
+        used = dict.fromkeys([*run.config.get("used_artifacts", []), *names])  # offline a restart forgets the config
         run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
         deadline = time.monotonic() + self._writer.timeout
         while self._store.facts["mode"] == "online":

@@ -65,7 +65,8 @@ def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> dic
         env=os.environ | {"PYTHONPATH": search},
         start_new_session=True,  # a signal to this process's group has been meant for this process
     )
-    said, seconds = b"", 30 + float(letter.init["settings"].get("finish_timeout") or 60)
+    upload = letter.init["settings"].get("finish_timeout") or letter.environ.get("WANDB_FINISH_TIMEOUT") or 60
+    said, seconds = b"", 30 + float(upload)
     try:
         _, said = process.communicate(cloudpickle.dumps((letter, exit_code, failure)), timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -111,7 +111,7 @@ def client_id(artifact: wandb.Artifact) -> str:
 def upload_was_refused(folder: Path) -> bool:
     """Whether the server has refused a run's rows for good, which wandb tells nobody but the run's own log."""
     with contextlib.suppress(OSError):
-        return '"level":"ERROR"' in (folder / "logs" / "debug-internal.log").read_text()
+        return "filestream: fatal error" in (folder / "logs" / "debug-internal.log").read_text()
     return False
 
 

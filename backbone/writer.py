@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -109,8 +111,9 @@ class Writer:
         """A pipeline's running sums, if the run is resumed."""
         if not (self._init.get("resume") or os.environ.get("WANDB_RESUME")):
             return {}
-        here = wandb_internals.last_values(self._before[-1]) if self._before else {}
-        return disk.totals(here | (dict(self.run.summary) if self.run.resumed else {}), prefix)
+        here = [wandb_internals.last_values(path) for path in self._before]  # the last one may lack some
+        there = [dict(self.run.summary)] if self.run.resumed else []
+        return disk.totals(functools.reduce(operator.or_, here + there, {}), prefix)
 
     # Rows
 

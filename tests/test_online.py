@@ -123,14 +123,14 @@ def test_what_a_server_refuses_or_misses_is_on_disk_with_the_command_that_brings
 
 def test_artifacts_that_find_no_server_are_counted_hold_nothing_up_and_their_files_stay(start, tmp_path, server):
     process = start("demo4", "--steps", "60", "--finish-timeout", "6", **server.environment)
-    wait_for(lambda: len(folders(tmp_path)) == 2)
+    wait_for(lambda: len(folders(tmp_path)) == 3)
     wait_for(lambda: all(list(read_rows(path)) for path in folders(tmp_path)))
     server.stop()
     began = time.monotonic()
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert time.monotonic() - began < 45
-    assert stderr.count("artifacts were not logged or used") == 2
+    assert stderr.count("artifacts were not logged or used") == 3
     lost = [int(n) for n in re.findall(r"60 rows from 120 reports, (\d+) artifacts lost", stdout)]
     assert len(lost) == 2
     assert lost[0] >= 5  # of 6 checkpoints: the first may have found the server

@@ -350,16 +350,16 @@ def test_with_a_server_that_says_nothing_the_run_is_kept_here(tmp_path, server):
 
 def test_a_run_that_is_resumed_offline_has_numbers_and_totals_behind_those_of_its_earlier_folders(opened, tmp_path):
     rule = Reduction(totals=("n",))
-    for _ in range(2):
+    for key in ("n", "another", "n"):  # a life without the key starts nothing anew
         made = opened(resume="allow")
         made.join("", rule)
         for step in range(3):
-            made.report(step, {"n": 1})
+            made.report(step, {key: 1})
         made.finish()
         made.store.remove()
     rows = logged(tmp_path)
-    assert numbers(rows) == list(range(6))
-    assert [row["n_total"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert numbers(rows) == list(range(9))
+    assert [row["n_total"] for row in rows if "n" in row] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("ids", [("seed-7", "7"), ("a1", "a[1]"), ("7-1", "7")], ids=str)
@@ -438,6 +438,7 @@ def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opene
     queue = made.artifacts
     table, reference = wandb.Table(columns=["x"], data=[[1]]), f"http://127.0.0.1:1/{'x' * 50}"
     queue.log(*staged(made, "third", b"3", table=table, at=reference))
+    queue.use("other:best")
     queue.finish(60)
     account = made.finish()[""]
     first, second = (Log(path) for path in folders(tmp_path))
@@ -445,7 +446,7 @@ def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opene
     assert "best" in first.of("artifact")[0]["aliases"]
     assert first.config["used_artifacts"] == ["other:latest"]
     assert [artifact["name"] for artifact in second.of("artifact")] == ["second", "third"]
-    assert "used_artifacts" not in second.config
+    assert second.config["used_artifacts"] == ["other:latest", "other:best"]
     assert account.lost_artifacts == 0
     assert sorted(path.read_bytes() for path in tmp_path.rglob("a.bin")) == [b"1", b"2", b"3"]
     manifest = {entry["path"]: entry for entry in second.of("artifact")[-1]["manifest"]["contents"]}
