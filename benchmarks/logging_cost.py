@@ -234,7 +234,7 @@ def measure(way: Way) -> dict[str, float]:
     cpu, reports = cpu_seconds() - cpu, load.workers * load.reports
     for worker in workers:
         ray.kill(worker)
-    logs = [*Path(way.directory).glob("wandb/*/*.wandb")]
+    logs = [*Path(way.directory).glob("wandb/offline-run-*/*.wandb")]
     return {
         "reports/s": reports / (max(log.stat().st_mtime for log in logs) - began),
         "x blocking": 0.0,
