@@ -1,0 +1,87 @@
+"""The README's trees are what the demos log."""
+
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEMOS, ROOT, logs
+from test_demos import HURRY
+
+README = (ROOT / "README.md").read_text()
+
+
+@functools.cache
+def print_tree(*directories: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "trees.py", *directories], capture_output=True, text=True)
+
+
+@pytest.fixture
+def made(ran):
+    """made("demo3", "--one-run"): the folder of a demo's runs; the same runs as in test_demos."""
+
+    def made(demo: str, *flags: str) -> Path:
+        more = dict(WANDB_MODE="offline") if demo == "demo2" else {}
+        return ran(demo, *(HURRY if demo == "demo2" else ()), *flags, **more)[1]
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "command", [("demo1",), ("demo2",), ("demo3",), ("demo3", "--one-run"), ("demo4",)], ids=" ".join
+)
+def test_the_readme_has_the_tree_of_each_demos_runs(made, command):
+    demo, *flags = command
+    name = " ".join([Path(DEMOS[demo]).stem, *flags])
+    block = re.search(rf"<!-- tree: {name} -->\n+```text\n(.*?)```\n+<!-- /tree -->", README, re.DOTALL)
+    assert block, f"README.md has no ```text block between <!-- tree: {name} --> and <!-- /tree -->"
+    printed = print_tree(made(*command)).stdout
+    assert block[1] == re.sub(r"\bexp\b", "7", printed), f"paste this into README.md:\n{printed}"
+    assert max(map(len, block[1].splitlines())) <= 100
+
+
+def named(printed: str) -> dict[str, set[str]]:
+    """The keys that a tree names, by run."""
+    runs = {}
+    for line in printed.splitlines():
+        _, branch, text = line.rpartition("── ")
+        if " (job type " in text:
+            keys = runs[text.partition(" (")[0]] = set()
+        elif branch and not text.startswith(("artifact ", "config ")):
+            for path, _, ends in (item.partition("{") for item in text.split(", ") if item != "…"):
+                keys |= {path + end for end in ends.rstrip("}").split(",")}
+    return runs
+
+
+@pytest.mark.parametrize("command", [("demo1",), ("demo3", "--one-run"), ("demo4",)], ids=" ".join)
+def test_a_tree_names_every_key_that_is_in_a_section_and_none_that_is_not_logged(made, command):
+    found, shown = logs(made(*command)), named(print_tree(made(*command)).stdout)
+    assert shown.keys() == found.keys()
+    for name, log in found.items():
+        keys = {key.partition(".")[0] for key in log.keys}  # a table is one key
+        in_sections = {key for key in keys if "/" in key.removeprefix("training/").removeprefix("inference/")}
+        assert in_sections <= shown[name] <= keys
+        assert shown[name] - in_sections
+        assert not {key for key in shown[name] if key.endswith(("step", "workers"))} - {"checkpoint_step"}
+
+
+def test_a_tree_says_what_ties_runs_together(made):
+    of_config = print_tree(made("demo2")).stdout
+    assert "── config training_run: demo2-training-exp\n" in of_config
+    printed = print_tree(made("demo4")).stdout
+    assert "── evaluation-exp (job type evaluation, group exp, tags demo4 seed-42 experiment-exp, axis step)" in printed
+    assert "── artifact checkpoint: best latest step-0 step-10\n" in printed
+    assert printed.count("── config used_artifacts: checkpoint:step-0 checkpoint:step-10\n") == 2
+
+
+def test_a_run_with_two_folders_is_there_once(made):
+    folder = made("demo1")
+    assert print_tree(folder, folder).stdout == print_tree(folder / "wandb").stdout
+
+
+def test_where_no_runs_are_it_says_how_it_is_used(tmp_path):
+    done = print_tree(tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "python trees.py runs" in done.stderr
