@@ -4,7 +4,7 @@
     uv run python trees.py runs
 
 It reads the transaction logs, wandb's record of each run on the disk, below the folders that it is given.
-`reward/{max,mean}` are two keys, `…` is more of the same kind, and config is what not all of the runs have.
+`reward/{max,mean}` are two keys, `…` stands for more of the same kind, and config is what not all of the runs have.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from textwrap import shorten, wrap
+from textwrap import shorten
 
 WIDTH = 92  # of a line below a run
 
@@ -47,7 +47,7 @@ class Log(defaultdict[str, list]):
             yield ", ".join(prefix + name for name in sorted(names.pop(prefix, []), key=len))
             ends = {section: ",".join(below) for section, below in sorted(names.items())}
             keys = [f"{section}{{{end}}}" if "," in end else section + end for section, end in ends.items()]
-            yield from wrap(", ".join(keys), WIDTH, break_on_hyphens=False)
+            yield ", ".join(keys)
         aliases = defaultdict(set)
         for artifact in (it for it in self["artifact"] if not it["type"].startswith("wandb-")):  # no tables
             aliases[f"artifact {artifact['name']}:"] |= set(artifact["aliases"])
