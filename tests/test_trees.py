@@ -34,9 +34,9 @@ def made(ran):
 )
 def test_the_readme_has_the_tree_of_each_demos_runs(made, command):
     demo, *flags = command
-    name = " ".join([Path(DEMOS[demo]).stem, *flags])
-    block = re.search(rf"<!-- tree: {name} -->\n+```text\n(.*?)```\n+<!-- /tree -->", README, re.DOTALL)
-    assert block, f"README.md has no ```text block between <!-- tree: {name} --> and <!-- /tree -->"
+    name = " ".join([f"uv run python {DEMOS[demo]}", *flags])
+    block = re.search(rf"^`{re.escape(name)}` makes.*?```text\n(.*?)```\n", README, re.DOTALL | re.MULTILINE)
+    assert block, f"README.md has no ```text block behind `{name}` makes"
     printed = print_tree(made(*command)).stdout
     assert block[1] == re.sub(r"\bexp\b", "7", printed), f"paste this into README.md:\n{printed}"
     assert max(map(len, block[1].splitlines())) <= 100
