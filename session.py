@@ -83,7 +83,8 @@ class InferenceWorker(_Worker):
     pipeline, generate = 1, staticmethod(common.generate_inference_metrics)
 
 
-@ray.remote(scheduling_strategy="SPREAD", concurrency_groups={"waking": 1})  # next to the thread that works
+# Next to the thread that works there is one that hears of checkpoints.
+@ray.remote(scheduling_strategy="SPREAD", concurrency_groups={"waking": 1})  # pyrefly: ignore[unexpected-keyword]
 class EvaluationWorker(_Worker):
     """Stands for an evaluation job, which sleeps until there is a checkpoint."""
 

@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import ray
 
@@ -24,19 +24,11 @@ from .ledger import Ledger, RunFinishedError, line
 from .nodes import with_nodes
 from .pipeline import Pipeline
 from .reduction import Reduction
-from .run import GivenUpError, Run, ledger
+from .run import GivenUpError, Run, Started, ledger
 from .store import Row
 from .writer import ServiceDiedError
 
 logger = logging.getLogger("wandb_run")
-
-
-class Started(NamedTuple):
-    """What the owner of a run learns of it."""
-
-    ledger: Ledger
-    config: dict[str, Any]
-    project: str
 
 
 class PipelineActor:
@@ -233,4 +225,5 @@ def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
         raise TypeError(f"{cls.__name__} must be derived from PipelineActor")
     lives = dict(max_restarts=-1, max_task_retries=-1, lifetime="detached")
     threads = {"hold": 1, "control": 8}  # next to the one that takes the reports, in their order
+    # pyrefly: ignore[unexpected-keyword] - Ray's own types lack some of its options
     return ray.remote(concurrency_groups=threads, num_cpus=0, **lives)(cls)

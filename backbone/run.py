@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import disk
 from .artifacts import Artifacts
@@ -23,6 +23,14 @@ from .writer import Writer
 
 class GivenUpError(RuntimeError):
     """The pipeline actor dies whenever it goes on."""
+
+
+class Started(NamedTuple):
+    """What the owner of a run learns of it."""
+
+    ledger: Ledger
+    config: dict[str, Any]
+    project: str
 
 
 class Run:
@@ -80,13 +88,14 @@ class Run:
                 raise
         self.artifacts = Artifacts(self.store, self.writer, self._lock)
 
-    def join(self, prefix: str, reduction: Reduction, workers: int) -> Pipeline:
+    def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline, or goes on with it."""
         if prefix not in self.pipelines:
             self.writer.define(prefix, self.pipelines)
             self.pipelines[prefix] = Pipeline(self.store, prefix, reduction)
         self.pipelines[prefix].begin(reduction, workers, self.writer.totals(prefix))
-        return self.pipelines[prefix]
+        run = self.writer.run
+        return Started(ledger(self.store, self.pipelines[prefix]), dict(run.config), run.project)
 
     def log(self, rows: Iterable[Row]) -> None:
         """Gives rows to W&B. Raises ServiceDiedError if wandb-core is dead."""

@@ -14,11 +14,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import exits, guest
-from .actor import Started
 from .calls import ActorGoneError, answer, result
 from .files import check_run_id
 from .ledger import line
 from .reduction import Reduction
+from .run import Started
 
 logger = logging.getLogger("wandb_run")
 

@@ -26,7 +26,8 @@ class Opened:
         self.writer, self.artifacts, self.pipelines = self.run.writer, self.run.artifacts, self.run.pipelines
 
     def join(self, prefix: str = "", reduction: Reduction | None = None, workers: int = 1) -> Pipeline:
-        return self.run.join(prefix, reduction or Reduction(), workers)
+        self.run.join(prefix, reduction or Reduction(), workers)
+        return self.pipelines[prefix]
 
     def push(self, step: int, metrics: dict, prefix: str = "") -> Row:
         """A worker's report, which is a row at once; W&B has not got it."""
