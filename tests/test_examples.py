@@ -10,7 +10,7 @@ import sys
 import common
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Log, folders
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -75,3 +75,17 @@ def test_a_copy_of_a_run_in_a_driver_makes_ray_say_nothing(ray_here, tmp_path, c
             ray_log.removeHandler(caplog.handler)
             ray_log.setLevel(level)
     assert not caplog.messages
+
+
+def test_the_readmes_complete_program_makes_the_rows_it_speaks_of(tmp_path, environment):
+    program = re.search(r"complete program.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "program.py"]
+    more = {"WANDB_MODE": "offline"}
+    done = subprocess.run(command, env=environment | more, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("training-7: 20 rows from 40 reports, 0 lost\n"), done.stderr
+    [path] = folders(tmp_path)
+    rows = Log(path).rows
+    assert {row["tokens"] for row in rows} == {8192}
+    assert {row["latency_ms/mean"] for row in rows} == {902.75}
+    assert [row["loss"] for row in rows] == [1 / (step + 1) for step in range(20)]
