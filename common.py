@@ -116,7 +116,7 @@ class WandbRun:
         self.name, self.id, self.mode = self._begun.name, self._begun.id, self._begun.mode
         self.url, self.path = self._begun.url, self._begun.path
         self._node = ray.get_runtime_context().get_node_id()
-        self._connect()
+        self._outbox = outbox(self._actor, prefix, self.name, copy=id(self))
         self._outbox.open(self._owned and self._owned.stop)
         if self._sharer:
             self._sharer._sharing.append(self)
@@ -124,16 +124,12 @@ class WandbRun:
         if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
             exits.unfinished.add(self)
 
-    def _connect(self) -> None:
-        self._outbox = outbox(self._actor, self._prefix, self.name)
-        self._outbox.add(id(self))
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | dict(_sharer=None, _sharing=[], _owned=None, _ledger=None, _outbox=None, _copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._connect()
+        self._outbox = outbox(self._actor, self._prefix, self.name, copy=id(self))
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # one that never started; the interpreter's end

@@ -115,8 +115,7 @@ def ray_session(args: Args) -> Iterator[None]:
 
     Ends the program with status 130 after Ctrl-C, 143 after SIGTERM and 1 after an exception, told in one line.
     """
-    signals: list[int] = []
-    ending = False
+    signals, ending = list[int](), False
 
     def interrupt(signum: int, _: FrameType | None) -> None:
         if signals:  # the second time, at once
@@ -131,16 +130,12 @@ def ray_session(args: Args) -> Iterator[None]:
         for signum in before:
             signal.signal(signum, interrupt)
 
-    status, options = 0, dict(address="local", include_dashboard=False)  # None may join a stranger's Ray
-    if args.address:  # workers import these
-        modules = [common.__file__, arguments.__file__, __file__, str(Path(backbone.__file__).parent)]
-        options = dict(address=args.address, runtime_env=dict(py_modules=modules))
-    where = args.address or "this machine"
-    print(f"Experiment {args.experiment}: {args.steps} steps of training and of inference, Ray on {where}", flush=True)
-    failure = None
+    status, failure = 0, None
+    steps, where = f"{args.steps} steps of training and of inference", args.address or "this machine"
+    print(f"Experiment {args.experiment}: {steps}, Ray on {where}", flush=True)
     try:
         catch_signals()
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(**_which_ray(args.address), log_to_driver=False, logging_level=logging.ERROR)
         catch_signals()  # Ray has set its own
         yield
     except KeyboardInterrupt:
@@ -155,7 +150,8 @@ def ray_session(args: Args) -> Iterator[None]:
         exits.unfinished.finish(int(status != 0), failure)
         status = 128 + signals[0] if signals else status
         if ray.is_initialized() and not ray_answers():  # its shutdown would take long, and say much
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status or 1)
         ray.shutdown()
         status = 128 + signals[0] if signals else status
@@ -163,6 +159,13 @@ def ray_session(args: Args) -> Iterator[None]:
             signal.signal(signum, handler)
     if status:
         sys.exit(status)
+
+
+def _which_ray(address: str | None) -> dict[str, Any]:
+    if not address:
+        return dict(address="local", include_dashboard=False)  # without an address it may join a stranger's Ray
+    modules = [common.__file__, arguments.__file__, __file__, str(Path(backbone.__file__).parent)]
+    return dict(address=address, runtime_env=dict(py_modules=modules))  # workers import these
 
 
 def run_to_end(args: Args, workers: Sequence[ray.actor.ActorHandle], *runs: WandbRun) -> int:

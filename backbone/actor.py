@@ -20,7 +20,7 @@ from .events import Events
 from .files import store_path
 from .inbox import Answer, Batch
 from .last_words import hear_out
-from .ledger import Ledger, RunFinishedError, line
+from .ledger import Ledger, Ledgers, RunFinishedError, line
 from .nodes import with_nodes
 from .pipeline import Pipeline
 from .reduction import Reduction
@@ -56,8 +56,6 @@ class PipelineActor:
             self._come_back()
         threading.Thread(target=self._look_after, daemon=True).start()
         threading.Thread(target=owner.watch, args=(letter, self.finish, self._forget), daemon=True).start()
-
-    # Starting
 
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline to the run, which the first one starts."""
@@ -153,8 +151,6 @@ class PipelineActor:
             pipeline = self._run.pipelines[prefix]
             return ledger(self._run.store, pipeline), pipeline.last_row
 
-    # Artifacts
-
     @ray.method(concurrency_group="control")
     def stage(self, to: Path, offset: int, piece: bytes) -> None:
         """Writes a piece of a file from another node."""
@@ -181,12 +177,10 @@ class PipelineActor:
     # Finishing
 
     @ray.method(concurrency_group="control")
-    def finish(
-        self, exit_code: int, failure: str | None = None, prefix: str | None = None, grace: float = 5.0
-    ) -> dict[str, Ledger]:
-        """Finishes the run, or only one pipeline of a run that goes on; returns the ledgers by prefix.
+    def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None, wait: float = 5) -> Ledgers:
+        """Finishes the run, or only one pipeline of a run that goes on.
 
-        grace: seconds that it waits for a process which says nothing.
+        wait: so many seconds for a process that says nothing.
         """
         run = self._run
         try:
@@ -194,7 +188,7 @@ class PipelineActor:
                 ends = [pipeline for pipeline in run.pipelines.values() if prefix in (None, pipeline.prefix)]
                 ends = [pipeline for pipeline in ends if not pipeline.ended]
                 self._events.end(pipeline.prefix for pipeline in ends)
-                hear_out(ends, run, self._changed, grace)
+                hear_out(ends, run, self._changed, wait)
                 run.end(ends)
                 if prefix is not None:
                     return {prefix: ledger(run.store, run.pipelines[prefix])}

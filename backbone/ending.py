@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from . import disk, guest
 from .files import store_path
-from .ledger import Ledger, line
+from .ledger import Ledger, Ledgers, line
 from .run import Run
 from .store import Store
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 def finish_without_actor(
     owned: Owned | None, exit_code: int, failure: str | None, last: Ledger, prefixes: Sequence[str]
-) -> dict[str, Ledger]:
-    """Finishes a run, whatever has become of it; returns the ledgers by prefix.
+) -> Ledgers:
+    """Finishes a run, whatever has become of it.
 
     owned: the run, None in a process that did not make it. last: what is known of it, and why its actor is gone.
     """
@@ -48,7 +48,7 @@ def finish_without_actor(
     return {prefix: dataclasses.replace(last, prefix=prefix) for prefix in prefixes}
 
 
-def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> dict[str, Ledger]:
+def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> Ledgers:
     """Raises OSError if another process has the store, or there is none."""
     from ray import cloudpickle  # here, in the owner, which has it
 

@@ -20,8 +20,8 @@ from .steps import is_task
 PAUSE = 0.3  # seconds without news after which plain tasks, which can't be asked, have said all
 
 
-def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Condition, grace: float) -> None:
-    """Waits for the last word of each sender, `grace` seconds after it was heard of; then warns of it.
+def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Condition, wait: float) -> None:
+    """Waits for the last word of each sender, `wait` seconds after it was heard of; then warns of it.
 
     changed: has been acquired, and tells of what is pushed meanwhile.
     """
@@ -35,13 +35,13 @@ def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Conditi
             if _is_gone(sender.worker, sender.process):
                 with contextlib.suppress(sqlite3.Error):  # the disk is full
                     run.log(pipeline.died(id_))
-        if all(time.time() - max(began, sender.heard) > grace for _, _, sender in silent):
+        if all(time.time() - max(began, sender.heard) > wait for _, _, sender in silent):
             break
     for _, _, sender in _silent(pipelines):
         node, pid = sender.process
         run.store.warn(
             f"silent {pid} {node}",
-            f"process {pid} on node {node} did not answer within {grace} s: {sender.received} of its reports "
+            f"process {pid} on node {node} did not answer within {wait} s: {sender.received} of its reports "
             f"have arrived, of {sender.said} at least",
         )
 

@@ -51,6 +51,9 @@ class Ledger:
         return not missing and (self.uploaded or self.mode != "online")
 
 
+Ledgers = dict[str, Ledger]  # by prefix
+
+
 def line(error: BaseException) -> str:
     """The first line of an error's message, for a message of one line."""
     return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")

@@ -18,9 +18,11 @@ from .wire import Wire
 _outboxes: dict[tuple[str, ray.ActorID, str], Outbox] = {}  # this process's, by session, actor and prefix
 
 
-def outbox(actor: ray.actor.ActorHandle, prefix: str, name: str) -> Outbox:
-    """This process's outbox for a pipeline of the run called `name`."""
-    return _outboxes.setdefault((process.session(), actor._actor_id, prefix), Outbox(actor, prefix, name))
+def outbox(actor: ray.actor.ActorHandle, prefix: str, name: str, copy: int) -> Outbox:
+    """This process's outbox for a pipeline of the run called `name`, of which there is a copy more."""
+    found = _outboxes.setdefault((process.session(), actor._actor_id, prefix), Outbox(actor, prefix, name))
+    found.add(copy)
+    return found
 
 
 class Outbox:

@@ -27,7 +27,7 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
     code = _how_it_ended(letter.ray_worker) if letter.ray_worker else 1
     ended = code, "the process that the run belonged to is gone" if code else None
     try:
-        finish(*(guest.read_letter(path).ended or ended), grace=5.0 if letter.ray_worker else 0.5)
+        finish(*(guest.read_letter(path).ended or ended), wait=5 if letter.ray_worker else 0.5)
         forget()
     except Exception as error:  # the store stays, for the next run of that id
         logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))

@@ -14,7 +14,7 @@ from . import disk
 from .artifacts import Artifacts
 from .calls import DEATHS
 from .files import store_path
-from .ledger import Ledger
+from .ledger import Ledger, Ledgers
 from .pipeline import Pipeline
 from .reduction import Reduction
 from .store import Row, Store
@@ -110,8 +110,8 @@ class Run:
             if not pipeline.ended:
                 self.log(pipeline.end())
 
-    def finish(self, exit_code: int, failure: str | None = None) -> dict[str, Ledger]:
-        """Finishes it with W&B, when its pipelines have ended; returns their ledgers by prefix.
+    def finish(self, exit_code: int, failure: str | None = None) -> Ledgers:
+        """Finishes it with W&B, when its pipelines have ended.
 
         Must be called without the lock, which the artifacts need. Raises ServiceDiedError if wandb-core is dead.
         """
