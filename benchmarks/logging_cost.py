@@ -283,8 +283,8 @@ def targets(ways: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4, help="(%(default)s)")
-    parser.add_argument("--reports", type=int, default=500, help="per worker, flat out (%(default)s)")
-    parser.add_argument("--paced", type=int, default=50, help="per worker, in steps of 10 ms (%(default)s)")
+    parser.add_argument("--reports", type=int, default=1000, help="per worker, flat out (%(default)s)")
+    parser.add_argument("--paced", type=int, default=100, help="per worker, in steps of 10 ms (%(default)s)")
     parser.add_argument("--values", type=int, default=11, help="numbers in a report (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
