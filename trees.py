@@ -3,7 +3,7 @@
     uv run python demo3_hierarchical_metrics.py --experiment 7 --dir runs
     uv run python trees.py runs
 
-It reads the transaction logs, wandb's record of each run on the disk, below the folders that it is given.
+It takes demos' `--dir` or `wandb` folders, and reads the transaction logs, wandb's record of each run on the disk.
 `reward/{max,mean}` are two keys, `…` stands for more of the same kind, and config is what not all of the runs have.
 """
 
@@ -76,7 +76,8 @@ def draw(labels: Mapping[str, dict], indent: str = "") -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    folders = [folder for where in sys.argv[1:] for folder in Path(where).glob("**/*run-*-*/")] or sys.exit(__doc__)
+    below = (Path(where).glob(f"{wandb}*run-*-*/") for where in sys.argv[1:] for wandb in ("", "wandb/"))
+    folders = [folder for found in below for folder in found] or sys.exit(__doc__)
     folders.sort(key=lambda folder: folder.name.removeprefix("offline-"))  # by time
     for project, runs in tree([Log(folder) for folder in folders]).items():
         print(project, *draw(runs), sep="\n")
