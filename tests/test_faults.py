@@ -262,8 +262,9 @@ def test_a_constructor_that_can_not_work_says_so(run):
         ({"id": "a/b"}, "id 'a/b'"),
         ({"tags": [""]}, "run_tags|Tag"),
     ):
-        with pytest.raises((TypeError, ValueError, RuntimeError), match=named):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=named) as raised:
             run(**options)
+        assert not re.search(r"\n|\x1b|ray::", str(raised.value))  # the cause, in one plain line
     for project in ("", "a/b", 5):
         with pytest.raises((TypeError, ValueError, RuntimeError), match="project"):
             WandbRun(project, mode="offline")
@@ -273,6 +274,12 @@ def test_a_constructor_that_can_not_work_says_so(run):
     with pytest.raises(ValueError, match="project"):
         WandbRun("q", share=owner, prefix="inference/")
     owner.finish()
+
+
+def test_an_id_that_is_no_file_name_is_refused_before_anything_is_touched(run, tmp_path):
+    with pytest.raises(ValueError, match="evil"):
+        run(id="x/../../../evil", dir=tmp_path / "runs")
+    assert not list(tmp_path.iterdir())
 
 
 def test_after_finish_log_raises_everywhere_and_finish_returns_the_same(ray_here, run):

@@ -1,10 +1,12 @@
 """What W&B users expect to happen in their process and environment happens, though another process owns the run."""
 
 import asyncio
+import contextlib
 import enum
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,11 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from arguments import parse_args
+from backbone import exits
 from common import PipelineActor, WandbRun, pipeline_actor
 
 import pytest
 import wandb
 from conftest import ROOT, Log, folders, no_account, wait_for
+from processes import below
 from ray._private import state
 from wandb_server import KEY, Server
 
@@ -35,6 +39,7 @@ cluster.shutdown()
 JOIN = """
 import json, os, signal, sys, time
 from arguments import parse_args
+from backbone import exits
 from common import PipelineActor, WandbRun, pipeline_actor
 import ray
 ray.init(os.environ["CLUSTER"], log_to_driver=False, logging_level="error")
@@ -234,6 +239,7 @@ def test_a_session_gives_signal_handlers_back_and_its_runs_tell_what_failed(driv
         """
 import os, signal
 from arguments import parse_args
+from backbone import exits
 from session import ray_session, run_to_end
 from common import WandbRun
 import ray
@@ -555,3 +561,35 @@ def test_the_first_log_of_an_async_actor_does_not_hold_its_event_loop(run, ray_h
             os.kill(pipeline, signal.SIGCONT)
         ray_here.get(engine.flush.remote())
     assert len(Log(made.path).rows) == 1
+
+
+def test_a_key_of_the_environment_is_not_in_the_memory_of_rays_control_plane(run, monkeypatch):
+    key = "k3y" + "0123456789abcdef" * 3
+    monkeypatch.setenv("WANDB_API_KEY", key)  # behind the start of Ray, whose processes would else inherit it
+    made = run()
+    made.log({"a": 1.0}, 0)
+    [gcs] = below(os.getpid(), "gcs_server")
+    memory = b"".join(regions(gcs))
+    assert made._owned.path.name.encode() in memory  # an argument of its constructor
+    assert key.encode() not in memory
+    assert made.finish().ok
+
+
+def regions(pid: int):
+    """The readable memory of a process."""
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb") as memory:
+        for start, end, _ in re.findall(r"^(\w+)-(\w+) (rw\S*)", maps.read(), re.MULTILINE):
+            with contextlib.suppress(OSError, OverflowError):
+                memory.seek(int(start, 16))
+                yield memory.read(int(end, 16) - int(start, 16))
+
+
+def test_each_of_the_runs_that_are_left_is_finished_as_far_as_it_can_be(run, caplog):
+    broken, sound = run(name="broken"), run(name="sound")
+    sound.log({"a": 1.0}, 0)
+    actor, broken._actor = broken._actor, None
+    exits.unfinished.finish()
+    assert "run broken could not be finished" in caplog.text
+    assert (sound.finish().rows, sound.finish().ok) == (1, True)
+    broken._actor = actor
+    broken.finish()
