@@ -1,15 +1,18 @@
 """How a worker's report gets into a row of a W&B run. In the order of its way:
 
-outbox.py      a process's reports under way to the pipeline actor
-actor.py       receives them, and starts, restarts and finishes the run
-store.py       keeps all that must survive the actor; a push is one transaction
-steps.py       says when a step has all its reports
-reduction.py   makes one row of them
-writer.py      gives the rows to the W&B run, by number, and says which of them are there
+outbox.py      takes it in the worker's process
+wire.py        brings it to the pipeline actor, in batches; backlog.py has what is under way, inbox.py what arrives
+actor.py       receives it; starts, restarts and finishes the run, which is run.py, without Ray
+pipeline.py    keeps it in the store until its step is over
+steps.py       says when that is
+reduction.py   makes one row of all reports of a step
+store.py       keeps the row under a number: all that must survive the actor; a push is one transaction
+writer.py      gives the rows to the W&B run, and says which of them are there
 
-values.py (what may be logged), artifacts.py, ledger.py (the account), guest.py (what the run must know of the process
-that it belongs to), exits.py (how that ends) and wandb_internals.py (what of wandb is used without being public) serve
-these.
+How a run begins and ends: starting.py, last_words.py (of the workers), ending.py (without its actor), owner.py and
+exits.py (the process that made it), guest.py (what the run must know of that). What serves all of these: values.py
+(what may be logged), artifacts.py, ledger.py (the account), events.py, process.py, calls.py, files.py, disk.py, nodes.py
+and wandb_internals.py (what of wandb is used without being public).
 """
 
 import os
