@@ -47,7 +47,7 @@ class Log(defaultdict[str, list]):
             yield ", ".join(prefix + name for name in sorted(names.pop(prefix, []), key=len))
             ends = {section: ",".join(below) for section, below in sorted(names.items())}
             keys = [f"{section}{{{end}}}" if "," in end else section + end for section, end in ends.items()]
-            yield ", ".join(keys)
+            yield ", ".join(sorted(keys, key=len))
         aliases = defaultdict(set)
         for artifact in (it for it in self["artifact"] if not it["type"].startswith("wandb-")):  # no tables
             aliases[f"artifact {artifact['name']}:"] |= set(artifact["aliases"])

@@ -1,7 +1,9 @@
 """What the tests share: demos run as their users run them, and what they logged read back from the transaction log."""
 
+import fcntl
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -154,25 +156,34 @@ STEPS = 12
 
 @pytest.fixture(scope="session")
 def ran(tmp_path_factory) -> Callable[..., tuple[subprocess.CompletedProcess, Path]]:
-    """ran("demo1", ...): a demo's process and its folder, for the tests that only read; each command line runs once."""
-    cache = {}
+    """ran("demo1", ...): a demo's process and its folder, for the tests that only read.
+
+    Each command line runs once for all processes of the test run.
+    """
+    mine = tmp_path_factory.getbasetemp()
+    everybodys = mine.parent if mine.name.startswith("popen-") else mine
 
     def ran(demo: str, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
-        if (demo, *arguments) not in cache:
-            home, directory = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp(demo)
-            command = [sys.executable, str(ROOT / DEMOS[demo]), "--experiment", "exp", "--steps", str(STEPS)]
-            done = subprocess.run(
-                [*command, *arguments],
-                cwd=directory,
-                env=no_account(home) | variables,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            cache[demo, *arguments] = done, directory
-        return cache[demo, *arguments]
+        directory = everybodys / "".join([demo, *arguments])
+        directory.mkdir(exist_ok=True)
+        with open(f"{directory}.done", "a+b") as done:
+            fcntl.flock(done, fcntl.LOCK_EX)
+            done.seek(0)
+            if not done.read(1):
+                pickle.dump(_run(demo, *arguments, directory=directory, **variables), done)
+                done.flush()
+            done.seek(0)
+            return pickle.load(done), directory
 
     return ran
+
+
+def _run(demo: str, *arguments: str, directory: Path, **variables: str) -> subprocess.CompletedProcess:
+    home = Path(f"{directory}.home")
+    home.mkdir()
+    command = [sys.executable, str(ROOT / DEMOS[demo]), "--experiment", "exp", "--steps", str(STEPS), *arguments]
+    where = dict(cwd=directory, env=no_account(home) | variables)
+    return subprocess.run(command, **where, capture_output=True, text=True, timeout=120)
 
 
 def wait_for(condition, seconds: float = 60.0, every: float = 0.1):
