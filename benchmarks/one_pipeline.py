@@ -187,7 +187,8 @@ def main() -> None:
             if part in args.only:
                 result[part] = {name: carry(**load) for name, load in each.items()}
         ray.shutdown()
-    show(result | {"targets": targets(result)}, args)
+    kept = targets(result)
+    show(result | ({"targets": kept} if kept else {}), args)
 
 
 if __name__ == "__main__":
