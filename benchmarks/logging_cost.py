@@ -221,8 +221,7 @@ def as_row(report: Report, step: int, workers: int = 1) -> Report:
 def measure(way: Way) -> dict[str, float]:
     """One round of a way."""
     way.start()
-    load = way.load
-    workers = [Worker.remote(way, rank) for rank in range(load.workers)]
+    load, workers = way.load, [Worker.remote(way, rank) for rank in range(way.load.workers)]
     wait_for_quiet(workers)
     paced = way.drive(workers, load.paced, 0, STEP_SECONDS)
     wait_for_quiet()
@@ -232,9 +231,10 @@ def measure(way: Way) -> dict[str, float]:
     logger_memory = megabytes(max(processes(way.logger))) if way.logger else 0.0
     way.finish(workers)
     cpu, reports = cpu_seconds() - cpu, load.workers * load.reports
-    for worker in workers:
-        ray.kill(worker)
     logs = [*Path(way.directory).glob("wandb/offline-run-*/*.wandb")]
+    missing = lost(logs, load.workers * load.paced + reports)
+    for worker in workers:
+        ray.kill(worker)  # not before: a run that is finished is not yet written
     return {
         "reports/s": reports / (max(log.stat().st_mtime for log in logs) - began),
         "x blocking": 0.0,
@@ -247,13 +247,13 @@ def measure(way: Way) -> dict[str, float]:
         "CPU s per 1,000": cpu / reports * 1000,
         "worker MB": worker_memory,
         "logger MB": logger_memory,
-        "lost": lost(logs, load.workers * load.paced + reports),
+        "lost": missing,
     }
 
 
 def compare(load: Namespace) -> dict[str, dict[str, float]]:
     """All ways, interleaved; medians over the rounds (of `lost`: the worst), and ratios of medians."""
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    measured: dict[str, list] = {name: [] for name in WAYS}
     for round_ in range(load.rounds):
         for name, way in WAYS.items():
             print(f"round {round_ + 1} of {load.rounds}: {name}", file=sys.stderr)
