@@ -1,7 +1,7 @@
 """What logging costs a Ray worker: the ways that people really use, under the same load, side by side.
 
     uv run python benchmarks/logging_cost.py
-    uv run python benchmarks/logging_cost.py --reports 2000 --rounds 5 --json
+    uv run python benchmarks/logging_cost.py --rounds 5 --json
 
 Every worker logs twice a round. In steps of 10 ms, for the time that it spends in its log call: p50, p99, max and the
 share of its step. And flat out, for the rate until everything is on disk (the last write to a transaction log, which
@@ -283,7 +283,7 @@ def targets(ways: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4, help="(%(default)s)")
-    parser.add_argument("--reports", type=int, default=1000, help="per worker, flat out (%(default)s)")
+    parser.add_argument("--reports", type=int, default=2000, help="per worker, flat out (%(default)s)")
     parser.add_argument("--paced", type=int, default=100, help="per worker, in steps of 10 ms (%(default)s)")
     parser.add_argument("--values", type=int, default=11, help="numbers in a report (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(%(default)s)")
