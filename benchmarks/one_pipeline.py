@@ -9,7 +9,7 @@ scaling    the same number of reports from 4, 16 and 64 workers, flat out: 10 nu
 thousand   1,000 workers that report every second, every quarter of one, and flat out
 start      demo 1 with its default flags, and a script that only starts Ray and two actors
 
-Workers are simulated, up to 250 in a process: each has an outbox of its own, with its sending thread. What is lost is
+Workers are simulated by a few processes: each has an outbox of its own, with its sending thread. What is lost is
 read from the transaction log.
 """
 
@@ -36,8 +36,6 @@ from common import WandbRun
 import numpy as np
 import ray
 from measuring import ROOT, cpu_seconds, lost, megabytes, processes, show, start_ray, target, wait_for_quiet
-
-PROCESSES = 4  # that simulate workers
 
 
 def as_worker(run: WandbRun, name: str) -> WandbRun:
@@ -73,13 +71,15 @@ class Workers:
         return took
 
 
-def carry(workers: int, steps: int, calls: int = 1, seconds: float = 0.0, arrays: bool = False) -> dict[str, float]:
-    """So many workers report so many steps to one pipeline: flat out, or every so many seconds."""
+def carry(
+    at_most: int, workers: int, steps: int, calls: int = 1, seconds: float = 0.0, arrays: bool = False
+) -> dict[str, float]:
+    """So many workers, in `at_most` so many processes, report so many steps: flat out, or every so many seconds."""
     report: dict[str, Any] = {f"group/metric_{i}": i / 7 for i in range(10)}
     if arrays:
         report = {f"group/samples_{i}": np.random.default_rng(i).random(64) for i in range(4)}
     report["tokens"] = 1  # its sum says on how many reports a row stands
-    reports, count = workers * steps * calls, min(PROCESSES, workers)
+    reports, count = workers * steps * calls, min(at_most, workers)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         run = WandbRun("benchmark", workers=workers, mode="offline", dir=directory)
         groups = [Workers.remote(run, [f"{i}-{j}" for j in range(i, workers, count)], report) for i in range(count)]
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--reports", type=int, default=128_000, help="of 4, 16 and 64 workers (%(default)s)")
     parser.add_argument("--workers", type=int, default=1000, help="of the third part (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of each of these (%(default)s)")
+    parser.add_argument("--processes", type=int, default=4, help="that simulate workers (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of the start (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
@@ -185,7 +186,7 @@ def main() -> None:
         start_ray()
         for part, each in loads(args).items():
             if part in args.only:
-                result[part] = {name: carry(**load) for name, load in each.items()}
+                result[part] = {name: carry(args.processes, **load) for name, load in each.items()}
         ray.shutdown()
     kept = targets(result)
     show(result | ({"targets": kept} if kept else {}), args)

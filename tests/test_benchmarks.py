@@ -25,7 +25,7 @@ def test_every_way_is_measured_and_loses_no_report(environment):
 
 
 def test_what_one_pipeline_carries_is_measured_and_none_of_it_lost(environment):
-    load = ["--million", "1000", "--reports", "64", "--workers", "8", "--steps", "2"]
+    load = ["--million", "1000", "--reports", "64", "--workers", "8", "--steps", "2", "--processes", "1"]
     result = measured(environment, "one_pipeline.py", "--only", "million", "scaling", "thousand", *load)
     rows = [row for part in ("million", "scaling", "thousand") for row in result[part].values()]
     assert len(rows) == 1 + 6 + 3
