@@ -26,7 +26,7 @@ class Backlog:
         self.waiting: list[Item] = []
         self.under_way: dict[int, tuple[int, int]] = {}  # serial -> reports and bytes of a batch
         self.reports = self._bytes = 0
-        self._said = self.serial = 0  # reports so far, with those that found no room; the next batch's number
+        self.said = self.serial = 0  # reports so far, with those that found no room; the next batch's number
         self.last_sent = False  # the actor has been told that there is no more
         self._moved = 0.0  # when an answer came, or this was empty
 
@@ -43,14 +43,11 @@ class Backlog:
         """So many seconds more may somebody wait for room."""
         return max(0.0, self._moved + self.MINUTE - time.monotonic())
 
-    def count(self) -> None:
-        """Counts a report, whether or not there is room for it."""
-        self._said += 1
-
     def put(self, step: int, commit: bool, metrics: bytes) -> None:
         if not self.reports:
             self._moved = time.monotonic()
         self.waiting.append((self._worker, step, commit, metrics))
+        self.said += 1
         self.reports += 1
         self._bytes += len(metrics)
         self.last_sent = False
@@ -80,7 +77,7 @@ class Backlog:
         oldest = min(self.under_way, default=serial)
         reports = sum(item[1] is not None for item in items)
         self.under_way[serial] = reports, sum(len(item[3]) for item in items)
-        return Batch(self._prefix, self._id, self._process, serial, oldest, self._said, self.last_sent, items)
+        return Batch(self._prefix, self._id, self._process, serial, oldest, self.said, self.last_sent, items)
 
     def answered(self, serial: int) -> int:
         """How many reports a batch had that is not under way any more."""

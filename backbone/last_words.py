@@ -6,7 +6,8 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import ray
 from ray._private import state
@@ -25,16 +26,19 @@ def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Conditi
 
     changed: has been acquired, and tells of what is pushed meanwhile.
     """
-    began = time.time()
+    began, look = time.time(), time.time() + 0.5
     senders = [sender for pipeline in pipelines for sender in pipeline.inbox.senders.values()]
     while any(is_task(sender.worker) and time.time() - sender.heard < PAUSE for sender in senders):
         changed.wait(PAUSE)
     while silent := _silent(pipelines):
         changed.wait(0.05)
-        for pipeline, id_, sender in silent if time.time() - began > 0.5 else ():  # Ray may know more by now
-            if _is_gone(sender.worker, sender.process):
-                with contextlib.suppress(sqlite3.Error):  # the disk is full
-                    run.log(pipeline.died(id_))
+        if time.time() > look:  # Ray may know more by now
+            look = time.time() + 1.0
+            actors, nodes = state.actors(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            for pipeline, id_, sender in silent:
+                if _is_gone(sender, actors, nodes):
+                    with contextlib.suppress(sqlite3.Error):  # the disk is full
+                        run.log(pipeline.died(id_))
         if all(time.time() - max(began, sender.heard) > wait for _, _, sender in silent):
             break
     for _, _, sender in _silent(pipelines):
@@ -52,11 +56,11 @@ def _silent(pipelines: Sequence[Pipeline]) -> list[tuple[Pipeline, str, Sender]]
     return [found for found in each if not found[2].ended]
 
 
-def _is_gone(worker: str, process: tuple[str, int]) -> bool:
-    """Whether the process of a worker, given as node and process id, is dead. Ray takes a while to know of a node."""
-    if worker.startswith("actor"):
-        actor = state.actors(worker.split()[1])
-        address = actor["Address"]
-        alive = actor["State"] == "ALIVE" and (address["NodeID"], actor["Pid"]) == process
-        return not alive or is_refused(address["IPAddress"], address["Port"])
-    return not any(node["NodeID"] == process[0] and node["Alive"] for node in ray.nodes())
+def _is_gone(sender: Sender, actors: Mapping[str, Any], nodes: Set[str]) -> bool:
+    """Whether the process of a sender is dead, as far as Ray knows, which takes a while to know of a node."""
+    actor = actors.get(sender.worker.removeprefix("actor "))
+    if not actor:
+        return sender.process[0] not in nodes
+    address = actor["Address"]
+    alive = actor["State"] == "ALIVE" and (address["NodeID"], actor["Pid"]) == sender.process
+    return not alive or is_refused(address["IPAddress"], address["Port"])

@@ -6,6 +6,7 @@ What waits here waits in Python, and not for ever.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import ClassVar
@@ -33,7 +34,7 @@ class Outbox:
     def __init__(self, actor: ray.actor.ActorHandle, prefix: str, name: str):
         self._where = actor, prefix, name
         self._copies: set[int] = set()  # of the run in this process
-        self._changed = process.MarkedLock()
+        self._changed = threading.Condition()
         self._task = ""  # the last one that had a copy
         self._wire: Wire | None = None
 
@@ -56,17 +57,9 @@ class Outbox:
             raise RuntimeError(f"log was called in a fork of process {parent}, which can't reach Ray: log there")
         wire = self._wire or self.open()
         backlog, in_task = wire.backlog, wire.me.in_task
-
-        def has_room() -> bool:
-            return backlog.has_room(len(metrics)) or wire.closed or wire.error is not None
-
         with self._changed:
-            if not has_room():
-                self._changed.wait_for(has_room, backlog.patience)
-            wire.raise_if_closed()
-            backlog.count()
-            if wire.error or not has_room():
-                return wire.lose(1, wire.error or TimeoutError("the pipeline actor does not answer"))
+            if (wire.closed or wire.error or not backlog.has_room(len(metrics))) and not self._finds_room(metrics):
+                return
             if in_task:
                 self._task = process.current_task() or self._task
                 backlog.begin_task(self._task)
@@ -80,6 +73,16 @@ class Outbox:
                 self._changed.wait_for(lambda: wire.generation or wire.closed or wire.error, self.MINUTE)
                 if not wire.generation:
                     wire.raise_if_closed()
+
+    def _finds_room(self, metrics: bytes) -> bool:
+        wire, size = self._wire, len(metrics)
+        self._changed.wait_for(lambda: wire.closed or wire.error or wire.backlog.has_room(size), wire.backlog.patience)
+        wire.raise_if_closed()
+        if wire.error or not wire.backlog.has_room(size):
+            wire.backlog.said += 1
+            wire.lose(1, wire.error or TimeoutError("the pipeline actor does not answer"))
+            return False
+        return True
 
     def flush(self, timeout: float) -> bool:
         """Whether the actor had all that was put here within so many seconds."""
@@ -105,7 +108,8 @@ class Outbox:
         if self._copies or process.forked_from or not wire or sys.is_finalizing():
             return
         patience = self.MINUTE if wire.me.in_task else 5.0
-        if process.mark.depth or process.mark.runs_callbacks or wire.me.in_async_actor:
+        inside = any(box._changed._is_owned() for box in [*_outboxes.values()])  # this thread is in one of them
+        if inside or process.here.runs_callbacks or wire.me.in_async_actor:
             patience = 0.0
         deadline = time.monotonic() + patience
         while not wire.is_done:

@@ -51,23 +51,10 @@ def current_task() -> str:
     return f"task {task} {context.worker.core_worker.get_current_task_attempt_number()}" if task else ""
 
 
-class _Mark(threading.local):
-    """Threads that must not wait for an outbox, because it waits for them."""
+class _Here(threading.local):
+    """What is known of a thread."""
 
-    depth = 0  # how many locks of outboxes this thread has
-    runs_callbacks = False  # of Ray's
-
-
-mark = _Mark()
+    runs_callbacks = False  # of Ray's: it must not wait for an outbox, because the outbox waits for it
 
 
-class MarkedLock(threading.Condition):
-    """The lock of an outbox. The collector may run a destructor in the very thread that has it."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        mark.depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        mark.depth -= 1
-        super().__exit__(*error)
+here = _Here()

@@ -16,6 +16,7 @@ from . import wandb_internals
 from .ledger import line
 
 Warn = Callable[[str, str], None]  # (what kind of thing, what exactly): a kind is told once
+_NUMBERS = {int, float}
 REFUSED = "refused"  # the kind that means a lost value
 
 
@@ -85,12 +86,14 @@ def reduce_reports(
     row: dict[str, Any] = {}
     computed: dict[str, Any] = {}
     for key in dict.fromkeys(itertools.chain.from_iterable(reports)):
-        values = [_plain(report[key]) for report in reports if key in report]
-        kinds = {type(value) for value in values}
+        values = [report[key] for report in reports if key in report]
+        if not _NUMBERS.issuperset(map(type, values)):
+            values = [_plain(value) for value in values]
+        kinds = {*map(type, values)}
         try:
-            if kinds <= {int, float}:
+            if kinds <= _NUMBERS:
                 row[key] = _scalar(key, values, reports, reduction.rule(key), warn)
-            elif kinds <= {int, float, np.ndarray}:
+            elif kinds <= _NUMBERS | {np.ndarray}:
                 computed |= _statistics(key, values, reduction.rule(key).statistics)
             else:
                 row[key] = _object(key, values, warn)

@@ -18,6 +18,9 @@ _KNOWN_KEYS: set[str] = set()  # that were found right before; looking here is c
 _RESERVED = ("step", "workers")  # what every row has
 
 
+_PLAIN = {float, int, str, np.ndarray}  # have no media in them
+
+
 def as_step(step: Any) -> int:
     """A step as it was given to `log`. Raises TypeError or ValueError for what is none."""
     if isinstance(step, bool) or not isinstance(step, int | np.integer):
@@ -133,7 +136,7 @@ class _Pickler(pickle.Pickler):
 
 def pack(report: Mapping[str, Any]) -> bytes:
     """A report or a row as bytes, media included. Raises TypeError that names the key of what can't be sent."""
-    if "wandb" not in sys.modules:
+    if "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values())):
         return pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
     buffer = io.BytesIO()
     try:

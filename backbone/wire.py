@@ -73,7 +73,7 @@ class Wire:
     # Sending
 
     def _work(self) -> None:
-        process.mark.runs_callbacks = True
+        process.here.runs_callbacks = True
         while not self.error and not (self.closed and self.backlog.last_sent):
             with self._changed:
                 self._changed.wait_for(lambda: self.error or (self._is_due and not self._is_taken_care_of))
@@ -126,7 +126,7 @@ class Wire:
                 self._fail(error)
 
     def _answered(self, serial: int, answer: Future) -> None:
-        process.mark.runs_callbacks = True
+        process.here.runs_callbacks = True
         error = answer.exception()
         if isinstance(error, ray.exceptions.RayActorError):
             self._fail(error)
@@ -152,7 +152,7 @@ class Wire:
 
     def _hear(self, event: Future) -> None:
         """Called when a pipeline of the run ends, somebody wants it stopped, or the actor is gone."""
-        process.mark.runs_callbacks = True
+        process.here.runs_callbacks = True
         if event.exception():
             return self._fail(event.exception())
         self._seen, ended, stopped = event.result()

@@ -78,7 +78,7 @@ def test_a_copy_of_a_run_in_a_driver_makes_ray_say_nothing(ray_here, tmp_path, c
 
 
 def test_the_readmes_complete_program_makes_the_rows_it_speaks_of(tmp_path, environment):
-    program = re.search(r"complete program.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    program = re.search(r"complete\s+program.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "program.py").write_text(program)
     command = [sys.executable, "program.py"]
     more = {"WANDB_MODE": "offline"}

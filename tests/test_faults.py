@@ -86,7 +86,7 @@ def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_di
 
 
 def test_wandb_s_own_process_may_die_as_well(start, tmp_path):
-    process = start("demo3", "--one-run", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
+    process = start("demo3", "--one-run", "--steps", "400", "--step-seconds", "0.02", "--mode", "offline")
     wait_for(lambda: folders(tmp_path))
     wait_for(lambda: list(read_rows(folders(tmp_path)[0])))
     [core] = below(process.pid, "wandb-core")
@@ -95,7 +95,7 @@ def test_wandb_s_own_process_may_die_as_well(start, tmp_path):
     assert process.returncode == 0
     rows = [row for path in folders(tmp_path) for row in Log(path).rows]
     for prefix in ("training/", "inference/"):
-        assert sorted(row[f"{prefix}step"] for row in rows if f"{prefix}step" in row) == list(range(150))
+        assert sorted(row[f"{prefix}step"] for row in rows if f"{prefix}step" in row) == list(range(400))
     assert "lost" not in stdout
 
 
