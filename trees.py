@@ -78,6 +78,6 @@ def draw(labels: Mapping[str, dict], indent: str = "") -> Iterator[str]:
 if __name__ == "__main__":
     below = (Path(where).glob(f"{wandb}*run-*-*/") for where in sys.argv[1:] for wandb in ("", "wandb/"))
     folders = [folder for found in below for folder in found] or sys.exit(__doc__)
-    folders.sort(key=lambda folder: folder.name.removeprefix("offline-"))  # by time
-    for project, runs in tree([Log(folder) for folder in folders]).items():
+    logs = sorted(map(Log, folders), key=lambda log: log["run"][0]["start_time"])
+    for project, runs in tree(logs).items():
         print(project, *draw(runs), sep="\n")
