@@ -25,7 +25,7 @@ def strategy(args: Args) -> tuple[WandbRun, WandbRun]:
         pipeline=TrainingPipelineActor,
         workers=args.training_workers,
         prefix="training/",
-        id=f"demo3-{'one-run' if args.one_run else 'training'}-{args.experiment}",
+        id=f"demo3-{'both' if args.one_run else 'training'}-{args.experiment}",
         **args.init,
     )
     own_run = {"id": f"demo3-inference-{args.experiment}", **args.init}

@@ -50,7 +50,7 @@ class Wire:
         self._changed = changed  # guards all that follows
         self.me = process.myself()
         self.backlog = Backlog(prefix, self.me.place, self.me.worker)
-        self.generation = ""  # of the actor, in its last answer
+        self.generation = ""  # of the actor, in the last answer to a batch that it took
         self.closed = False  # nothing more is taken, and what is here is sent
         self.error: BaseException | None = None  # why nothing can be sent any more
         self.flushing = self._submitting = False
@@ -136,12 +136,13 @@ class Wire:
                 self.lose(reports, error)
             else:
                 generation, finished = answer.result()
-                restarted = self.generation not in ("", generation)
-                self._announce |= restarted and self._holding is not None
-                self.generation = generation
-                self.closed |= finished
                 if finished:
+                    self.closed = True
                     self.lose(reports, RunFinishedError("the run is finished"))
+                else:
+                    restarted = self.generation not in ("", generation)
+                    self._announce |= restarted and self._holding is not None
+                    self.generation = generation
             self._changed.notify_all()
 
     # What the run tells
