@@ -160,19 +160,20 @@ for step in range(500): run.log({{"a": 1.0}}, step)
 
 def test_threads_and_processes_share_a_handle(ray_here, run):
     @ray_here.remote
-    def work(made: WandbRun) -> None:
-        def log() -> None:
-            for step in range(1000):
-                made.log({"tokens": 1}, step)
+    class Worker:
+        def work(self, made: WandbRun) -> None:
+            def log() -> None:
+                for step in range(1000):
+                    made.log({"tokens": 1}, step)
 
-        threads = [threading.Thread(target=log) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+            threads = [threading.Thread(target=log) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
 
-    made = run(workers=32)
-    ray_here.get([work.remote(made) for _ in range(4)])
+    made = run(workers=4)
+    ray_here.get([worker.work.remote(made) for worker in [Worker.remote() for _ in range(4)]])
     report = made.finish()
     rows = Log(made.path).rows
     assert (report.reports, report.rows, report.lost) == (32_000, len(rows), 0)

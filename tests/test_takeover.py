@@ -18,13 +18,15 @@ from processes import below, check_ledger, everything, pipeline_process
 from ray._private import state
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("order", ["the driver first", "the driver last"])
+@pytest.mark.parametrize(
+    ("number", "status", "order"),
+    [(signal.SIGTERM, 143, "the driver first"), (signal.SIGTERM, 143, "the driver last"), (signal.SIGINT, 130, "any")],
+)
 def test_a_signal_to_the_whole_job_leaves_whole_runs_that_have_failed(busy, tmp_path, number, status, order):
     process = busy()
     pids = everything(process.pid)
     began = time.monotonic()
-    for pid in pids if order == "the driver first" else reversed(pids):
+    for pid in reversed(pids) if order == "the driver last" else pids:
         os.kill(pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == status
@@ -166,7 +168,7 @@ def test_an_actor_that_dies_often_but_makes_rows_is_not_given_up(run):
 
 
 @pytest.mark.parametrize("name", ["actor", "wandb-core"])
-@pytest.mark.parametrize("after", [0.0, 0.02, 0.05, 0.1])
+@pytest.mark.parametrize("after", [0.0, 0.05])
 def test_a_death_in_the_middle_of_finish_does_not_spoil_the_ledger(run, name, after):
     made = run()
     for step in range(3_000):
