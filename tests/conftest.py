@@ -38,10 +38,8 @@ class Log:
     """The records of a run folder's transaction log, by `wandb leet inspect --json`."""
 
     def __init__(self, path: Path):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         self.path = path
-        self.records = [json.loads(line) for line in lines]
+        self.records = [json.loads(line) for line in inspect(path, check=True)]
 
     def of(self, kind: str) -> list[dict]:
         return [record[kind] for record in self.records if record["type"] == kind]
@@ -72,11 +70,15 @@ class Log:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a run that may be going on. By the binary: the command in front of it takes a second to start."""
+    """The rows of a run that may be going on."""
+    return [json.loads(line)["history"]["item"] for line in inspect(path) if '"type":"history"' in line[:60]]
+
+
+def inspect(path: Path, check: bool = False) -> list[str]:
+    """What `wandb leet inspect --json` prints, by its binary: the command in front of it takes a second to start."""
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file"]
     command += [*map(str, path.glob("*.wandb")), str(path.parent)]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return [json.loads(line)["history"]["item"] for line in lines if '"type":"history"' in line[:60]]
+    return subprocess.run(command, capture_output=True, text=True, check=check).stdout.splitlines()
 
 
 def folders(directory: Path) -> list[Path]:
