@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -14,6 +15,7 @@ def measured(environment: dict[str, str], program: str, *arguments: str) -> dict
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_and_loses_no_report(environment):
     load = ["--workers", "2", "--reports", "20", "--paced", "5", "--rounds", "1"]
     result = measured(environment, "logging_cost.py", *load)
@@ -24,6 +26,26 @@ def test_every_way_is_measured_and_loses_no_report(environment):
     assert len(result["targets"]) == 5
 
 
+def test_the_way_of_this_project_is_measured_beside_a_plain_one(environment):
+    load = [
+        "--workers",
+        "2",
+        "--reports",
+        "20",
+        "--paced",
+        "5",
+        "--rounds",
+        "1",
+        "--ways",
+        "blocking",
+        "WandbRun reduced",
+    ]
+    ways = measured(environment, "logging_cost.py", *load)["ways"]
+    assert {row["lost"] for row in ways.values()} == {0}
+    assert ways["blocking"]["x blocking"] == 1
+
+
+@pytest.mark.slow
 def test_what_one_pipeline_carries_is_measured_and_none_of_it_lost(environment):
     load = ["--million", "1000", "--reports", "64", "--workers", "8", "--steps", "2", "--processes", "1"]
     result = measured(environment, "one_pipeline.py", "--only", "million", "thousand", *load)

@@ -64,6 +64,7 @@ def cluster(tmp_path_factory) -> tuple[list[str], dict[str, set[str]]]:
     return done.stdout.split(), {log.run["display_name"]: system_metrics(log) for log in logs}
 
 
+@pytest.mark.slow
 def test_a_run_records_cpu_and_memory_of_every_node_under_its_hosts_name(cluster):
     nodes, recorded = cluster
     assert len(set(nodes)) == 2
