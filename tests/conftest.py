@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a demo is ten processes, which would each compile all that they import
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else a demo's ten processes compile all they import
 sys.path.insert(0, str(ROOT))
 
 import backbone  # noqa: F401 - before ray
