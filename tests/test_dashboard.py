@@ -156,6 +156,7 @@ def check_told_in_one_line(done: subprocess.CompletedProcess, status: int, *word
     assert all(word in done.stderr for word in words)
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_is_told_in_one_line(dashboard, server, tmp_path):
     check_told_in_one_line(dashboard(), 2, "--entity")
     check_told_in_one_line(dashboard("--print", "--experiment", "a'b"), 2, "--experiment")

@@ -329,6 +329,7 @@ def test_training_does_not_wait_for_an_evaluation_that_hangs_and_the_demo_does(b
     assert [row["checkpoint_step"] for row in logs(tmp_path)["evaluation-x"].rows] == [0, 10, 20, 30, 40]
 
 
+@pytest.mark.slow
 def test_demo4_goes_on_without_an_evaluation_that_has_died(begin_demo4, tmp_path):
     process, evaluator = begin_demo4("EvaluationWorker")
     os.kill(evaluator, signal.SIGKILL)
@@ -340,6 +341,7 @@ def test_demo4_goes_on_without_an_evaluation_that_has_died(begin_demo4, tmp_path
     assert {log.exit_code for log in found.values()} == {1}
 
 
+@pytest.mark.slow
 def test_demo4s_evaluation_does_not_wait_for_checkpoints_of_a_rank_that_has_died(begin_demo4, tmp_path):
     process, rank = begin_demo4("TrainingWorker")
     os.kill(rank, signal.SIGKILL)

@@ -87,7 +87,7 @@ def test_tasks_that_are_a_process_each_leave_nothing_behind(run):
     assert tokens(ledger) == 4_800
 
 
-@pytest.mark.parametrize("kept", ["argument", "self", "exit_actor", "cycle"])
+@pytest.mark.parametrize("kept", ["argument", "self", "exit_actor", pytest.param("cycle", marks=pytest.mark.slow)])
 def test_actors_that_go_right_after_they_logged_leave_nothing_behind(run, kept):
     made, worker = run(workers=4), ray.remote(Worker)
     workers = [worker.remote(made if kept == "self" else None) for _ in range(4)]

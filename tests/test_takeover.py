@@ -118,7 +118,7 @@ def test_training_goes_on_when_somebody_kills_the_actor(run):
     assert Log(ledger.path).exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["actor", "wandb-core"])
+@pytest.mark.parametrize("name", ["actor", pytest.param("wandb-core", marks=pytest.mark.slow)])
 def test_an_actor_that_dies_whenever_it_starts_is_given_up(run, name):
     made, step = run(), 0
     for step in range(50):
@@ -168,7 +168,7 @@ def test_an_actor_that_dies_often_but_makes_rows_is_not_given_up(run):
 
 
 @pytest.mark.parametrize("name", ["actor", "wandb-core"])
-@pytest.mark.parametrize("after", [0.0, 0.05])
+@pytest.mark.parametrize("after", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_a_death_in_the_middle_of_finish_does_not_spoil_the_ledger(run, name, after):
     made = run()
     for step in range(3_000):
