@@ -39,8 +39,10 @@ class Log:
     """The records of a run folder's transaction log, by `wandb leet inspect --json`."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, deadline = path, time.monotonic() + 1
         self.records = [json.loads(line) for line in inspect(path, check=True)]
+        while not self.of("exit") and time.monotonic() < deadline:  # wandb writes the last ones after `run.finish`
+            self.records = [json.loads(line) for line in inspect(path, check=True)]
 
     def of(self, kind: str) -> list[dict]:
         return [record[kind] for record in self.records if record["type"] == kind]
