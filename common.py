@@ -202,7 +202,9 @@ class WandbRun:
         self._ask(self._actor.use_artifact, self._prefix, name)
 
     def expect(self, workers: int) -> None:
-        """From now on so many workers make a step complete: one has died or joined."""
+        """From now on so many workers make a step complete: one has died or joined. Raises ValueError."""
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise ValueError(f"workers must be an integer from 0, not {workers!r}")
         self._ask(self._actor.expect, self._prefix, max(1, workers))
 
     def progress(self) -> tuple[Ledger, dict[str, Any]]:
@@ -234,6 +236,7 @@ class WandbRun:
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
         if self._ledger is None:
             ended = self, *self._sharing
+            self.flush(5)  # an async actor's first report may not have been sent
             try:
                 ledgers = answer(self._actor.finish, exit_code, failure, self._prefix if self.shares else None)
                 if self._owned:

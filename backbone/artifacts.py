@@ -122,10 +122,11 @@ class Artifacts:
 
 
 def check(name: str, type: str, metadata: Mapping[str, Any] | None, aliases: Sequence[str]) -> dict[str, Any]:
-    """An artifact's description. Raises ValueError for what W&B refuses."""
+    """An artifact's description. Raises ValueError for what W&B refuses, TypeError for what can't be sent."""
     import wandb
 
     wandb.Artifact(name, type, metadata=dict(metadata or {}))
+    values.pack(dict(metadata or {}), f"metadata of artifact {name!r}:")
     if isinstance(aliases, str) or any(not isinstance(a, str) or not a or set(a) & set("/:") for a in aliases):
         raise ValueError(f"aliases must be names without '/' and ':', not {aliases!r}")
     return dict(name=name, type=type, metadata=dict(metadata or {}), aliases=list(aliases))
@@ -187,7 +188,7 @@ def stage(
             (folder / name).write_bytes(source)
         else:
             shutil.copyfile(source, folder / name)
-    return {**content, "files": [*content["files"]], "objects": values.pack(content["objects"])}
+    return {**content, "files": [*content["files"]], "objects": values.pack(content["objects"], "file")}
 
 
 def _pieces(content: bytes | str | Path) -> Iterator[tuple[int, bytes]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import fcntl, is_private
+from .ledger import line
 
 # What wandb needs to reach its server, and to find a login.
 NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
@@ -69,6 +70,8 @@ def _is_taken(*ids: str | None) -> bool:
 
 
 def write_letter(letter: Letter) -> Path:
+    """Raises TypeError for an argument that can't be sent, before there is a file."""
+    _pickled(letter)
     descriptor, name = tempfile.mkstemp(prefix="wandb-run-")  # with mode 0600
     file = _locked[Path(name)] = os.fdopen(descriptor, "r+b")
     if fcntl:
@@ -78,13 +81,22 @@ def write_letter(letter: Letter) -> Path:
 
 
 def rewrite_letter(path: Path, letter: Letter) -> None:
-    from ray import cloudpickle
-
     file = _locked[path]
     file.seek(0)
     file.truncate()
-    cloudpickle.dump(letter, file)  # a config may have objects of the user's `__main__`
+    file.write(_pickled(letter))
     file.flush()
+
+
+def _pickled(letter: Letter) -> bytes:
+    from ray import cloudpickle  # a config may have objects of the user's `__main__`
+
+    for name, value in letter.init.items():
+        try:
+            cloudpickle.dumps(value)
+        except Exception as error:
+            raise TypeError(f"{name}={value!r:.80} can't be sent to the pipeline actor: {line(error)}") from None
+    return cloudpickle.dumps(letter)
 
 
 def read_letter(path: Path) -> Letter:

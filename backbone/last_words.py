@@ -18,7 +18,7 @@ from .pipeline import Pipeline
 from .run import Run
 from .steps import is_task
 
-PAUSE = 0.3  # seconds without news after which plain tasks, which can't be asked, have said all
+PAUSE = 0.3  # seconds without news after which those have said all who can't be asked
 
 
 def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Condition, wait: float) -> None:
@@ -27,8 +27,7 @@ def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Conditi
     changed: has been acquired, and tells of what is pushed meanwhile.
     """
     began, look = time.time(), time.time() + 0.5
-    senders = [sender for pipeline in pipelines for sender in pipeline.inbox.senders.values()]
-    while any(is_task(sender.worker) and time.time() - sender.heard < PAUSE for sender in senders):
+    while any(_may_be_on_its_way(pipeline, began) for pipeline in pipelines):
         changed.wait(PAUSE)
     while silent := _silent(pipelines):
         changed.wait(0.05)
@@ -48,6 +47,13 @@ def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Conditi
             f"process {pid} on node {node} did not answer within {wait} s: {sender.received} of its reports "
             f"have arrived, of {sender.said} at least",
         )
+
+
+def _may_be_on_its_way(pipeline: Pipeline, began: float) -> bool:
+    """Whether a task's report may be, or the first of a process: an async actor doesn't wait for the answer to that."""
+    senders, now = pipeline.inbox.senders.values(), time.time()
+    missing = len(senders) < pipeline.steps.workers
+    return (missing and now - began < PAUSE) or any(is_task(s.worker) and now - s.heard < PAUSE for s in senders)
 
 
 def _silent(pipelines: Sequence[Pipeline]) -> list[tuple[Pipeline, str, Sender]]:

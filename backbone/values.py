@@ -134,7 +134,7 @@ class _Pickler(pickle.Pickler):
         return wandb_internals.media, (type(value), value.__dict__, path.read_bytes())
 
 
-def pack(report: Mapping[str, Any]) -> bytes:
+def pack(report: Mapping[str, Any], what: str = "metric") -> bytes:
     """A report or a row as bytes, media included. Raises TypeError that names the key of what can't be sent."""
     if "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values())):
         return pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
@@ -144,8 +144,8 @@ def pack(report: Mapping[str, Any]) -> bytes:
     except Exception as error:
         if len(report) > 1:
             for key, value in report.items():
-                pack({key: value})
-        raise TypeError(f"metric {next(iter(report))!r} can't be sent: {line(error)}") from error
+                pack({key: value}, what)
+        raise TypeError(f"{what} {next(iter(report))!r} can't be sent: {line(error)}") from error
     return buffer.getvalue()
 
 

@@ -216,7 +216,7 @@ def test_a_report_that_the_actor_can_not_read_is_lost_alone(tmp_path, environmen
     """A class of the user's own script, which the actor has never seen."""
     program = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from common import WandbRun
+from common import Ledger, WandbRun
 import ray, wandb, os, signal, time
 class Mine(wandb.Histogram): pass
 if __name__ == "__main__":
@@ -354,3 +354,27 @@ def test_copies_in_a_dataclass_travel(run):
     made = run()
     ray.get(work.remote(Config(made)))
     assert made.finish().reports == 1
+
+
+def test_what_async_actors_have_just_logged_for_the_first_time_is_in_rows(run):
+    """Their first `log` doesn't wait until the pipeline actor knows of them."""
+
+    @ray.remote
+    class Engine:
+        async def log(self, made: WandbRun) -> None:
+            made.log({"tokens": 1}, 0)
+
+        async def own(self, folder: Path) -> Ledger:
+            made = WandbRun("p", "own", mode="offline", dir=folder)
+            made.log({"tokens": 1}, 0)
+            return made.finish()
+
+    engines = [Engine.remote() for _ in range(2)]
+    ray.get([engine.__ray_ready__.remote() for engine in engines])
+    for _ in range(3):
+        made = run(workers=2)
+        ray.get([engine.log.remote(made) for engine in engines])
+        ledger = made.finish()
+        assert (ledger.reports, ledger.rows, ledger.lost) == (2, 1, 0)
+        own = ray.get(engines[0].own.remote(ledger.path.parent.parent))
+        assert (own.reports, own.rows, own.lost) == (1, 1, 0)

@@ -262,6 +262,7 @@ def test_a_constructor_that_can_not_work_says_so(run):
         ({"bogus": 1}, "bogus"),
         ({"id": "a/b"}, "id 'a/b'"),
         ({"tags": [""]}, "run_tags|Tag"),
+        ({"config": {"lock": threading.Lock()}}, "config=.* can't be sent"),
     ):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=named) as raised:
             run(**options)
@@ -270,6 +271,11 @@ def test_a_constructor_that_can_not_work_says_so(run):
         with pytest.raises((TypeError, ValueError, RuntimeError), match="project"):
             WandbRun(project, mode="offline")
     owner = run(prefix="training/")
+    for workers in (-1, "3", 2.5, True):
+        with pytest.raises(ValueError, match="workers"):
+            owner.expect(workers)
+    with pytest.raises(TypeError, match="metadata of artifact 'a': 'lock' can't be sent"):
+        owner.log_artifact("a", "model", {"f": b""}, metadata={"lock": threading.Lock()})
     with pytest.raises(ValueError, match="overlap"):
         WandbRun("p", share=owner)
     with pytest.raises(ValueError, match="project"):
