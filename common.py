@@ -12,7 +12,6 @@ system of your own copy this file and that folder.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -105,11 +104,11 @@ class WandbRun:
     ):
         prefix = prefix or (getattr(pipeline, "prefix", "") if share is not None else "")
         _check(project, pipeline, workers, prefix, share, init)
-        self._sharer = share and (share._sharer or share)  # the run that this pipeline shares
+        self._host = share and (share._host or share)  # the run that this pipeline shares
         self._prefix, self._prefixes, self._sharing = prefix, [prefix], []
         self.shares, self._copy, self._ledger = share is not None, False, None
         self._owned = None if share else starting.start_actor(pipeline, init | dict(project=project, name=name))
-        self._actor = self._owned.actor if self._owned else self._sharer._actor
+        self._actor = self._owned.actor if self._owned else self._host._actor
         what = f"{name or init.get('id')!r} of {project!r}"
         started = starting.join(self._actor, prefix, pipeline.reduction, workers, what, self._owned)
         self._begun, self.config, self.project = started
@@ -118,14 +117,14 @@ class WandbRun:
         self._node = ray.get_runtime_context().get_node_id()
         self._outbox = outbox(self._actor, prefix, self.name, copy=id(self))
         self._outbox.open(self._owned and self._owned.stop)
-        if self._sharer:
-            self._sharer._sharing.append(self)
-            self._sharer._prefixes.append(prefix)
+        if self._host:
+            self._host._sharing.append(self)
+            self._host._prefixes.append(prefix)
         if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
             exits.unfinished.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | dict(_sharer=None, _sharing=[], _owned=None, _ledger=None, _outbox=None, _copy=True)
+        return self.__dict__ | dict(_host=None, _sharing=[], _owned=None, _ledger=None, _outbox=None, _copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -155,7 +154,7 @@ class WandbRun:
         commit: nothing more comes from this worker for this step. Otherwise its next step says so.
 
         Raises TypeError or ValueError naming the key of what can't be logged, RunFinishedError after `finish`, and
-        RuntimeError in a forked process.
+        RuntimeError in a forked process and where Ray is not running any more.
         """
         self._outbox.put(values.as_step(step), values.pack(values.as_report(metrics)), commit)
 
@@ -180,7 +179,8 @@ class WandbRun:
         files: name in the artifact -> bytes, path of a file or folder, reference (`s3://…`) or W&B data type such as
         `wandb.Table`; or only paths.
 
-        Raises ValueError for a name, type or alias that W&B refuses and OSError for a file that can't be read.
+        Raises ValueError for a name, type or alias that W&B refuses, OSError for a file that can't be read, TypeError
+        for what can't be sent, and RunFinishedError after `finish`.
         """
         what, content = artifacts.check(name, type, metadata, aliases), artifacts.contents(name, files)
         if self.path is None:
@@ -195,14 +195,14 @@ class WandbRun:
         """Records that this run uses artifact `name`, such as "checkpoint:step-10".
 
         In the run's config (`used_artifacts`), and online as lineage, as soon as the server has it. For its files use
-        `wandb.Api().artifact(name)`.
+        `wandb.Api().artifact(name)`. Raises RunFinishedError after `finish`.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
         self._ask(self._actor.use_artifact, self._prefix, name)
 
     def expect(self, workers: int) -> None:
-        """From now on so many workers make a step complete: one has died or joined. Raises ValueError."""
+        """From now on so many workers make a step complete: one has died or joined. Raises ValueError for no number."""
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
             raise ValueError(f"workers must be an integer from 0, not {workers!r}")
         self._ask(self._actor.expect, self._prefix, max(1, workers))
@@ -235,24 +235,22 @@ class WandbRun:
         if not isinstance(exit_code, int):
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
         if self._ledger is None:
-            ended = self, *self._sharing
-            self.flush(5)  # an async actor's first report may not have been sent
+            owned, ended = self._owned, (self, *self._sharing)
+            for run in ended:
+                run.flush(5)  # an async actor's first report may not have been sent
             try:
                 ledgers = answer(self._actor.finish, exit_code, failure, self._prefix if self.shares else None)
-                if self._owned:
+                if owned:
                     self._actor.leave.remote()
             except ActorGoneError as error:
-                top = self._sharer or self
-                ended = top, *top._sharing
-                last = dataclasses.replace(
-                    self._begun, warnings=[f"the pipeline actor can't be reached: {line(error)}"]
-                )
-                ledgers = ending.finish_without_actor(top._owned, exit_code, failure, last, top._prefixes)
+                host = self._host or self
+                owned, ended = host._owned, (host, *host._sharing)
+                ledgers = ending.finish_without_actor(owned, exit_code, failure, error, self._begun, host._prefixes)
             for run in ended:
                 run._ledger = ledgers[run._prefix]
                 exits.unfinished.remove(run)
-            if self._owned and not self._owned.letter.ended:
-                self._owned.forget()
+            if owned and not owned.letter.ended:
+                owned.forget()
         return self._ledger
 
 
@@ -272,7 +270,7 @@ def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, i
         return
     if not isinstance(share, WandbRun) or share._copy or share._ledger is not None:
         raise ValueError(f"share must be a WandbRun of this process that is not finished, not {share!r}")
-    owner = share._sharer or share
+    owner = share._host or share
     if init or project not in (owner.project, owner._owned.letter.init["project"]):  # a server may call it otherwise
         raise ValueError(f"share= takes the project ({owner.project!r}) and the settings of the run it shares")
     others = [other for other in owner._prefixes if other]  # one with bare keys may be shared

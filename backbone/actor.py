@@ -9,7 +9,7 @@ import queue
 import sqlite3
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,11 +66,7 @@ class PipelineActor:
                 except Exception as error:  # wandb's own kinds don't all survive the way to the caller
                     kind = type(error) if type(error) in (TypeError, ValueError, OSError) else RuntimeError
                     raise kind(" ".join(str(error).split())[:500]) from error
-            self._run.join(prefix, reduction, workers)
-            of_wandb = self._run.writer.run
-            return Started(
-                ledger(self._run.store, self._run.pipelines[prefix]), dict(of_wandb.config), of_wandb.project
-            )
+            return self._run.join(prefix, reduction, workers)
 
     def _begin(self) -> None:
         """Starts the run, or goes on with what a dead actor has left."""
@@ -98,10 +94,9 @@ class PipelineActor:
 
     def push(self, batch: Batch, holding: Sequence[ray.ObjectRef]) -> Answer:
         """Takes a batch. holding: a call of `hold` by the sender, whose fate tells of the sender's death."""
-        for call in holding:
-            call.future().add_done_callback(
-                lambda end: end.exception() and self._deaths.put((batch.prefix, batch.sender))
-            )
+        sender = batch.prefix, batch.sender
+        for call in holding:  # each stays as long as the run; the batch must not
+            call.future().add_done_callback(lambda end: end.exception() and self._deaths.put(sender))
         with self._changed:
             pipeline = self._run.pipelines.get(batch.prefix) if self._run else None
             if not pipeline or pipeline.ended:
@@ -135,9 +130,9 @@ class PipelineActor:
                 self._changed.notify_all()
 
     @ray.method(concurrency_group="hold")
-    def hold(self, seen: int) -> tuple[int, set[str], bool]:
-        """Returns at the next event of the run: how many there were, and what `Events.behind` says of them."""
-        return self._events.behind(seen)
+    def hold(self, ended: Set[str], stopped: bool) -> tuple[set[str], bool]:
+        """Returns at the next event of the run: see `Events.beyond`."""
+        return self._events.beyond(ended, stopped)
 
     @ray.method(concurrency_group="control")
     def expect(self, prefix: str, workers: int) -> None:
@@ -182,9 +177,11 @@ class PipelineActor:
 
         wait: so many seconds for a process that says nothing.
         """
-        run = self._run
         try:
             with self._changed:
+                run = self._run  # a start that is under way ends first
+                if not run:
+                    return {}
                 ends = [pipeline for pipeline in run.pipelines.values() if prefix in (None, pipeline.prefix)]
                 ends = [pipeline for pipeline in ends if not pipeline.ended]
                 self._events.end(pipeline.prefix for pipeline in ends)

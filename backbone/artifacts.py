@@ -42,9 +42,9 @@ class Artifacts:
             if not finished:
                 self._submit(id_, *pickle.loads(task))
 
-    def log(self, key: str, what: Mapping[str, Any]) -> None:
-        """key: folder with the staged files; what: name, type, metadata, aliases, files, references, objects."""
-        self._add("log", {**what, "folder": key})
+    def log(self, folder: Path, what: Mapping[str, Any]) -> None:
+        """folder: with the staged files; what: name, type, metadata, aliases, files, references, objects."""
+        self._add("log", {**what, "folder": str(folder)})
 
     def use(self, name: str) -> None:
         self._add("use", {"name": name})
@@ -55,10 +55,10 @@ class Artifacts:
         try:
             added = self._store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (pickle.dumps((kind, what)),))
         except sqlite3.Error as error:  # the disk is full
-            return self.lose(what["name"], error)
+            return self._lose(what["name"], error)
         self._submit(added.lastrowid, kind, what)
 
-    def lose(self, name: str, error: Exception) -> None:
+    def _lose(self, name: str, error: Exception) -> None:
         self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + 1)
         self._store.warn("artifact", f"artifact {name!r} is lost: {line(error)}")
 

@@ -55,28 +55,28 @@ class Backlog:
     def begin_task(self, task: str) -> None:
         """A task that logs in this process takes the place of the one before."""
         if task and task != self._worker:
-            self._say_goodbye()
+            self._say_goodbye(self.waiting)
             self._worker = task
 
     @property
     def of_task(self) -> bool:
         return is_task(self._worker)
 
-    def _say_goodbye(self) -> None:
+    def _say_goodbye(self, items: list[Item]) -> None:
         if self.of_task:
-            self.waiting.append((self._worker, None, False, b""))
+            items.append((self._worker, None, False, b""))
 
     def next_batch(self, leaving: bool, may_end: bool) -> Batch:
         """leaving: nobody here has a copy of the run any more; may_end: the process can end behind this batch."""
-        items, self.waiting = self.waiting[: self.BATCH], self.waiting[self.BATCH :]
-        self.last_sent = (leaving or may_end) and not self.waiting
-        if leaving and self.last_sent and self.of_task:
-            items.append((self._worker, None, False, b""))
-            self._worker = self._by_default
+        items, rest = self.waiting[: self.BATCH], self.waiting[self.BATCH :]
+        reports, size = sum(item[1] is not None for item in items), sum(len(item[3]) for item in items)
         serial, self.serial = self.serial, self.serial + 1
         oldest = min(self.under_way, default=serial)
-        reports = sum(item[1] is not None for item in items)
-        self.under_way[serial] = reports, sum(len(item[3]) for item in items)
+        self.under_way[serial] = reports, size  # before it leaves what waits: `Outbox.release` looks without a lock
+        self.waiting, self.last_sent = rest, (leaving or may_end) and not rest
+        if leaving and self.last_sent:
+            self._say_goodbye(items)
+            self._worker = self._by_default
         return Batch(self._prefix, self._id, self._process, serial, oldest, self.said, self.last_sent, items)
 
     def answered(self, serial: int) -> int:

@@ -11,8 +11,7 @@ import ray
 from ray._private import state
 
 from .ledger import RunFinishedError
-
-DEATHS = 3  # of a pipeline actor in a row; after more it is given up
+from .run import DEATHS
 
 
 class ActorGoneError(RuntimeError):

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 def finish_without_actor(
-    owned: Owned | None, exit_code: int, failure: str | None, last: Ledger, prefixes: Sequence[str]
+    owned: Owned | None, exit_code: int, failure: str | None, why: Exception, begun: Ledger, prefixes: Sequence[str]
 ) -> Ledgers:
     """Finishes a run, whatever has become of it.
 
-    owned: the run, None in a process that did not make it. last: what is known of it, and why its actor is gone.
+    owned: the run, None in a process that did not make it. why: its actor can't be reached. begun: how it began.
     """
     try:
         if owned is None:
@@ -40,12 +40,12 @@ def finish_without_actor(
         return _take_over(owned.letter, exit_code, failure)
     except FileNotFoundError as error:
         problem = line(error)
-    except OSError:  # another process has the store: the actor lives, and only can't be reached from here
+    except OSError as error:  # mostly: another process has the store, so the actor lives
         owned.letter.ended = exit_code, failure
         guest.rewrite_letter(owned.path, owned.letter)
-        problem = "it finishes the run when this process has ended"
-    last = dataclasses.replace(last, gone=True, warnings=["; ".join([*last.warnings, problem])])
-    return {prefix: dataclasses.replace(last, prefix=prefix) for prefix in prefixes}
+        problem = f"{line(error)}; if the actor lives, it finishes the run when this process has ended"
+    warnings = [f"the pipeline actor can't be reached: {line(why)}; {problem}"]
+    return {prefix: dataclasses.replace(begun, prefix=prefix, gone=True, warnings=warnings) for prefix in prefixes}
 
 
 def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> Ledgers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 
 class Events:
@@ -24,8 +24,8 @@ class Events:
             self.stopped = True
             self._happened.notify_all()
 
-    def behind(self, seen: int) -> tuple[int, set[str], bool]:
-        """Waits until there were more than `seen`: how many, the prefixes of pipelines that end, whether to stop."""
+    def beyond(self, ended: Set[str], stopped: bool) -> tuple[set[str], bool]:
+        """Waits until there is more than the caller knows: prefixes of the pipelines that end, whether to stop."""
         with self._happened:
-            self._happened.wait_for(lambda: len(self._ended) + self.stopped > seen)
-            return len(self._ended) + self.stopped, set(self._ended), self.stopped
+            self._happened.wait_for(lambda: self._ended - ended or self.stopped > stopped)
+            return set(self._ended), self.stopped

@@ -53,7 +53,7 @@ def is_private(path: Path) -> bool:
     return stat.S_ISREG(found.st_mode) and owned and found.st_nlink == 1
 
 
-def open_database(path: Path, patience: float = 3.0) -> sqlite3.Connection:
+def open_database(path: Path, patience: float) -> sqlite3.Connection:
     """The database at `path`, for this process alone; a new one if there is none, or what is there can't be trusted.
 
     patience: seconds to wait for a process that has it. Raises OSError if that does not end.

@@ -70,7 +70,8 @@ class Outbox:
             wire.submit()
         if not (wire.generation or wire.me.in_async_actor):  # the first time, until the actor knows of this process
             with self._changed:
-                self._changed.wait_for(lambda: wire.generation or wire.closed or wire.error, self.MINUTE)
+                known = lambda: wire.generation or wire.closed or wire.error or not backlog.reports  # noqa: E731
+                self._changed.wait_for(known, backlog.patience)
                 if not wire.generation:
                     wire.raise_if_closed()
 

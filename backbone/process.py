@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import ray
@@ -58,3 +60,14 @@ class _Here(threading.local):
 
 
 here = _Here()
+
+
+def when_done(future: Future, call: Callable[[Future], object]) -> None:
+    """Has Ray's thread call this, and marks that thread. If the answer is there already, this thread calls."""
+    asked = threading.get_ident()
+
+    def called(done: Future) -> None:
+        here.runs_callbacks |= threading.get_ident() != asked
+        call(done)
+
+    future.add_done_callback(called)

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 from . import disk
 from .artifacts import Artifacts
-from .calls import DEATHS
 from .files import store_path
 from .ledger import Ledger, Ledgers
 from .pipeline import Pipeline
 from .reduction import Reduction
 from .store import Row, Store
 from .writer import Writer
+
+DEATHS = 3  # of a pipeline actor in a row; after more it is given up
 
 
 class GivenUpError(RuntimeError):
@@ -52,7 +53,9 @@ class Run:
         self.artifacts: Artifacts = None  # until `start`
 
     @classmethod
-    def open(cls, life: str, init: dict[str, Any], *arguments: Any) -> Run:
+    def open(
+        cls, life: str, init: dict[str, Any], lock: threading.Condition | threading.RLock, stop: Callable[[], None]
+    ) -> Run:
         """Opens what an actor before this one has left of the run, if there was one, and counts the restart.
 
         life: another one for each time that a process makes a run of this id. Raises GivenUpError after some deaths of
@@ -64,7 +67,7 @@ class Run:
         if store.facts.get("life") != life and "ledgers" in store.facts:  # the run of an earlier process, finished
             store.remove()
             store = Store(store.path)
-        facts, run = store.facts, cls(store, init, *arguments)
+        facts, run = store.facts, cls(store, init, lock, stop)
         if facts.get("life") == life:
             rows = len(disk.numbers(facts.get("paths", ())))
             deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1

@@ -59,7 +59,7 @@ class Wire:
         # whose process could not end as long as it waits for an answer.
         self._holding: Any = None
         self._announce = False  # the next batch tells the actor of it
-        self._seen = 0  # how many events of the run this process knows of
+        self._known: tuple[Set[str], bool] = set(), False  # events of the run that this process knows of
         if not self.me.in_task:
             self._hold()
         threading.Thread(target=self._work, daemon=True).start()
@@ -74,10 +74,14 @@ class Wire:
 
     def _work(self) -> None:
         process.here.runs_callbacks = True
-        while not self.error and not (self.closed and self.backlog.last_sent):
+        while not self._is_over:
             with self._changed:
-                self._changed.wait_for(lambda: self.error or (self._is_due and not self._is_taken_care_of))
+                self._changed.wait_for(lambda: self._is_over or (self._is_due and not self._is_taken_care_of))
             self.submit()
+
+    @property
+    def _is_over(self) -> bool:
+        return self.error is not None or (self.closed and self.is_done)
 
     @property
     def _is_taken_care_of(self) -> bool:
@@ -121,12 +125,11 @@ class Wire:
                 if self._session != process.session():
                     raise RuntimeError("Ray is not running any more")
                 answer = self._actor.push.remote(batch, announced).future()
-                answer.add_done_callback(functools.partial(self._answered, batch.serial))
+                process.when_done(answer, functools.partial(self._answered, batch.serial))
             except Exception as error:  # Ray is not running any more
                 self._fail(error)
 
     def _answered(self, serial: int, answer: Future) -> None:
-        process.here.runs_callbacks = True
         error = answer.exception()
         if isinstance(error, ray.exceptions.RayActorError):
             self._fail(error)
@@ -148,24 +151,23 @@ class Wire:
     # What the run tells
 
     def _hold(self) -> None:
-        self._announce, self._holding = True, self._actor.hold.remote(self._seen)
-        self._holding.future().add_done_callback(self._hear)
+        self._announce, self._holding = True, self._actor.hold.remote(*self._known)
+        process.when_done(self._holding.future(), self._hear)
 
     def _hear(self, event: Future) -> None:
         """Called when a pipeline of the run ends, somebody wants it stopped, or the actor is gone."""
-        process.here.runs_callbacks = True
         if event.exception():
             return self._fail(event.exception())
-        self._seen, ended, stopped = event.result()
-        if stopped and self._stop:
-            stop, self._stop = self._stop, None
-            stop()
         with self._changed:
-            self.closed = self._prefix in ended
+            self._known = ended, stopped = event.result()
+            self.closed |= self._prefix in ended
             if not self.closed and self._session == process.session():
                 self._hold()
             self._changed.notify_all()
         self.submit()
+        if stopped and self._stop:
+            stop, self._stop = self._stop, None
+            stop()
 
     def _fail(self, error: BaseException) -> None:
         """Nothing can be sent any more: the run is finished, its actor is gone for good, or Ray is."""

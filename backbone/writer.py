@@ -67,9 +67,7 @@ class Writer:
     def _wandb_init(self, restart: bool) -> wandb.Run:
         import wandb
 
-        settings = self._init.get("settings") or {}
-        if isinstance(settings, wandb.Settings):
-            settings = {key: getattr(settings, key) for key in settings.model_fields_set}
+        settings = self._init["settings"]
         defaults = dict(silent=True, console="off", init_timeout=10, finish_timeout=60)
         settings = wandb_internals.unless_said(defaults | wandb_internals.repository()) | settings
         self.timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout) / 2
