@@ -24,7 +24,7 @@ from typing import Any
 from backbone import artifacts, ending, exits, starting, values
 from backbone.actor import PipelineActor, pipeline_actor
 from backbone.calls import ActorGoneError, answer
-from backbone.ledger import Ledger, RunFinishedError, line
+from backbone.ledger import Ledger, RunFinishedError, finished, line
 from backbone.outbox import outbox
 from backbone.reduction import Reduction, reduce_reports
 
@@ -220,7 +220,7 @@ class WandbRun:
                 raise RunFinishedError
             return answer(method, *arguments)
         except RunFinishedError:
-            raise RunFinishedError(f"run {self.name!r} is finished, so nothing more can be logged to it") from None
+            raise finished(self.name) from None
         except ActorGoneError as error:
             _warn_once(f"W&B run {self.name}: {method._method_name} failed, training goes on: {line(error)}")
 

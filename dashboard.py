@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import common
+from backbone import wandb_internals
 from demo4_extensions import EvaluationPipelineActor
 
 import numpy as np
@@ -31,7 +32,6 @@ try:
     import wandb
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
-    from wandb.sdk.lib import wbauth
 except ModuleNotFoundError as missing:
     sys.exit(f"dashboard.py: {missing}; start it with `uv run --group dashboard python dashboard.py`")
 
@@ -147,9 +147,9 @@ def main() -> None:
     try:
         wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=2))  # by default it would try for hours
         # Asked here, because the library would prompt for a key.
-        if not wbauth.authenticate_session(host=wandb.setup().settings.base_url, source="dashboard.py", prompt=False):
+        if not wandb_internals.has_login(keep=True):
             parser.error("saving needs an API key: run `wandb login`, set WANDB_API_KEY or use --print")
-    except (wandb.errors.AuthenticationError, ValueError) as error:  # a key or a WANDB_ variable that can't be right
+    except ValueError as error:  # a key or a WANDB_ variable that can't be right
         parser.error(" ".join(str(error).split()))
     try:
         for url in save(*made):

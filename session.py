@@ -180,10 +180,13 @@ def run_to_end(args: Args, workers: Sequence[ray.actor.ActorHandle], *runs: Wand
         failure = _follow(workers, named, bars)
     finally:
         exits.unfinished.finish(int(bool(failure)), failure)
-        ledgers = [run.finish() for run in runs]
+        ledgers = []
+        for run in runs:
+            with contextlib.suppress(Exception):  # it can't be finished, which has been told
+                ledgers.append(run.finish())
         bars.close()
         _summarise(args, ledgers)
-    return 0 if not failure and all(ledger.ok for ledger in ledgers) else 1
+    return 0 if not failure and [ledger.ok for ledger in ledgers] == [True] * len(runs) else 1
 
 
 def _follow(workers: Sequence[Any], runs: Mapping[str, WandbRun], bars: _Bars) -> str | None:

@@ -20,7 +20,7 @@ from .events import Events
 from .files import store_path
 from .inbox import Answer, Batch
 from .last_words import hear_out
-from .ledger import Ledger, Ledgers, RunFinishedError, line
+from .ledger import Ledger, Ledgers, finished, line
 from .nodes import with_nodes
 from .pipeline import Pipeline
 from .reduction import Reduction
@@ -166,7 +166,7 @@ class PipelineActor:
 
     def _pipeline(self, prefix: str) -> Pipeline:
         if prefix not in self._run.pipelines or self._run.pipelines[prefix].ended:
-            raise RunFinishedError(f"run {self._letter.init.get('name')!r} is finished")
+            raise finished(self._letter.init.get("name"))
         return self._run.pipelines[prefix]
 
     # Finishing

@@ -75,7 +75,7 @@ class Artifacts:
         for file in content["files"]:
             artifact.add_file(f"{folder}/{file}", file, policy="immutable", skip_cache=True)
         for file, reference in content["references"].items():
-            artifact.add_reference(reference, file, checksum=False)
+            wandb_internals.add_reference(artifact, file, reference)
         for file, value in values.unpack(content["objects"]).items():
             artifact.add(value, file)
         self._note("client = ?", wandb_internals.client_id(artifact), id_)

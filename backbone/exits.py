@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import Any
 
+from . import wandb_internals
 from .ledger import line
 
 logger = logging.getLogger("wandb_run")
@@ -26,16 +27,17 @@ class Unfinished:
 
     def __init__(self) -> None:
         self._runs: dict[Any, tuple[int, str | None]] = {}  # -> exit code and failure, as things stand
-        self._pid = 0
+        self._pid, self._lock = 0, threading.RLock()
         self._hooks = self._before = sys.exit, sys.excepthook
 
     def add(self, run: Any) -> None:
-        if not self._runs:
-            self._pid = os.getpid()
-            self._watch()
-            atexit.unregister(self._at_exit)
-            atexit.register(self._at_exit)  # now, so that it runs before Ray's own, which takes the actors down
-        self._runs[run] = 0, None
+        with self._lock:
+            if not self._runs:
+                self._pid = os.getpid()
+                self._watch()
+                atexit.unregister(self._at_exit)
+                atexit.register(self._at_exit)  # now, so that it runs before Ray's own, which takes the actors down
+            self._runs[run] = 0, None
 
     def _watch(self) -> None:
         """Puts new functions in place each time: those of the last time may lie below somebody else's hooks."""
@@ -54,9 +56,10 @@ class Unfinished:
         self._before = before
 
     def remove(self, run: Any) -> None:
-        if self._runs.pop(run, None) and not self._runs:
-            sys.exit = self._before[0] if sys.exit is self._hooks[0] else sys.exit
-            sys.excepthook = self._before[1] if sys.excepthook is self._hooks[1] else sys.excepthook
+        with self._lock:
+            if self._runs.pop(run, None) and not self._runs:
+                sys.exit = self._before[0] if sys.exit is self._hooks[0] else sys.exit
+                sys.excepthook = self._before[1] if sys.excepthook is self._hooks[1] else sys.excepthook
 
     def finish(self, exit_code: int | None = None, failure: str | None = None) -> None:
         """Finishes all of them, each as far as it can be, at the same time. exit_code: each run's own if None."""
@@ -94,8 +97,7 @@ def how_it_ends(error: BaseException | None) -> tuple[int, str | None]:
 
 def interrupt() -> None:
     """Does to this process what "Stop run" does to one that called `wandb.init` itself: as Ctrl-C."""
-    agent = sys.modules.get("wandb.agents.pyagent")
-    if agent and agent.is_running():  # which stops its trials itself
+    if wandb_internals.agent_is_running():
         return
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # ends a system call, too

@@ -10,6 +10,10 @@ class RunFinishedError(RuntimeError):
     """Something was logged to a run after `finish`."""
 
 
+def finished(name: str) -> RunFinishedError:
+    return RunFinishedError(f"run {name!r} is finished, so nothing more can be logged to it")
+
+
 @dataclasses.dataclass
 class Ledger:
     """What came in from the workers of a pipeline, and what is there: `reports` = reports in rows + `lost`."""

@@ -121,10 +121,12 @@ class Store:
             (metrics,) = self.db.execute("SELECT metrics FROM rows WHERE number = ?", (new,)).fetchone()
             yield Row(new, values.unpack(metrics))
 
-    def refuse(self, number: int, values: int) -> None:
-        """Notes how many values of a row W&B has refused."""
+    def refuse(self, number: int, values: int) -> bool:
+        """Notes how many values of a row W&B has refused; whether that is new, and not known from before a restart."""
+        update = "UPDATE rows SET refused = ? WHERE number = ? AND refused = 0"
         with contextlib.suppress(sqlite3.Error):
-            self.db.execute("UPDATE rows SET refused = ? WHERE number = ?", (values, number))
+            return self.db.execute(update, (values, number)).rowcount > 0
+        return True
 
     def account(self, prefix: str, there: Callable[[int], bool]) -> Counter[str]:
         """What of a pipeline's rows is there: `rows`, the `reports` in them and the values they lack."""

@@ -108,6 +108,19 @@ def client_id(artifact: wandb.Artifact) -> str:
     return artifact._client_id
 
 
+def add_reference(artifact: wandb.Artifact, file: str, reference: str) -> None:
+    """Adds a reference as it is; wandb's own function wants the library of `s3://`, even where it looks nothing up."""
+    from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
+
+    artifact.manifest.add_entry(ArtifactManifestEntry(path=file, ref=reference, digest=reference))
+
+
+def agent_is_running() -> bool:
+    """Whether `wandb.agent(function=…)` runs trials in this process, which it stops itself."""
+    agent = sys.modules.get("wandb.agents.pyagent")
+    return bool(agent and agent.is_running())
+
+
 def upload_was_refused(folder: Path) -> bool:
     """Whether the server has refused a run's rows for good, which wandb tells nobody but the run's own log."""
     with contextlib.suppress(OSError):
@@ -156,14 +169,17 @@ def session_settings() -> wandb.Settings:
     return wandb_setup.singleton().settings
 
 
-def has_login() -> bool:
-    """Whether wandb finds a key, without a prompt. Raises ValueError for a key that can't be right."""
+def has_login(keep: bool = False) -> bool:
+    """Whether wandb finds a key, without a prompt; with `keep` it uses that from now on.
+
+    Raises ValueError for a key that can't be right.
+    """
     import wandb
     from wandb.sdk.lib import wbauth
 
     host = session_settings().base_url
     try:
-        return bool(wbauth.authenticate_session(host=host, source="", prompt=False, update_session=False))
+        return bool(wbauth.authenticate_session(host=host, source="", prompt=False, update_session=keep))
     except wandb.errors.AuthenticationError as error:
         raise ValueError(str(error)) from None
 

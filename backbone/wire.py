@@ -17,7 +17,7 @@ import ray
 from . import process
 from .backlog import Backlog
 from .calls import has_left, plain
-from .ledger import RunFinishedError
+from .ledger import finished
 
 logger = logging.getLogger("wandb_run")
 
@@ -66,7 +66,7 @@ class Wire:
 
     def raise_if_closed(self) -> None:
         if self.closed:
-            raise RunFinishedError(f"run {self._name!r} is finished, so nothing more can be logged to it")
+            raise finished(self._name)
         if self.error and self._session != process.session():
             raise RuntimeError(f"Ray is not running any more, so nothing can be logged to run {self._name!r}")
 
@@ -141,7 +141,7 @@ class Wire:
                 generation, finished = answer.result()
                 if finished:
                     self.closed = True
-                    self.lose(reports, RunFinishedError("the run is finished"))
+                    self.lose(reports, finished(self._name))
                 else:
                     restarted = self.generation not in ("", generation)
                     self._announce |= restarted and self._holding is not None

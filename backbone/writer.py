@@ -126,29 +126,31 @@ class Writer:
                 known.add(key)
                 self.run.define_metric(key, step_metric=f"{prefix}step")
         plain = {key: value for key, value in row.metrics.items() if isinstance(value, int | float | str)}
-        refused = [  # one by one, because none can be logged a second time
-            key
-            for key, value in row.metrics.items()
-            if key not in plain and not self._accepts({key: value}, row.number, commit=False)
-        ]
-        if not self._accepts(plain, row.number, commit=True):
-            refused += plain
-        if refused:
-            self._store.refuse(row.number, len(refused))
-        for key in tables.keys() - set(refused):
+        refused: dict[str, str] = {}  # key -> why
+        for key, value in row.metrics.items():
+            if key not in plain and (why := self._log({key: value}, row.number, commit=False)):
+                refused[key] = why  # one by one, because none can be logged a second time
+        warnings = list(refused.values())
+        if why := self._log(plain, row.number, commit=True):
+            refused |= dict.fromkeys(plain, why)
+            warnings.append(why)
+        if refused and self._store.refuse(row.number, len(refused)):
+            for why in warnings:
+                self._store.warn("refused", why)
+        for key in tables.keys() - refused.keys():
             before = [(-1, path) for path in wandb_internals.increments_before(tables[key])]
             self._increments[key] = [*before, (row.number, wandb_internals.increment_path(tables[key]))]
             self._store.note(increments=self._increments)
 
-    def _accepts(self, metrics: dict[str, Any], number: int, commit: bool) -> bool:
+    def _log(self, metrics: dict[str, Any], number: int, commit: bool) -> str:
+        """Why W&B refuses it; nothing if it doesn't."""
         try:
             self.run.log(metrics, step=number, commit=commit)
         except Exception as error:
             if wandb_internals.service_has_died(error):
                 raise ServiceDiedError(line(error)) from None
-            self._store.warn("refused", f"W&B refused a value of {next(iter(metrics))!r}: {line(error)}")
-            return False
-        return True
+            return f"W&B refused a value of {next(iter(metrics))!r}: {line(error)}"
+        return ""
 
     def _next_increments(self, row: Row) -> dict[str, wandb.Table]:
         """The incremental tables of a row, each made the increment behind those of the rows before."""
