@@ -78,10 +78,7 @@ def is_table(value: Any) -> bool:
 
 
 def media_file(value: Any) -> Path | None:
-    """The content of a `wandb.Image`, `wandb.Html` or the like: a temporary file of the process that made it.
-
-    None for what has no file, or one that is elsewhere (`s3://…`).
-    """
+    """The temporary file of a `wandb.Image`, `wandb.Html` or the like, in the process that made it, if it has one."""
     path = getattr(value, "_path", None) if is_data_type(value) else None
     return Path(path) if isinstance(path, str) and "://" not in path else None
 
@@ -170,10 +167,7 @@ def session_settings() -> wandb.Settings:
 
 
 def has_login(keep: bool = False) -> bool:
-    """Whether wandb finds a key, without a prompt; with `keep` it uses that from now on.
-
-    Raises ValueError for a key that can't be right.
-    """
+    """Whether wandb finds a key, without a prompt, and may `keep` it. Raises ValueError for one that can't be right."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -193,8 +187,7 @@ def mode_of_this_folder() -> str | None:
 def open_in_leet(folder: Path, runs: Sequence[Path], metrics: str) -> None:
     """Has LEET show these runs, and first the metrics that the regular expression `metrics` finds.
 
-    On its own it shows the newest run and all metrics by alphabet. The file is its memory of a folder, which it starts
-    afresh if it can't read it; a filter that the user has typed stays.
+    On its own it shows the newest run and all metrics by alphabet. A filter that the user has typed stays.
     """
     memory = folder / ".wandb-leet.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -233,5 +226,4 @@ def repository() -> dict[str, str]:
     """A setting for the repository around the working directory: wandb would look around the runs' folder."""
     from wandb.sdk.lib.gitlib import GitRepo
 
-    root = GitRepo().root_dir
-    return {"git_root": str(root)} if root else {}
+    return {"git_root": str(root)} if (root := GitRepo().root_dir) else {}

@@ -16,7 +16,7 @@ import ray
 
 from . import process
 from .backlog import Backlog
-from .calls import has_left, plain
+from .calls import has_left, plain, ray_answers
 from .ledger import finished
 
 logger = logging.getLogger("wandb_run")
@@ -76,7 +76,12 @@ class Wire:
         process.here.runs_callbacks = True
         while not self._is_over:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_over or (self._is_due and not self._is_taken_care_of))
+                due = self._changed.wait_for(
+                    lambda: self._is_over or (self._is_due and not self._is_taken_care_of), timeout=5.0
+                )
+                silent = not due and self.backlog.under_way
+            if silent and not ray_answers():  # when all of Ray is gone, a call gets neither answer nor error
+                self._fail(RuntimeError("Ray is not running any more"))
             self.submit()
 
     @property
@@ -138,14 +143,14 @@ class Wire:
             if error:
                 self.lose(reports, error)
             else:
-                generation, finished = answer.result()
-                if finished:
+                told = answer.result()
+                if told.finished:
                     self.closed = True
                     self.lose(reports, finished(self._name))
                 else:
-                    restarted = self.generation not in ("", generation)
+                    restarted = self.generation not in ("", told.generation)
                     self._announce |= restarted and self._holding is not None
-                    self.generation = generation
+                    self.generation = told.generation
             self._changed.notify_all()
 
     # What the run tells

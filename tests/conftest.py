@@ -95,7 +95,8 @@ def logs(directory: Path) -> dict[str, Log]:
     return {log.run["display_name"]: log for log in found}
 
 
-# What a new shell has, and nothing of W&B or Ray: also not what Ray sets when it starts in this process.
+# What a new shell has, and nothing of W&B or Ray: also not what Ray sets when it starts in this process. A folder for
+# Ray comes in below.
 SHELL = {name: value for name, value in os.environ.items() if not re.match("_?WANDB_|RAY_|NETRC$", name)}
 
 
@@ -104,13 +105,20 @@ def no_account(home: Path) -> dict[str, str]:
     return SHELL | {"HOME": str(home)}
 
 
+def short_folder() -> tempfile.TemporaryDirectory:
+    """For Ray's sockets, whose paths must not be long."""
+    return tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def stranger(tmp_path_factory):
     """No test finds the account, W&B settings or Ray of who runs it."""
     empty = tmp_path_factory.mktemp("empty")
-    with pytest.MonkeyPatch.context() as patch:
+    with short_folder() as folder, pytest.MonkeyPatch.context() as patch:
         for name in os.environ.keys() - SHELL - {"RAY_ENABLE_UV_RUN_RUNTIME_ENV"}:
             patch.delenv(name)
+        patch.setitem(SHELL, "RAY_TMPDIR", folder)  # a driver without an address goes to the cluster that is noted here
+        patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("NETRC", str(empty / "netrc"))
         patch.setenv("WANDB_CONFIG_DIR", str(empty))
         patch.chdir(empty)  # wandb looks for settings here
@@ -236,39 +244,3 @@ def busy(start, tmp_path):
         return process
 
     return busy
-
-
-CLUSTER = """
-import json, sys
-from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=2, include_dashboard=False))
-nodes = cluster.head_node, cluster.add_node(num_cpus=2)
-print(json.dumps([cluster.address, *(node.all_processes["raylet"][0].process.pid for node in nodes)]), flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
-
-
-@pytest.fixture
-def token(tmp_path, environment) -> dict[str, str]:
-    """The environment of a user whose Ray asks for a token."""
-    path = tmp_path / "token"
-    path.write_text("0123456789abcdef" * 4)
-    return environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-
-
-@pytest.fixture
-def cluster(token):
-    """(address, raylet, raylet) of a cluster; in a process of its own, because a process has one token."""
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: it holds sockets
-        command, pipe = [sys.executable, "-c", CLUSTER], subprocess.PIPE
-        process = subprocess.Popen(
-            command,
-            env=token | {"RAY_TMPDIR": folder, "PYTHONPATH": ""},
-            stdin=pipe,
-            stdout=pipe,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        yield json.loads(process.stdout.readline())
-        process.communicate(timeout=60)

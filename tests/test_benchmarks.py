@@ -26,6 +26,7 @@ def test_every_way_is_measured_and_loses_no_report(environment):
     assert len(result["targets"]) == 5
 
 
+@pytest.mark.slow
 def test_the_way_of_this_project_is_measured_beside_a_plain_one(environment):
     load = [
         "--workers",

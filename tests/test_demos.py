@@ -128,6 +128,9 @@ def test_a_demo_is_quiet_says_where_its_runs_are_and_leaves_nothing_else(ran, de
     assert {path.name for path in directory.iterdir()} == {"wandb"}
     left = {path.name for path in (directory / "wandb").iterdir() if not path.name.startswith("offline-run-")}
     assert left <= {"latest-run", "debug.log", "debug-internal.log", ".wandb-leet.json"}
+    leet = json.loads((directory / "wandb" / ".wandb-leet.json").read_text())
+    assert leet["selected_runs"] == [path.name for path in folders(directory)]
+    assert re.search(leet["metrics_filter"]["query"], "math/accuracy")
 
 
 def test_the_commands_it_prints_work_when_pasted(ran):
@@ -366,6 +369,7 @@ def test_the_same_seed_gives_the_same_numbers_whatever_the_timing(ran):
     assert numbers(ran("demo1")[1]) == numbers(ran("demo2", *HURRY, WANDB_MODE="offline")[1])
 
 
+@pytest.mark.slow
 def test_disabled_keeps_nothing(ran):
     done, directory = ran("demo1", "--mode", "disabled", "--step-seconds", "0")
     assert (done.returncode, done.stderr) == (0, "")

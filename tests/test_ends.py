@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -52,10 +53,13 @@ class Worker:
         self.cycle.append(self.cycle)
         log_some(made, reports)
 
-    def stop_answering(self, made: WandbRun, reports: int) -> None:
+    def stop_answering(self, made: WandbRun, reports: int, how: str) -> None:
         log_some(made, reports)
         made.flush()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:  # in native code that gives no other thread a turn
+            ctypes.PyDLL(None).sleep(600)
 
     def fill_the_outbox(self, made: WandbRun, file: Path) -> None:
         log_some(made, 1)
@@ -63,7 +67,10 @@ class Worker:
         file.touch()  # now the pipeline actor is stopped
         while file.exists():
             time.sleep(0.01)
-        log_some(made, 500, first=1)
+        for step in (1, 2, 3):  # each is sent by itself; behind them the others wait in the outbox
+            log_some(made, 1, first=step)
+            time.sleep(0.1)
+        log_some(made, 500, first=4)
         file.touch()
         time.sleep(600)
 
@@ -77,14 +84,14 @@ def test_tasks_that_are_a_process_each_leave_nothing_behind(run):
         if ends == "exits":
             sys.exit(0)
 
-    made = run(workers=12)
-    works = [work.remote(made, ends) for ends in ("returns", "raises", "exits") * 4]
+    made = run(workers=6)
+    works = [work.remote(made, ends) for ends in ("returns", "raises", "exits") * 2]
     for each in works:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.get(each)
     ledger = made.finish()
-    assert (ledger.reports, ledger.lost, ledger.silent) == (4_800, 0, 0)
-    assert tokens(ledger) == 4_800
+    assert (ledger.reports, ledger.lost, ledger.silent) == (2_400, 0, 0)
+    assert tokens(ledger) == 2_400
 
 
 @pytest.mark.parametrize("kept", ["argument", "self", "exit_actor", pytest.param("cycle", marks=pytest.mark.slow)])
@@ -102,7 +109,7 @@ def test_actors_that_go_right_after_they_logged_leave_nothing_behind(run, kept):
 
 def test_no_process_crashes_in_native_code(ray_here):
     """Runs behind the tests above, which end dozens of processes that log."""
-    session = Path("/tmp/ray", ray.get_runtime_context().get_session_name(), "logs")
+    session = Path(os.environ["RAY_TMPDIR"], "ray", ray.get_runtime_context().get_session_name(), "logs")
     found = list(session.glob("worker-*.err"))
     assert found
     assert not [path for path in found if "SIGSEGV" in path.read_text(errors="replace")]
@@ -115,10 +122,10 @@ def test_a_handle_that_the_function_captured_sends_what_a_task_logs(run):
     def work(step: int) -> None:
         made.log({"tokens": 1}, step)
 
-    ray.get([work.remote(step) for step in range(20)])
+    ray.get([work.remote(step) for step in range(8)])
     ledger = made.finish()
-    assert (ledger.reports, ledger.lost) == (20, 0)
-    assert tokens(ledger) == 20
+    assert (ledger.reports, ledger.lost) == (8, 0)
+    assert tokens(ledger) == 8
 
 
 def test_a_with_block_in_a_worker_sends_all_and_does_not_finish_the_run(run):
@@ -181,15 +188,16 @@ def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tm
     os.kill(pid, signal.SIGKILL)
     ray.wait([work])
     ledger = made.finish()
-    assert 400 < ledger.reports <= 501
-    assert ledger.reports == tokens(ledger) + ledger.lost
+    assert ledger.lost > 300
+    assert ledger.reports == 504 == tokens(ledger) + ledger.lost
     assert not ledger.silent
 
 
-def test_a_process_that_does_not_answer_at_the_end_is_no_success(run):
+@pytest.mark.parametrize("how", ["stopped", "busy"])
+def test_a_process_that_does_not_answer_at_the_end_is_no_success(run, how):
     made, worker = run(), ray.remote(Worker).remote()
     pid = ray.get(worker.pid.remote())
-    worker.stop_answering.remote(made, 40)
+    worker.stop_answering.remote(made, 40, how)
     wait_for(lambda: made.progress()[0].reports == 40)
     ledger = made.finish()
     os.kill(pid, signal.SIGKILL)
@@ -371,7 +379,7 @@ def test_what_async_actors_have_just_logged_for_the_first_time_is_in_rows(run):
 
     engines = [Engine.remote() for _ in range(2)]
     ray.get([engine.__ray_ready__.remote() for engine in engines])
-    for _ in range(3):
+    for _ in range(2):
         made = run(workers=2)
         ray.get([engine.log.remote(made) for engine in engines])
         ledger = made.finish()

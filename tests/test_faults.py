@@ -1,7 +1,8 @@
 """Nothing that was logged is lost, whatever dies: real signals to real processes, then the transaction log is read."""
 
+import json
+import math
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -13,13 +14,17 @@ from pathlib import Path
 
 from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun
 
+import ml_dtypes
 import numpy as np
 import pytest
+import wandb
 from conftest import ROOT, Log, folders, logs, read_rows, wait_for
 from processes import below, check_ledger, ledger, reports_in_rows, steps_on_disk
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_after_an_interrupt_every_report_is_in_a_row_and_the_runs_have_failed(busy, tmp_path, number, status):
     process = busy()
     began = time.monotonic()
@@ -64,54 +69,35 @@ def test_after_a_sigkill_of_the_driver_all_is_on_disk_and_nothing_is_left_runnin
     assert not list(tmp_path.glob("wandb/.*store*"))
 
 
-def test_a_pipeline_actor_that_is_killed_comes_back_and_no_step_is_missing_or_different(start, tmp_path):
+def test_a_demo_goes_on_whoever_of_its_processes_dies(start, tmp_path):
+    """A pipeline actor, the other one's wandb-core and a worker: no step is missing or different; it says who died."""
     process = start("demo1", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
     wait_for(lambda: len(folders(tmp_path)) == 2)
-    wait_for(lambda: steps_on_disk(tmp_path, "training"))
-    victim = below(process.pid, "ray::TrainingPipelineActor")[0]
-    os.kill(victim, signal.SIGKILL)
-    stdout, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert ledger(stdout, "training")["restarts"] == 1
-    parts = [Log(path) for path in folders(tmp_path) if "training" in path.name]
-    assert len(parts) == 2
-    assert {part.run["run_id"] for part in parts} == {"demo1-training-x"}
-    by_step: dict[int, set[bytes]] = {}
-    for row in (row for part in parts for row in part.rows):
-        by_step.setdefault(row["step"], set()).add(pickle.dumps({k: v for k, v in sorted(row.items()) if k[0] != "_"}))
-    assert sorted(by_step) == list(range(150))
-    assert all(len(values) == 1 for values in by_step.values())
-    assert parts[-1].rows[-1]["tokens_total"] == sum(row["tokens"] for part in parts for row in part.rows)
-    assert not list(tmp_path.glob("wandb/.*store*"))
-
-
-def test_wandb_s_own_process_may_die_as_well(start, tmp_path):
-    process = start("demo3", "--one-run", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
-    wait_for(lambda: folders(tmp_path))
-    wait_for(lambda: list(read_rows(folders(tmp_path)[0])))
-    [core] = below(process.pid, "wandb-core")
-    os.kill(core, signal.SIGKILL)
-    stdout, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    rows = [row for path in folders(tmp_path) for row in Log(path).rows]
-    for prefix in ("training/", "inference/"):
-        assert sorted(row[f"{prefix}step"] for row in rows if f"{prefix}step" in row) == list(range(150))
-    assert "lost" not in stdout
-
-
-def test_after_a_sigkill_of_a_worker_the_rest_goes_on_and_the_demo_says_which_it_was(start, tmp_path):
-    process = start("demo1", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
-    wait_for(lambda: len(folders(tmp_path)) == 2)
-    wait_for(lambda: steps_on_disk(tmp_path, "training"))
-    os.kill(below(process.pid, "ray::TrainingWorker")[0], signal.SIGKILL)
+    wait_for(lambda: steps_on_disk(tmp_path, "training") and steps_on_disk(tmp_path, "inference"))
+    [actor] = below(process.pid, "ray::TrainingPipelineActor")
+    [core] = below(below(process.pid, "ray::InferencePipelineActor")[0], "wandb-core")
+    worker, _ = below(process.pid, "ray::InferenceWorker")
+    for pid in (actor, core, worker):
+        os.kill(pid, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert re.fullmatch(r"training worker \d failed: its process died\n", stderr)
+    assert re.fullmatch(r"inference worker \d failed: its process died\n", stderr)
     check_ledger(stdout, tmp_path)
-    found = logs(tmp_path)
-    assert {row["step"] for row in found["training-x"].rows} == set(range(150))
-    assert len(found["inference-x"].rows) == 150
-    assert found["training-x"].exit_code == 1
+    for name in ("training", "inference"):
+        assert ledger(stdout, name)["restarts"] == 1
+        parts = [Log(path) for path in folders(tmp_path) if name in path.name]
+        assert len(parts) == 2
+        assert {part.run["run_id"] for part in parts} == {f"demo1-{name}-x"}
+        assert parts[-1].exit_code == 1
+        rows: dict[int, dict] = {}
+        for row in (row for part in parts for row in part.rows):  # of which some are in both
+            said = {key: value for key, value in row.items() if key[0] != "_"}
+            assert rows.setdefault(row["_step"], said) == said
+        assert sorted(rows) == list(range(len(rows)))
+        assert {row["step"] for row in rows.values()} == set(range(150))
+        total = "tokens" if name == "training" else "rollouts"
+        assert rows[len(rows) - 1][f"{total}_total"] == sum(row[total] for row in rows.values())
+    assert not list(tmp_path.glob("wandb/.*store*"))
 
 
 # `WandbRun` on its own
@@ -163,7 +149,7 @@ def test_threads_and_processes_share_a_handle(ray_here, run):
     class Worker:
         def work(self, made: WandbRun) -> None:
             def log() -> None:
-                for step in range(1000):
+                for step in range(500):
                     made.log({"tokens": 1}, step)
 
             threads = [threading.Thread(target=log) for _ in range(8)]
@@ -176,9 +162,9 @@ def test_threads_and_processes_share_a_handle(ray_here, run):
     ray_here.get([worker.work.remote(made) for worker in [Worker.remote() for _ in range(4)]])
     report = made.finish()
     rows = Log(made.path).rows
-    assert (report.reports, report.rows, report.lost) == (32_000, len(rows), 0)
-    assert sum(row["tokens"] for row in rows) == 32_000
-    assert {row["step"] for row in rows} == set(range(1000))
+    assert (report.reports, report.rows, report.lost) == (16_000, len(rows), 0)
+    assert sum(row["tokens"] for row in rows) == 16_000
+    assert {row["step"] for row in rows} == set(range(500))
 
 
 def test_a_flood_makes_log_wait_and_memory_stays_flat(ray_here, run):
@@ -252,6 +238,25 @@ def test_what_can_not_be_logged_raises_at_the_caller_and_harms_nothing(run):
         **{"a": 1.5, "b": 1, "c": "x", "d/mean": 1.5, "d/min": 1, "d/max": 2},
         **{"step": 3, "workers": 1},
     }
+
+
+def test_all_kinds_of_values_are_in_the_row_as_what_they_are(ray_here, run):
+    @ray_here.remote
+    def work(made: WandbRun, rank: int) -> None:
+        table = wandb.Table(columns=["rank"], data=[[rank]])
+        kinds = {"bf16": ml_dtypes.bfloat16(1.5), "histogram": wandb.Histogram([1, 2, 2]), "nan": math.nan}
+        made.log({"nested": {"deep": {"loss": float(rank)}}, "none": None, "rollouts": table, **kinds}, 0)
+
+    made = run(workers=2)
+    ray_here.get([work.remote(made, rank) for rank in range(2)])
+    assert made.finish().ok
+    [row] = Log(made.path).rows
+    assert (row["nested/deep/loss"], row["bf16"], row["histogram._type"], row["workers"]) == (0.5, 1.5, "histogram", 2)
+    assert sum(row["histogram.values"]) == 3  # of one of them
+    assert row["nan"] == "NaN"
+    assert not [key for key in row if key.startswith("none")]
+    table = json.loads((made.path / "files" / row["rollouts.path"]).read_text())
+    assert sorted(table["data"]) == [[0], [1]]
 
 
 def test_a_constructor_that_can_not_work_says_so(run):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import enum
 import functools
+import io
 import json
 import os
 import re
@@ -11,18 +12,18 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import session
 from arguments import parse_args
 from backbone import exits
 from common import PipelineActor, WandbRun, pipeline_actor
 
 import pytest
 import wandb
-from conftest import ROOT, Log, folders, no_account, wait_for
+from conftest import ROOT, Log, folders, no_account, short_folder, wait_for
 from processes import below
 from ray._private import state
 from wandb_server import KEY, Server
@@ -52,11 +53,15 @@ def run(**options):
 """
 
 
+# Also where the tests run in the background of a shell, which lets processes ignore it.
+INTERRUPT = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)"
+
+
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Iterator[str]:
     """The address of a Ray that was started from a shell which is not the user's."""
     theirs = {"WANDB_RUN_GROUP": "the raylet's", "WANDB_MODE": "disabled", "WANDB_RUN_ID": "theirs"}
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: it holds sockets
+    with short_folder() as folder:
         environment = no_account(tmp_path_factory.mktemp("home")) | theirs
         environment |= {"RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(
@@ -145,7 +150,7 @@ def test_a_with_block_ends_as_a_process_with_that_exception_would(run, end, exit
     [
         ("sys.exit(3)", 3, 3, "SystemExit: 3"),
         ("raise ValueError('no GPU')", 1, 1, "ValueError: no GPU"),
-        ("signal.raise_signal(signal.SIGINT)", 1, 255, "KeyboardInterrupt"),
+        (INTERRUPT, 1, 255, "KeyboardInterrupt"),
         ("ray.shutdown()", 0, 0, None),  # the actor lives on, and nobody can call it
     ],
 )
@@ -157,10 +162,10 @@ def test_without_finish_a_run_ends_as_its_driver(drive, tmp_path, end, status, e
     assert (log.exit_code, summary(log).get("failure"), len(log.rows)) == (exit_code, failure, 1)
 
 
-def test_only_what_happened_to_a_run_counts(tmp_path, environment):
+def test_only_what_happened_to_a_run_counts(drive, tmp_path):
     """Not an error of a notebook's cell, nor what was before it; also those are finished whose Ray was shut down."""
     program = """
-import sys
+import os, sys
 from common import WandbRun
 import ray
 
@@ -169,8 +174,8 @@ def run(name):
     made.log({"a": 1.0}, 0)
     return made
 
-here = dict(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
-ray.init(**here)
+quiet = dict(log_to_driver=False, logging_level="error")
+ray.init("local", include_dashboard=False, **quiet)
 mended, left, failed = run("mended"), run("left"), run("failed")
 try:
     1 / 0
@@ -179,7 +184,7 @@ except ZeroDivisionError:
 mended.finish()
 failed.finish(2, failure="as I say")
 ray.shutdown()
-ray.init(**here)
+ray.init(os.environ["CLUSTER"], **quiet)
 before = run("before")
 try:
     1 / 0
@@ -187,9 +192,7 @@ except ZeroDivisionError:
     sys.excepthook(*sys.exc_info())  # as Python's own prompt does
 after = run("after")
 """
-    (tmp_path / "program.py").write_text(program)
-    command = [sys.executable, "program.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    done = drive(program, before="")
     assert done.returncode == 0, done.stderr
     ended = {log.run["display_name"]: (log.exit_code, summary(log).get("failure")) for log in logs(tmp_path)}
     error = "ZeroDivisionError: division by zero"
@@ -280,6 +283,23 @@ def test_stop_run_interrupts_a_demo_as_ctrl_c_does(start, server, tmp_path):
         assert f"{len(log.rows)} rows from" in stdout
 
 
+def test_a_demo_has_a_live_bar_for_each_pipeline_on_a_terminal(run, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    made, terminal = run(), Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bars = session._Bars(parse_args("", ["--mode", "offline", "--steps", "12"]), {"training": made})
+    for step in range(3):
+        made.log({"loss": 0.25}, step, commit=True)
+    made.flush()
+    bars.update()
+    assert re.search(r"training +#+.* 3/12 steps, loss 0\.250", terminal.getvalue())
+    made.finish()
+    bars.close()
+
+
 def test_hooks_are_given_back_and_bear_those_of_others(run):
     """Also when others have put theirs on top in between, as `wandb.init` does in the user's process."""
     ours = sys.exit, sys.excepthook
@@ -340,6 +360,15 @@ def test_the_code_s_word_counts_more_than_the_environment_s(run, tmp_path, monke
     recorded = Log(made.path).run
     assert (recorded["job_type"], recorded["run_group"]) == ("code", "code")
     assert made.path.parent == tmp_path / "code" / "wandb"
+
+
+def test_resume_in_the_environment_goes_on_with_the_totals(run, monkeypatch):
+    monkeypatch.setenv("WANDB_RESUME", "allow")
+    for total in (5, 10):
+        with run(id="again") as made:
+            made.log({"tokens": 5}, total)
+            made.finish()
+        assert Log(made.path).rows[0]["tokens_total"] == total
 
 
 def test_finish_waits_as_long_as_the_environment_says(run, server, monkeypatch):
@@ -464,11 +493,12 @@ def test_trials_of_a_sweep_get_its_ids_and_config_and_a_second_run_stays_outside
     server.trials = [{"run_id": f"trial{i}", "args": {"lr": {"value": i}}} for i in range(2)]
     done = drive(
         """
+from backbone import wandb_internals
 import wandb
 
 def trial():
     with run(mode="online") as one, run(mode="online", config={"lr": 7}) as other:
-        print(json.dumps([one.id, one.config, other.id, other.config]))
+        print(json.dumps([one.id, one.config, other.id, other.config, wandb_internals.agent_is_running()]))
 
 wandb.agent("sweep", trial, entity="e", project="p", count=2)
 """,
@@ -477,7 +507,7 @@ wandb.agent("sweep", trial, entity="e", project="p", count=2)
     assert done.returncode == 0, done.stderr
     trials = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [(one, config) for one, config, *_ in trials] == [("trial0", {"lr": 0}), ("trial1", {"lr": 1})]
-    assert all(config == {"lr": 7} for *_, config in trials)
+    assert all(config == {"lr": 7} and agent for *_, config, agent in trials)
     assert len(server.runs) == 4
     assert {run["exit_code"] for run in server.runs.values()} == {0}
     assert all(len(server.rows(id_)) == 1 for id_ in server.runs)
@@ -589,6 +619,7 @@ def test_each_of_the_runs_that_are_left_is_finished_as_far_as_it_can_be(run, cap
     actor, broken._actor = broken._actor, None
     exits.unfinished.finish()
     assert "run broken could not be finished" in caplog.text
+    assert Log(sound.path).exit_code == 0
     assert (sound.finish().rows, sound.finish().ok) == (1, True)
     broken._actor = actor
     broken.finish()

@@ -3,11 +3,16 @@
 import os
 import re
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
-from backbone.nodes import with_nodes
+from backbone import wandb_internals
+from backbone.nodes import METRICS, with_nodes
 
 import pytest
-from conftest import ROOT, Log, folders
+import wandb
+from conftest import ROOT, Log, folders, short_folder, wait_for
 
 # Three runs on a cluster of two nodes, which last until they have system metrics of the endpoints that they read.
 RUNS = """
@@ -58,7 +63,9 @@ def cluster(tmp_path_factory) -> tuple[list[str], dict[str, set[str]]]:
     directory = tmp_path_factory.mktemp("nodes")
     uv = [os.environ.get("UV", "uv"), "run", "--isolated", "--no-default-groups", "--group", "nodes"]
     command = [*uv, "python", "-c", RUNS, str(directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    with short_folder() as folder:
+        own = os.environ | {"RAY_TMPDIR": folder}
+        done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     logs = [Log(path) for path in folders(directory)]
     return done.stdout.split(), {log.run["display_name"]: system_metrics(log) for log in logs}
@@ -73,10 +80,49 @@ def test_a_run_records_cpu_and_memory_of_every_node_under_its_hosts_name(cluster
     assert recorded["default"] == {f"{node}.{metric}" for node in nodes for metric in metrics}
 
 
+@pytest.mark.slow
 def test_endpoints_and_filters_of_the_users_own_stay_as_they_are(cluster):
     _, recorded = cluster
     assert recorded["argument"] == {"mine.ray_node_cpu_count"}
     assert {metric.partition("_total")[0] for metric in recorded["environment"]} == {"mine.ray_node_mem"}
+
+
+class Exporter(BaseHTTPRequestHandler):
+    """A node's agent, as far as wandb-core asks it."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        for metric in ("ray_node_cpu_utilization", "ray_node_mem_used", "ray_node_disk_free"):
+            self.wfile.write(f'# TYPE {metric} gauge\n{metric}{{ip="1"}} 12\n'.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_what_a_node_exports_is_in_the_runs_system_metrics(tmp_path):
+    """As a real cluster's nodes do in the slow tests above."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Exporter) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = {"node-1": f"http://127.0.0.1:{server.server_port}"}
+        quick = dict(silent=True, x_stats_sampling_interval=0.5, x_transaction_log_flush_interval=0.5)
+        settings = wandb.Settings(**wandb_internals.with_endpoints(quick, found, METRICS))
+        run = wandb.init(dir=tmp_path, mode="offline", reinit="create_new", settings=settings)
+        wait_for(lambda: any(record.HasField("stats") for record in wandb_internals.records(Path(run.sync_dir))))
+        run.finish()
+        server.shutdown()
+    expected = {f"node-1.{metric}" for metric in ("ray_node_cpu_utilization", "ray_node_mem_used")}
+    assert system_metrics(Log(folders(tmp_path)[0])) == expected
+
+
+def test_who_sets_endpoints_or_filters_has_those(monkeypatch):
+    found, own, filters = {"node-1": "http://n:1"}, "x_stats_open_metrics_endpoints", "x_stats_open_metrics_filters"
+    assert wandb_internals.with_endpoints({own: {"mine": "u"}}, found, "m") == {own: {"mine": "u"}}
+    assert wandb_internals.with_endpoints({filters: ["f"]}, found, "m") == {own: found, filters: ["f"]}
+    monkeypatch.setenv("WANDB_X_STATS_OPEN_METRICS_FILTERS", '["f"]')
+    assert wandb_internals.with_endpoints({}, found, "m") == {own: found}
+    monkeypatch.setenv("WANDB__STATS_OPEN_METRICS_ENDPOINTS", "{}")
+    assert wandb_internals.with_endpoints({}, found, "m") == {}
 
 
 def test_a_cluster_that_exports_nothing_changes_no_setting(ray_here):

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -46,6 +48,35 @@ def test_what_is_not_public_of_wandb_is_used_in_one_room():
     for path in ROOMS:
         inside = [name for name in imports(path) if re.match(r"wandb\.(sdk|proto|util|apis|errors\.)", name)]
         assert not inside or path.name == "wandb_internals.py", path
+
+
+def functions(tree: ast.AST, kind: type | tuple[type, ...]) -> dict[str, int]:
+    return {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, kind)}
+
+
+def test_a_file_is_one_idea_and_a_function_one_screen():
+    for path in [*ROOMS, ROOT / "common.py"]:
+        tree = ast.parse(path.read_text())
+        assert path.name == "common.py" or len(path.read_text().splitlines()) <= 230, path
+        assert max(functions(tree, ast.ClassDef).values(), default=0) <= 180, path
+        assert max(functions(tree, (ast.FunctionDef, ast.AsyncFunctionDef)).values(), default=0) <= 50, path
+
+
+def calls(path: Path) -> set[str]:
+    """Functions of modules that a file calls, as `module.function`."""
+    found = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    return {ast.unparse(function) for function in found}
+
+
+def test_nothing_waits_inside_ray_and_no_process_is_killed():
+    """A thread that waits in `ray.get` crashes a process that ends, and Windows has no signals."""
+    for path in [*ROOMS, ROOT / "common.py"]:
+        assert not calls(path) & {"ray.get", "ray.wait", "os.kill"}, path
+
+
+def test_a_run_is_finished_without_its_actor_by_a_process_without_ray():
+    program = "import sys, backbone.ending; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_the_store_and_the_writer_know_nothing_of_ray():

@@ -83,6 +83,14 @@ def test_several_numbers_are_samples_of_a_type_that_any_process_knows(value):
     assert samples.dtype in (np.int64, np.float64)
 
 
+def test_what_says_how_it_is_an_array_is_one():
+    class Column:  # of a data frame
+        def __array__(self, dtype=None, copy=None):
+            return np.array([1, 2], dtype)
+
+    assert as_report({"a": Column()})["a"].tolist() == [1, 2]
+
+
 def test_samples_may_have_any_shape_or_be_none():
     report = as_report({"a": np.zeros((2, 3)), "b": []})
     assert (report["a"].shape, report["b"].size) == ((2, 3), 0)
@@ -312,6 +320,7 @@ def test_media_of_a_process_that_has_ended_are_in_the_run_s_folder(media):
     """Alone, in a list, in a table, and twice: a restart logs them again."""
     report = {kind: getattr(media, kind)() for kind in KINDS}
     report["list"] = [wandb.Html("first"), wandb.Html("second")]
+    report["frames"] = [media.image(), media.image()]
     report["table"] = wandb.Table(columns=["reward", "page"], data=[[0.5, wandb.Html("in a table")]])
     report["chart"] = wandb.plot.line_series([0, 1], [[0.5, 0.7]], keys=["reward"])
     report["curve"] = wandb.plot.confusion_matrix(y_true=[0, 1], preds=[0, 1])
@@ -332,10 +341,12 @@ def test_media_of_a_process_that_has_ended_are_in_the_run_s_folder(media):
         **dict.fromkeys(["image", "image_of_a_file", "image_with_masks"], "image-file"),
         "image_with_masks.masks.truth": "mask",
         **dict(video="video-file", audio="audio-file", point_cloud="object3D-file", molecule="molecule-file"),
-        **dict(list="html", table="table-file", chart_table="table-file", curve_table="table-file"),
+        **{"list": "html", "frames": "images/separated"},
+        **dict(table="table-file", chart_table="table-file", curve_table="table-file"),
     }
     assert all((folder / "files" / first[f"{kind}.path"]).is_file() for kind in KINDS)
     assert [(folder / "files" / page["path"]).is_file() for page in first["list.html"]] == [True, True]
+    assert [(folder / "files" / name).is_file() for name in first["frames.filenames"]] == [True, True]
     assert all(second[key] == first[key] for key in first if key.endswith(".sha256") and "table" not in key)
 
 

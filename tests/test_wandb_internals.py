@@ -1,6 +1,7 @@
 """Contract tests of what is used of wandb without being public: they fail when wandb changes it.
 
-Those of `has_login` and `mode_of_this_folder` are in test_arguments.py, of `with_endpoints` in test_nodes.py.
+Those of `has_login` and `mode_of_this_folder` are in test_arguments.py, of `with_endpoints` in test_nodes.py, of
+`agent_is_running` in test_guest.py, of `add_reference` in test_writer.py.
 """
 
 import os
@@ -175,6 +176,27 @@ os._exit(0)
     mistake, died = printed(program(tmp_path, code))
     assert mistake == "False"
     assert died.startswith("True"), died
+
+
+def test_a_service_that_has_ended_is_dead(tmp_path):
+    code = f"""
+import os, signal, time
+from pathlib import Path
+from backbone import wandb_internals
+import wandb
+run = wandb.init(project="p", mode="offline", settings=wandb.Settings(**{QUIET}))
+print(wandb_internals.service_is_dead())
+children = Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()
+[core] = [int(pid) for pid in children if "wandb-core" in Path(f"/proc/{{pid}}/cmdline").read_text()]
+os.kill(core, signal.SIGKILL)
+for _ in range(100):
+    if wandb_internals.service_is_dead():
+        break
+    time.sleep(0.1)
+print(wandb_internals.service_is_dead(), flush=True)
+os._exit(0)
+"""
+    assert printed(program(tmp_path, code)) == ["False", "True"]
 
 
 # Data types

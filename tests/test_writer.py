@@ -3,6 +3,7 @@
 Without Ray: what these tests open and close is what a restarted actor opens.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -290,6 +292,28 @@ def test_the_rows_of_writers_that_are_killed_at_any_moment_are_there_once_in_ord
     assert [row["a"] for row in rows] == pytest.approx([step / 7 for step in range(800)])
 
 
+def test_what_was_refused_before_a_kill_is_counted_and_told_once(tmp_path):
+    metrics = "lambda step: dict(n=1, **({'page' + 'x' * 300: wandb.Html('x')} if step % 20 == 3 else {}))"
+    killed_after(writing(tmp_path, 60, {}, metrics), 30)
+    account = Opened(tmp_path).finish()[""]
+    assert account.lost == 0
+    assert account.lost_values == sum(step % 20 == 3 for step in range(account.reports))
+    [warning] = account.warnings
+    assert warning.endswith(f"({account.lost_values} times)")
+
+
+def test_a_death_between_the_last_row_and_the_ledger_changes_nothing(opened):
+    made = opened()
+    made.join()
+    for step in range(50):
+        made.report(step, {"a": 1.0})
+    made.run.end([*made.pipelines.values()])
+    made.writer.finish(0)
+    made.store.close()
+    account = opened().finish()[""]
+    assert (account.reports, account.rows, account.lost, account.ok) == (50, 50, 0, True)
+
+
 # Online
 
 
@@ -304,20 +328,33 @@ def online(server: Server) -> dict[str, str]:
     return server.environment | {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
 
 
-def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server):
-    """Not the disk's, which may be behind or ahead of them: each row is on the server once."""
-    process = writing(tmp_path, 12000, dict(mode="online"), "lambda step: dict(n=1)", online(server))
+@pytest.mark.parametrize("disk_every", ["0.5", "100"], ids=["disk", "server"])
+def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server, disk_every):
+    """Not the disk's, which may be behind or ahead of them: each row is on the server once, with its media."""
+    variables = online(server) | {"WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": disk_every}
+    metrics = "lambda step: dict(n=1, **({'page': wandb.Html(str(step))} if step % 50 == 0 else {}))"
+    process = writing(tmp_path, 12000, dict(mode="online"), metrics, variables)
     wait_for(lambda: process.stdout.readline() and "run" in server.runs and len(server.rows("run")) > 10, every=0)
     process.kill()
     process.communicate()
     had = len(server.rows("run"))
-    last = writing(tmp_path, 12000, dict(mode="online"), "lambda step: dict(n=1)", online(server))
+    last = writing(tmp_path, 12000, dict(mode="online"), metrics, variables)
     stdout, stderr = last.communicate(timeout=120)
     assert json.loads(stdout.splitlines()[-1]) == [12000, 12000, 0, 0, []], stderr[-800:]
     assert 10 < had < 12000
     rows = server.rows("run")
     assert numbers(rows) == list(range(12000))
     assert [row["step"] for row in rows] == list(range(12000))
+    assert [row["step"] for row in rows if "page" in row] == list(range(0, 12000, 50))
+
+
+def test_passing_troubles_of_the_server_lose_nothing(tmp_path, server):
+    server.troubles = [500, 429]
+    process = writing(tmp_path, 30, dict(mode="online"), "lambda step: dict(n=1)", online(server))
+    stdout, stderr = process.communicate(timeout=60)
+    assert json.loads(stdout.splitlines()[-1]) == [30, 30, 0, 0, []], stderr[-800:]
+    assert server.troubles == []
+    assert numbers(server.rows("run")) == list(range(30))
 
 
 def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, server):
@@ -332,12 +369,18 @@ def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, serve
     assert [row["n_total"] for row in rows] == list(range(1, 11))
 
 
-def test_with_a_server_that_says_nothing_the_run_is_kept_here(tmp_path, server):
+@pytest.mark.parametrize("accepts", [True, False], ids=["is silent", "drops packets"])
+def test_with_a_server_that_does_not_answer_the_run_is_kept_here_within_30_seconds(tmp_path, server, accepts):
     server.stop()
-    variables = server.environment | {"WANDB_INIT_TIMEOUT": "3"}
-    with socket.create_server(("127.0.0.1", server.port)):  # accepts, and never answers
-        process = writing(tmp_path, 5, dict(mode="online"), "lambda step: dict(n=1)", variables)
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", server.port), backlog=50 if accepts else 0), contextlib.ExitStack() as full:
+        for _ in range(0 if accepts else 3):  # a backlog that is full takes no connection, and refuses none
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", server.port))
+        process = writing(tmp_path, 5, dict(mode="online"), "lambda step: dict(n=1)", server.environment)
         stdout, stderr = process.communicate(timeout=100)
+    assert time.monotonic() - began < 30 + 10  # of which Python takes some
     reports, rows, lost, _, warnings = json.loads(stdout.splitlines()[-1])
     assert (reports, rows, lost) == (5, 5, 0), stderr[-800:]
     assert [warning[:40] for warning in warnings] == ["the W&B server does not answer, so the r"]
@@ -436,7 +479,7 @@ def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opene
     made.abandon()
     made = opened()
     queue = made.artifacts
-    table, reference = wandb.Table(columns=["x"], data=[[1]]), f"http://127.0.0.1:1/{'x' * 50}"
+    table, reference = wandb.Table(columns=["x"], data=[[1]]), "s3://bucket/weights"  # whose library isn't here
     queue.log(*staged(made, "third", b"3", table=table, at=reference))
     queue.use("other:best")
     queue.finish(60)
@@ -468,6 +511,25 @@ def test_one_table_may_be_logged_in_many_rows_and_artifacts(opened, tmp_path):
     log = Log(folders(tmp_path)[0])
     assert [row["rollouts._type"] for row in log.rows] == ["table-file"] * 3
     assert [artifact["name"] for artifact in log.of("artifact")].count("trajectories") == 3
+
+
+def test_a_folder_comes_to_another_node_in_pieces_as_it_is(tmp_path):
+    source, arrived, sizes = tmp_path / "source", tmp_path / "arrived", []
+    (source / "deep").mkdir(parents=True)
+    (source / "empty").touch()
+    (source / "deep" / "weights.bin").write_bytes(os.urandom(2 * artifacts.PIECE + 5))
+
+    def send(to: Path, offset: int, piece: bytes) -> None:
+        sizes.append(len(piece))
+        artifacts.put_piece(to, offset, piece)
+
+    found = artifacts.contents("model", {"part": source, "notes.txt": b"x"})
+    what = artifacts.stage(found, arrived, send)
+    assert sorted(what["files"]) == ["notes.txt", "part/deep/weights.bin", "part/empty"]
+    assert sorted(sizes) == [0, 1, 5, artifacts.PIECE, artifacts.PIECE]
+    assert (arrived / "notes.txt").read_bytes() == b"x"
+    for path in ("empty", "deep/weights.bin"):
+        assert (arrived / "part" / path).read_bytes() == (source / path).read_bytes()
 
 
 def test_an_artifact_that_can_not_be_logged_is_counted_and_named(opened):
