@@ -56,6 +56,8 @@ class Outbox:
             parent = process.forked_from[0]
             raise RuntimeError(f"log was called in a fork of process {parent}, which can't reach Ray: log there")
         wire = self._wire or self.open()
+        if not ray.is_initialized():
+            wire.raise_if_closed()
         backlog, in_task = wire.backlog, wire.me.in_task
         with self._changed:
             if (wire.closed or wire.error or not backlog.has_room(len(metrics))) and not self._finds_room(metrics):

@@ -67,7 +67,7 @@ class Wire:
     def raise_if_closed(self) -> None:
         if self.closed:
             raise finished(self._name)
-        if self.error and self._session != process.session():
+        if self._session != process.session():
             raise RuntimeError(f"Ray is not running any more, so nothing can be logged to run {self._name!r}")
 
     # Sending

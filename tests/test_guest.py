@@ -23,7 +23,7 @@ from common import PipelineActor, WandbRun, pipeline_actor
 
 import pytest
 import wandb
-from conftest import ROOT, Log, folders, no_account, short_folder, wait_for
+from conftest import ROOT, Log, folders, no_account, read_rows, short_folder, wait_for
 from processes import below
 from ray._private import state
 from wandb_server import KEY, Server
@@ -270,9 +270,23 @@ assert signal.getsignal(signal.SIGINT) is before
     assert (log.exit_code, summary(log)["failure"]) == (1, "training worker 0 failed: MemoryError: of the GPU")
 
 
+OFTEN = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
+
+
+def test_stop_run_interrupts_the_driver_as_ctrl_c_does(begin, server):
+    program = "run(id='r', mode='online').log({'a': 1.0}, 1, commit=True)\ntime.sleep(600)"
+    driver = begin(program, **server.environment | OFTEN)
+    wait_for(lambda: server.runs.get("r", {}).get("rows"))
+    server.stopped = {"r"}
+    stderr = driver.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in stderr
+    assert server.runs["r"]["exit_code"] == 255  # which W&B shows as killed
+    assert len(server.rows("r")) == 2
+
+
+@pytest.mark.slow
 def test_stop_run_interrupts_a_demo_as_ctrl_c_does(start, server, tmp_path):
-    often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
-    process = start("demo1", "--steps", "2000", **server.environment | often)
+    process = start("demo1", "--steps", "2000", **server.environment | OFTEN)
     wait_for(lambda: server.runs.get("demo1-inference-x", {}).get("rows"))
     server.stopped = {"demo1-inference-x"}  # one of the experiment's, maybe not the one whose rows one looks at
     stdout, stderr = process.communicate(timeout=60)
@@ -320,7 +334,7 @@ def test_hooks_are_given_back_and_bear_those_of_others(run):
 
 
 def test_a_stop_function_of_the_users_stays_in_the_driver(run, server, monkeypatch):
-    for name, value in (server.environment | {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}).items():
+    for name, value in (server.environment | OFTEN).items():
         monkeypatch.setenv(name, value)
     stopped = threading.Event()  # which can't be pickled
     with run(mode="online", settings={"stop_fn": stopped.set}) as made:
@@ -378,6 +392,22 @@ def test_finish_waits_as_long_as_the_environment_says(run, server, monkeypatch):
     made = run(mode="online")
     made.log({"a": 1.0}, 0)
     assert "the upload did not end within 2 s" in made.finish().warnings  # and 2 s for artifacts
+
+
+def test_artifacts_that_find_no_server_are_counted_hold_nothing_up_and_their_files_stay(run, server, monkeypatch):
+    for name, value in (server.environment | {"WANDB_FINISH_TIMEOUT": "4"}).items():
+        monkeypatch.setenv(name, value)
+    made = run(mode="online")
+    server.stop()
+    for step in range(3):
+        made.log_artifact("checkpoint", "model", {"weights.bin": b"w"})
+        made.log({"a": 1.0}, step, commit=True)
+    made.flush()
+    wait_for(lambda: len(read_rows(made.path)) == 3)
+    ledger = made.finish()
+    assert (ledger.rows, ledger.lost, ledger.lost_artifacts, ledger.uploaded, ledger.ok) == (3, 0, 3, False, False)
+    assert [warning for warning in ledger.warnings if warning.startswith("3 artifacts were not logged or used")]
+    assert len([*made.path.glob("artifacts/*/weights.bin")]) == 3
 
 
 def test_an_id_in_the_environment_is_for_one_run(run, monkeypatch, caplog):

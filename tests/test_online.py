@@ -116,6 +116,7 @@ def test_what_a_server_refuses_or_misses_is_on_disk_with_the_command_that_brings
         assert sorted(row[f"{prefix}/step"] for row in rows if f"{prefix}/step" in row) == list(range(60))
 
 
+@pytest.mark.slow
 def test_artifacts_that_find_no_server_are_counted_hold_nothing_up_and_their_files_stay(start, tmp_path, server):
     process = start("demo4", "--steps", "60", "--finish-timeout", "6", **server.environment)
     wait_for(lambda: len(folders(tmp_path)) == 3)

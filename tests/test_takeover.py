@@ -96,19 +96,6 @@ def test_when_all_of_ray_is_gone_the_driver_finishes_the_run(tmp_path, environme
     assert sorted(rows.values()) == list(range(100))
 
 
-def test_after_ray_shutdown_the_driver_finishes_the_run(tmp_path, environment):
-    body = """
-        for step in range(100):
-            run.log({"a": 1.0}, step)
-        run.flush()
-        ray.shutdown()
-        show(run.finish())
-    """
-    command = [sys.executable, "-c", program(tmp_path, body)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert shown(done.stdout) == ["100", "100", "0", "True", "False"], done.stdout + done.stderr
-
-
 @ray.remote(num_cpus=0)
 def log_late(made: WandbRun) -> int:
     """Logs after the actor is gone; returns how long it took in all, in seconds."""
@@ -183,7 +170,7 @@ def test_an_actor_that_dies_often_but_makes_rows_is_not_given_up(run):
 @pytest.mark.parametrize("after", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_a_death_in_the_middle_of_finish_does_not_spoil_the_ledger(run, name, after):
     made = run()
-    for step in range(3_000):
+    for step in range(1_000):
         made.log({"a": 1.0}, step)
     made.flush()
     victim = victims(made, name)
@@ -192,9 +179,9 @@ def test_a_death_in_the_middle_of_finish_does_not_spoil_the_ledger(run, name, af
     for pid in victim:
         os.kill(pid, signal.SIGKILL)
     ledger = made.finish()
-    assert (ledger.reports, ledger.rows, ledger.lost, ledger.ok) == (3_000, 3_000, 0, True)
+    assert (ledger.reports, ledger.rows, ledger.lost, ledger.ok) == (1_000, 1_000, 0, True)
     rows = {row["_step"] for path in ledger.paths for row in Log(path).rows}
-    assert len(rows) == 3_000
+    assert len(rows) == 1_000
     assert call
 
 

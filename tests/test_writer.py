@@ -333,19 +333,19 @@ def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server, dis
     """Not the disk's, which may be behind or ahead of them: each row is on the server once, with its media."""
     variables = online(server) | {"WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": disk_every}
     metrics = "lambda step: dict(n=1, **({'page': wandb.Html(str(step))} if step % 50 == 0 else {}))"
-    process = writing(tmp_path, 12000, dict(mode="online"), metrics, variables)
+    process = writing(tmp_path, 6000, dict(mode="online"), metrics, variables)
     wait_for(lambda: process.stdout.readline() and "run" in server.runs and len(server.rows("run")) > 10, every=0)
     process.kill()
     process.communicate()
     had = len(server.rows("run"))
-    last = writing(tmp_path, 12000, dict(mode="online"), metrics, variables)
+    last = writing(tmp_path, 6000, dict(mode="online"), metrics, variables)
     stdout, stderr = last.communicate(timeout=120)
-    assert json.loads(stdout.splitlines()[-1]) == [12000, 12000, 0, 0, []], stderr[-800:]
-    assert 10 < had < 12000
+    assert json.loads(stdout.splitlines()[-1]) == [6000, 6000, 0, 0, []], stderr[-800:]
+    assert 10 < had < 6000
     rows = server.rows("run")
-    assert numbers(rows) == list(range(12000))
-    assert [row["step"] for row in rows] == list(range(12000))
-    assert [row["step"] for row in rows if "page" in row] == list(range(0, 12000, 50))
+    assert numbers(rows) == list(range(6000))
+    assert [row["step"] for row in rows] == list(range(6000))
+    assert [row["step"] for row in rows if "page" in row] == list(range(0, 6000, 50))
 
 
 def test_passing_troubles_of_the_server_lose_nothing(tmp_path, server):
