@@ -35,7 +35,7 @@ class Log(defaultdict[str, list]):
         return f"{run['display_name']} ({', '.join(said(about | axes))})"
 
     def lines(self) -> Iterator[str]:
-        """For each axis the keys without a section, short ones first, and those in sections; then the artifacts."""
+        """For each axis some keys without a section and those in sections, short ones first; then the artifacts."""
         hidden = {metric["name"] for metric in self["metric"] if metric.get("options", {}).get("hidden")}
         logged = {key.partition(".")[0] for row in self["history"] for key in row["item"]}  # of a table: name.path, …
         pipelines = {axis.removesuffix("step"): defaultdict(list) for axis in self.axes}
@@ -44,10 +44,10 @@ class Log(defaultdict[str, list]):
             section, slash, name = key.removeprefix(prefix).rpartition("/")
             pipelines[prefix][prefix + section + slash].append(name)
         for prefix, names in pipelines.items():
-            yield ", ".join(prefix + name for name in sorted(names.pop(prefix, []), key=len))
+            bare = [prefix + name for name in sorted(names.pop(prefix, []), key=len)]
             ends = {section: ",".join(below) for section, below in sorted(names.items())}
             keys = [f"{section}{{{end}}}" if "," in end else section + end for section, end in ends.items()]
-            yield ", ".join(sorted(keys, key=len))
+            yield ", ".join(bare[:3] + ["…"] * (len(bare) > 3) + sorted(keys, key=len))
         aliases = defaultdict(set)
         for artifact in (it for it in self["artifact"] if not it["type"].startswith("wandb-")):  # no tables
             aliases[f"artifact {artifact['name']}:"] |= set(artifact["aliases"])

@@ -35,6 +35,15 @@ DEMOS = {
 }
 
 
+LONG = ("guest", "faults", "ends", "takeover", "online", "demos", "cluster", "writer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take long come first, so that the others fill up what is left of the processes' time."""
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 class Log:
     """The records of a run folder's transaction log, by `wandb leet inspect --json`."""
 

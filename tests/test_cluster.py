@@ -29,8 +29,8 @@ import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from common import WandbRun
 import ray
-env = dict(env_vars=dict(PYTHONPATH={str(ROOT)!r}))
-ray.init(sys.argv[1], log_to_driver=False, logging_level="error", runtime_env=env)
+both = [{str(ROOT / "common.py")!r}, {str(ROOT / "backbone")!r}]
+ray.init(sys.argv[1], log_to_driver=False, logging_level="error", runtime_env=dict(py_modules=both))
 """
 
 

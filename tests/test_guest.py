@@ -53,7 +53,7 @@ def run(**options):
 """
 
 
-# Also where the tests run in the background of a shell, which lets processes ignore it.
+# The handler first: where the tests run in the background of a shell, processes ignore the signal.
 INTERRUPT = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)"
 
 
@@ -274,8 +274,14 @@ OFTEN = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
 
 
 def test_stop_run_interrupts_the_driver_as_ctrl_c_does(begin, server):
-    program = "run(id='r', mode='online').log({'a': 1.0}, 1, commit=True)\ntime.sleep(600)"
-    driver = begin(program, **server.environment | OFTEN)
+    driver = begin(
+        """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run(id="r", mode="online").log({"a": 1.0}, 1, commit=True)
+time.sleep(600)
+""",
+        **server.environment | OFTEN,
+    )
     wait_for(lambda: server.runs.get("r", {}).get("rows"))
     server.stopped = {"r"}
     stderr = driver.communicate(timeout=60)[1]
