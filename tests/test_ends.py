@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from common import Ledger, WandbRun
 
 import pytest
 import ray
-from conftest import ROOT, Log, wait_for
+from conftest import Log, wait_for
 from processes import below, pipeline_process
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it
@@ -96,15 +95,15 @@ def test_tasks_that_are_a_process_each_leave_nothing_behind(run):
 
 @pytest.mark.parametrize("kept", ["argument", "self", "exit_actor", pytest.param("cycle", marks=pytest.mark.slow)])
 def test_actors_that_go_right_after_they_logged_leave_nothing_behind(run, kept):
-    made, worker = run(workers=4), ray.remote(Worker)
-    workers = [worker.remote(made if kept == "self" else None) for _ in range(4)]
+    made, worker = run(workers=2), ray.remote(Worker)
+    workers = [worker.remote(made if kept == "self" else None) for _ in range(2)]
     calls = {"argument": "log", "self": "log", "exit_actor": "log_and_exit", "cycle": "log_in_a_cycle"}
     works = [getattr(w, calls[kept]).remote(None if kept == "self" else made, 1_200) for w in workers]
     del workers  # the last handles
-    ray.wait(works, num_returns=4)
+    ray.wait(works, num_returns=2)
     ledger = made.finish()
-    assert (ledger.reports, ledger.lost, ledger.silent) == (4_800, 0, 0)
-    assert tokens(ledger) == 4_800
+    assert (ledger.reports, ledger.lost, ledger.silent) == (2_400, 0, 0)
+    assert tokens(ledger) == 2_400
 
 
 def test_no_process_crashes_in_native_code(ray_here):
@@ -220,36 +219,6 @@ def test_log_in_a_forked_process_raises_and_names_the_fork(run):
     assert made.finish().reports == 1
 
 
-def test_a_report_that_the_actor_can_not_read_is_lost_alone(tmp_path, environment):
-    """A class of the user's own script, which the actor has never seen."""
-    program = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from common import Ledger, WandbRun
-import ray, wandb, os, signal, time
-class Mine(wandb.Histogram): pass
-if __name__ == "__main__":
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
-    run = WandbRun("p", "n", mode="offline", dir={str(tmp_path)!r})
-    for step in range(10):
-        run.log({{"a": Mine([1.0]) if step == 4 else 1.0}}, step)
-        if step == 6:
-            run.flush()
-            from ray._private import state
-            os.kill(state.actors(run._actor._actor_id.hex())["Pid"], signal.SIGKILL)
-    ledger = run.finish()
-    print(ledger.reports, ledger.rows, ledger.lost, ledger.restarts, ledger.ok)
-    print(*ledger.warnings, sep="\\n")
-"""
-    script = tmp_path / "script.py"
-    script.write_text(program)
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=90)
-    lines = [line for line in done.stdout.splitlines() if "raylet" not in line]
-    assert lines[0] == "10 9 1 1 False", done.stdout + done.stderr
-    assert any("can't read a report" in line and "Mine" in line for line in lines)
-    steps = [row["step"] for path in (tmp_path / "wandb").glob("offline-run-*") for row in Log(path).rows]
-    assert sorted(steps) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-
-
 def test_the_collector_may_find_a_handle_in_any_thread(run):
     """A handle in a cycle is dropped while Ray's own threads and the outbox's run Python."""
 
@@ -333,19 +302,19 @@ def test_what_comes_while_the_actor_restarts_is_in_order_and_whole(run):
                 made.log({"loss": float(step)}, step)
 
     made, ranks = run(workers=2), [Rank.remote() for _ in range(2)]
-    works = [rank.work.remote(made, 6_000) for rank in ranks]
+    works = [rank.work.remote(made, 4_000) for rank in ranks]
     for killed in range(2):
-        wait_for(lambda n=killed: made.progress()[0].rows > 1_500 * (n + 1))
+        wait_for(lambda n=killed: made.progress()[0].rows > 1_000 * (n + 1))
         os.kill(pipeline_process(made), signal.SIGKILL)
     ray.get(works)
     ledger = made.finish()
     rows = {row["_step"]: row for path in ledger.paths for row in Log(path).rows}
-    assert (ledger.reports, ledger.lost, ledger.ok) == (24_000, 0, True)
+    assert (ledger.reports, ledger.lost, ledger.ok) == (16_000, 0, True)
     assert ledger.restarts >= 1
     by_step = sorted((row["step"], row["tokens"], row["loss"], row["workers"]) for row in rows.values())
-    if ledger.rows == 6_000:  # neither ran a step ahead of a row of the other's
-        assert by_step == [(step, 2, step, 2) for step in range(6_000)]
-    assert sum(row["tokens"] for row in rows.values()) == 12_000
+    if ledger.rows == 4_000:  # neither ran a step ahead of a row of the other's
+        assert by_step == [(step, 2, step, 2) for step in range(4_000)]
+    assert sum(row["tokens"] for row in rows.values()) == 8_000
 
 
 def test_copies_in_a_dataclass_travel(run):

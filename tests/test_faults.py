@@ -360,22 +360,6 @@ def test_an_id_can_not_be_used_twice_at_once(run):
     assert made.finish().rows == 1
 
 
-def test_a_run_whose_neighbour_can_not_start_has_failed(tmp_path, environment):
-    program = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from common import WandbRun
-from session import parse_args, ray_session
-args = parse_args("", ["--dir", {str(tmp_path)!r}, "--mode", "offline"])
-with ray_session(args):
-    WandbRun("p", "n", **args.init)
-    WandbRun("", "m", **args.init)
-"""
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (1, "ValueError: project must be a name, not ''\n")
-    [path] = folders(tmp_path)
-    assert Log(path).exit_code == 1
-
-
 def test_one_run_can_carry_two_pipelines(run):
     training = run(prefix="training/", workers=2)
     inference = WandbRun("p", pipeline=InferencePipelineActor, share=training)

@@ -273,6 +273,24 @@ assert signal.getsignal(signal.SIGINT) is before
 OFTEN = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
 
 
+def test_a_run_whose_neighbour_can_not_start_has_failed(drive, tmp_path):
+    done = drive(
+        """
+import os
+from common import WandbRun
+from session import parse_args, ray_session
+args = parse_args("", ["--address", os.environ["CLUSTER"], "--mode", "offline"])
+with ray_session(args):
+    WandbRun("p", "n", **args.init)
+    WandbRun("", "m", **args.init)
+""",
+        before="",
+    )
+    assert (done.returncode, done.stderr) == (1, "ValueError: project must be a name, not ''\n")
+    [log] = logs(tmp_path)
+    assert log.exit_code == 1
+
+
 def test_stop_run_interrupts_the_driver_as_ctrl_c_does(begin, server):
     driver = begin(
         """
@@ -416,6 +434,15 @@ def test_artifacts_that_find_no_server_are_counted_hold_nothing_up_and_their_fil
     assert len([*made.path.glob("artifacts/*/weights.bin")]) == 3
 
 
+def test_a_wrong_key_is_told_in_one_line(run, server, monkeypatch, tmp_path):
+    for name, value in (server.environment | {"WANDB_API_KEY": "k" * 40}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=r"can't start: .*API key.*; run `wandb login`") as error:
+        run(mode="online")
+    assert "\n" not in str(error.value)
+    assert not [*tmp_path.glob("wandb/.*.store")]
+
+
 def test_an_id_in_the_environment_is_for_one_run(run, monkeypatch, caplog):
     """The first that has no id of its own, and another one when the environment has another id."""
     monkeypatch.setenv("WANDB_RUN_ID", "a")
@@ -548,6 +575,34 @@ wandb.agent("sweep", trial, entity="e", project="p", count=2)
     assert {run["exit_code"] for run in server.runs.values()} == {0}
     assert all(len(server.rows(id_)) == 1 for id_ in server.runs)
     assert done.stderr.count("stays outside the sweep") == 2
+
+
+def test_a_report_that_the_actor_can_not_read_is_lost_alone(drive, tmp_path):
+    """A class of the user's own script, which the actor has never seen."""
+    done = drive(
+        """
+from ray._private import state
+import wandb
+
+class Mine(wandb.Histogram):
+    pass
+
+made = WandbRun("p", mode="offline")
+for step in range(10):
+    made.log({"a": Mine([1.0]) if step == 4 else 1.0}, step)
+    if step == 6:
+        made.flush()
+        os.kill(state.actors(made._actor._actor_id.hex())["Pid"], signal.SIGKILL)
+ledger = made.finish()
+print("", ledger.reports, ledger.rows, ledger.lost, ledger.restarts, ledger.ok, *ledger.warnings, sep="\\n")
+"""
+    )
+    *_, reports, rows, lost, restarts, ok, why, how_many = done.stdout.splitlines()
+    assert (reports, rows, lost, restarts, ok) == ("10", "9", "1", "1", "False"), done.stdout + done.stderr
+    assert "can't read a report" in why
+    assert "Mine" in why
+    assert how_many == "1 reports are in no row"
+    assert sorted(row["step"] for log in logs(tmp_path) for row in log.rows) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
 
 
 # What is recorded

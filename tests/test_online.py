@@ -65,6 +65,7 @@ def test_a_login_makes_a_demo_run_online_and_its_key_is_written_nowhere(start, t
         assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_wrong_key_is_told_in_one_line(run_demo, server):
     done = run_demo("demo1", **server.environment | {"WANDB_API_KEY": "k" * 40})
     assert done.returncode == 1
@@ -72,6 +73,7 @@ def test_a_wrong_key_is_told_in_one_line(run_demo, server):
     assert "API key" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_its_server_a_run_starts_offline_within_30_seconds(start, tmp_path, server):
     server.stop()
     began = time.monotonic()

@@ -369,13 +369,16 @@ def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, serve
     assert [row["n_total"] for row in rows] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("accepts", [True, False], ids=["is silent", "drops packets"])
-def test_with_a_server_that_does_not_answer_the_run_is_kept_here_within_30_seconds(tmp_path, server, accepts):
+@pytest.mark.parametrize("how", ["is away", "is silent", "drops packets"])
+def test_with_a_server_that_does_not_answer_the_run_is_kept_here_within_30_seconds(tmp_path, server, how):
     server.stop()
     began = time.monotonic()
-    with socket.create_server(("127.0.0.1", server.port), backlog=50 if accepts else 0), contextlib.ExitStack() as full:
-        for _ in range(0 if accepts else 3):  # a backlog that is full takes no connection, and refuses none
-            waiting = full.enter_context(socket.socket())
+    with contextlib.ExitStack() as sockets:
+        if how != "is away":
+            backlog = 50 if how == "is silent" else 0
+            sockets.enter_context(socket.create_server(("127.0.0.1", server.port), backlog=backlog))
+        for _ in range(3 if how == "drops packets" else 0):  # a full backlog takes no connection, and refuses none
+            waiting = sockets.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.1", server.port))
         process = writing(tmp_path, 5, dict(mode="online"), "lambda step: dict(n=1)", server.environment)
