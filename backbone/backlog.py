@@ -28,7 +28,7 @@ class Backlog:
         self.reports = self._bytes = 0
         self.said = self.serial = 0  # reports so far, with those that found no room; the next batch's number
         self.last_sent = False  # the actor has been told that there is no more
-        self._moved = 0.0  # when an answer came, or this was empty
+        self.moved = 0.0  # when an answer came, or this was empty
 
     @property
     def is_full(self) -> bool:
@@ -41,11 +41,11 @@ class Backlog:
     @property
     def patience(self) -> float:
         """So many seconds more may somebody wait for room."""
-        return max(0.0, self._moved + self.MINUTE - time.monotonic())
+        return max(0.0, self.moved + self.MINUTE - time.monotonic())
 
     def put(self, step: int, commit: bool, metrics: bytes) -> None:
         if not self.reports:
-            self._moved = time.monotonic()
+            self.moved = time.monotonic()
         self.waiting.append((self._worker, step, commit, metrics))
         self.said += 1
         self.reports += 1
@@ -84,7 +84,7 @@ class Backlog:
         reports, size = self.under_way.pop(serial)
         self.reports -= reports
         self._bytes -= size
-        self._moved = time.monotonic()
+        self.moved = time.monotonic()
         return reports
 
     def drop(self) -> int:

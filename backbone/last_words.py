@@ -65,8 +65,9 @@ def _silent(pipelines: Sequence[Pipeline]) -> list[tuple[Pipeline, str, Sender]]
 def _is_gone(sender: Sender, actors: Mapping[str, Any], nodes: Set[str]) -> bool:
     """Whether the process of a sender is dead, as far as Ray knows, which takes a while to know of a node."""
     actor = actors.get(sender.worker.removeprefix("actor "))
-    if not actor:
+    if not actor or sender.process[0] not in nodes:
         return sender.process[0] not in nodes
     address = actor["Address"]
-    alive = actor["State"] == "ALIVE" and (address["NodeID"], actor["Pid"]) == sender.process
-    return not alive or is_refused(address["IPAddress"], address["Port"])
+    restarted = (address["NodeID"], actor["Pid"]) != sender.process
+    # An actor whose last handle was dropped is DEAD to Ray at once, but its process may still send what is left.
+    return restarted or is_refused(address["IPAddress"], address["Port"])

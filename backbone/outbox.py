@@ -114,11 +114,11 @@ class Outbox:
         inside = any(box._changed._is_owned() for box in [*_outboxes.values()])  # this thread is in one of them
         if inside or process.here.runs_callbacks or wire.me.in_async_actor:
             patience = 0.0
-        deadline = time.monotonic() + patience
+        began = time.monotonic()
         while not wire.is_done:
             if self._changed.acquire(blocking=False):
                 self._changed.notify_all()
                 self._changed.release()
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= max(began, wire.backlog.moved) + patience:  # no answer came for so long
                 break
             time.sleep(0.0005)

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from common import Ledger, WandbRun
+from common import Ledger, PipelineActor, WandbRun, pipeline_actor
 
 import pytest
 import ray
@@ -104,6 +104,24 @@ def test_actors_that_go_right_after_they_logged_leave_nothing_behind(run, kept):
     ledger = made.finish()
     assert (ledger.reports, ledger.lost, ledger.silent) == (2_400, 0, 0)
     assert tokens(ledger) == 2_400
+
+
+def test_what_an_actor_sends_while_its_process_ends_is_waited_for(run):
+    """Ray calls an actor dead as soon as its last handle is dropped, while its process may still send what is left."""
+
+    @pipeline_actor
+    class Sluggish(PipelineActor):
+        def push(self, *arguments):
+            time.sleep(0.3)
+            return super().push(*arguments)
+
+    made = run(pipeline=Sluggish)
+    worker = ray.remote(Worker).remote(made)
+    ray.wait([worker.log.remote(None, 500)])
+    del worker
+    ledger = made.finish()
+    assert (ledger.reports, ledger.lost, ledger.silent) == (500, 0, 0)
+    assert tokens(ledger) == 500
 
 
 def test_no_process_crashes_in_native_code(ray_here):
