@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import re
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class WandbRun:
         _check(project, pipeline, workers, prefix, share, init)
         self._host = share and (share._host or share)  # the run that this pipeline shares
         self._prefix, self._prefixes, self._sharing = prefix, [prefix], []
-        self.shares, self._copy, self._ledger = share is not None, False, None
+        self.shares, self._copy, self._ledger, self._finishing = share is not None, False, None, threading.Lock()
         self._owned = None if share else starting.start_actor(pipeline, init | dict(project=project, name=name))
         self._actor = self._owned.actor if self._owned else self._host._actor
         what = f"{name or init.get('id')!r} of {project!r}"
@@ -124,10 +125,11 @@ class WandbRun:
             exits.unfinished.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | dict(_host=None, _sharing=[], _owned=None, _ledger=None, _outbox=None, _copy=True)
+        here = dict(_host=None, _sharing=[], _owned=None, _ledger=None, _outbox=None, _finishing=None)
+        return self.__dict__ | here | dict(_copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _finishing=threading.Lock())
         self._outbox = outbox(self._actor, self._prefix, self.name, copy=id(self))
 
     def __del__(self) -> None:
@@ -234,24 +236,29 @@ class WandbRun:
         """
         if not isinstance(exit_code, int):
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
-        if self._ledger is None:
-            owned, ended = self._owned, (self, *self._sharing)
-            for run in ended:
-                run.flush(5)  # an async actor's first report may not have been sent
-            try:
-                ledgers = answer(self._actor.finish, exit_code, failure, self._prefix if self.shares else None)
-                if owned:
-                    self._actor.leave.remote()
-            except ActorGoneError as error:
-                host = self._host or self
-                owned, ended = host._owned, (host, *host._sharing)
-                ledgers = ending.finish_without_actor(owned, exit_code, failure, error, self._begun, host._prefixes)
-            for run in ended:
-                run._ledger = ledgers[run._prefix]
-                exits.unfinished.remove(run)
-            if owned and not owned.letter.ended:
-                owned.forget()
-        return self._ledger
+        with (self._host or self)._finishing:
+            if self._ledger is None:
+                _finish(self, exit_code, failure)
+            return self._ledger
+
+
+def _finish(run: WandbRun, exit_code: int, failure: str | None) -> None:
+    owned, ended = run._owned, (run, *run._sharing)
+    for each in ended:
+        each.flush(5)  # an async actor's first report may not have been sent
+    try:
+        ledgers = answer(run._actor.finish, exit_code, failure, run._prefix if run.shares else None)
+        if owned:
+            run._actor.leave.remote()
+    except ActorGoneError as error:
+        host = run._host or run
+        owned, ended = host._owned, (host, *host._sharing)
+        ledgers = ending.finish_without_actor(owned, exit_code, failure, error, run._begun, host._prefixes)
+    for each in ended:
+        each._ledger = ledgers[each._prefix]
+        exits.unfinished.remove(each)
+    if owned and not owned.letter.ended:
+        owned.forget()
 
 
 def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, init: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import queue
-import sqlite3
 import threading
 import uuid
 from collections.abc import Mapping, Sequence, Set
@@ -117,17 +116,19 @@ class PipelineActor:
             dead = None
             with contextlib.suppress(queue.Empty):
                 dead = self._deaths.get(timeout=self.CLOCK)
-            if not self._run:
-                continue
-            if wandb_internals.service_is_dead():
+            guest.keep_letter(self._letter_path)
+            if self._run and wandb_internals.service_is_dead():
                 os._exit(1)
-            with self._changed, contextlib.suppress(sqlite3.Error):  # the disk is full: the next time
-                for prefix, pipeline in self._run.pipelines.items():
-                    if not pipeline.ended and dead and dead[0] == prefix:
-                        self._log(pipeline.died(dead[1]))
-                    elif not pipeline.ended and not dead:
-                        self._log(pipeline.tick())
-                self._changed.notify_all()
+            try:
+                with self._changed:
+                    for prefix, pipeline in (self._run.pipelines if self._run else {}).items():
+                        if not pipeline.ended and (not dead or dead[0] == prefix):
+                            self._log(pipeline.died(dead[1]) if dead else pipeline.tick())
+                    self._changed.notify_all()
+            except Exception as error:  # mostly: the disk is full
+                logger.warning("W&B run %s: %s", self._letter.init["id"], line(error))
+                if dead:
+                    threading.Timer(self.CLOCK, self._deaths.put, [dead]).start()
 
     @ray.method(concurrency_group="hold")
     def hold(self, ended: Set[str], stopped: bool) -> tuple[set[str], bool]:

@@ -36,6 +36,7 @@ class Artifacts:
         self._store, self._writer, self._lock = store, writer, lock
         self._threads = {"log": ThreadPoolExecutor(1), "use": ThreadPoolExecutor(1)}
         self._futures: list[Future] = []
+        self._finishing = threading.Lock()
         on_disk = set().union(*(wandb_internals.logged_artifacts(Path(path)) for path in store.facts.get("paths", ())))
         for id_, task, client, done in store.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall():
             finished = done or "ledgers" in store.facts or (client in on_disk and store.facts["mode"] == "offline")
@@ -52,8 +53,11 @@ class Artifacts:
     def _add(self, kind: str, what: Mapping[str, Any]) -> None:
         if self._store.facts["mode"] == "disabled":
             return
+        task = pickle.dumps((kind, what))
         try:
-            added = self._store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (pickle.dumps((kind, what)),))
+            if kind == "log" and self._store.db.execute("SELECT 1 FROM artifacts WHERE task = ?", (task,)).fetchone():
+                return  # Ray repeats a call whose answer an actor's death has swallowed; its folder is its own
+            added = self._store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))
         except sqlite3.Error as error:  # the disk is full
             return self._lose(what["name"], error)
         self._submit(added.lastrowid, kind, what)
@@ -108,14 +112,15 @@ class Artifacts:
 
     def finish(self, timeout: float) -> None:
         """Waits for all of them; counts those that were not possible."""
-        futures, self._futures = self._futures, []
-        done, late = wait(futures, timeout)
-        errors = [future.exception() for future in done if future.exception()]
-        if failed := len(errors) + len(late):
-            self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + failed)
-            why = line(errors[0]) if errors else f"not possible within {timeout:.0f} s"
-            where = f"{self._store.facts['paths'][-1]}/artifacts"
-            self._store.warn("artifacts", f"{failed} artifacts were not logged or used: {why}; see {where}")
+        with self._finishing:  # whoever finishes as well waits, too
+            futures, self._futures = self._futures, []
+            done, late = wait(futures, timeout)
+            errors = [future.exception() for future in done if future.exception()]
+            if failed := len(errors) + len(late):
+                self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + failed)
+                why = line(errors[0]) if errors else f"not possible within {timeout:.0f} s"
+                where = f"{self._store.facts['paths'][-1]}/artifacts"
+                self._store.warn("artifacts", f"{failed} artifacts were not logged or used: {why}; see {where}")
 
 
 # In the worker

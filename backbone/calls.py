@@ -33,10 +33,13 @@ def answer(method: ray.actor.ActorMethod, *arguments: Any) -> Any:
 
 def result(call: ray.ObjectRef, actor: ray.actor.ActorHandle) -> Any:
     """What a call of the actor has returned or raised; ActorGoneError where it can't any more."""
-    future, before = call.future(), None
+    future, before, refused = call.future(), None, 0
     while not wait([future], timeout=1.0).done:
-        if not ray_answers():
+        refused = 0 if ray_answers() else refused + 1
+        if refused == 3:  # times in a row: a GCS may restart
             raise ActorGoneError("Ray is not running any more")
+        if refused:
+            continue
         restarts = state.actors(actor._actor_id.hex()).get("NumRestarts", 0)
         before = restarts if before is None else before
         if (deaths := restarts - before) > DEATHS:

@@ -44,16 +44,20 @@ class Unfinished:
         before = sys.exit, sys.excepthook
 
         def on_exit(code: Any = None) -> None:
-            self._runs = dict.fromkeys(self._runs, how_it_ends(SystemExit(code)))
+            self._end_as(*how_it_ends(SystemExit(code)))
             before[0](code)
 
         def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             code, failure = how_it_ends(error)
-            self._runs = dict.fromkeys(self._runs, (INTERRUPTED if kind is KeyboardInterrupt else code, failure))
+            self._end_as(INTERRUPTED if kind is KeyboardInterrupt else code, failure)
             before[1](kind, error, trace)
 
         sys.exit, sys.excepthook = self._hooks = on_exit, on_exception
         self._before = before
+
+    def _end_as(self, exit_code: int, failure: str | None) -> None:
+        with self._lock:
+            self._runs = dict.fromkeys(self._runs, (exit_code, failure))
 
     def remove(self, run: Any) -> None:
         with self._lock:
@@ -71,7 +75,8 @@ class Unfinished:
                 logger.warning("run %s could not be finished: %s", run.name, line(error))
                 self.remove(run)
 
-        ends = {run: own if exit_code is None else (exit_code, failure) for run, own in self._runs.items()}
+        with self._lock:
+            ends = {run: own if exit_code is None else (exit_code, failure) for run, own in self._runs.items()}
         threads = [threading.Thread(target=finish, args=(run, *end)) for run, end in ends.items() if not run.shares]
         for thread in threads:
             thread.start()

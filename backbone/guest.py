@@ -7,6 +7,7 @@ Ray is imported where it is needed, because `ending` does without.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -104,6 +105,12 @@ def read_letter(path: Path) -> Letter:
         raise OSError(f"{path} is no private file of this user")
     with path.open("rb") as file:
         return pickle.load(file)
+
+
+def keep_letter(path: Path) -> None:
+    """Makes it new: some systems clean their temporary folder of what is old."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def forget_letter(path: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray._private import state
 
-from .calls import is_refused
+from .calls import is_refused, ray_answers
 from .inbox import Sender
 from .pipeline import Pipeline
 from .run import Run
@@ -27,19 +29,21 @@ def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Conditi
     changed: has been acquired, and tells of what is pushed meanwhile.
     """
     began, look = time.time(), time.time() + 0.5
-    while any(_may_be_on_its_way(pipeline, began) for pipeline in pipelines):
+    while any(_may_be_on_its_way(pipeline, began, wait) for pipeline in pipelines):
         changed.wait(PAUSE)
     while silent := _silent(pipelines):
-        changed.wait(0.05)
-        if time.time() > look:  # Ray may know more by now
-            look = time.time() + 1.0
-            actors, nodes = state.actors(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-            for pipeline, id_, sender in silent:
-                if _is_gone(sender, actors, nodes):
-                    with contextlib.suppress(sqlite3.Error):  # the disk is full
-                        run.log(pipeline.died(id_))
         if all(time.time() - max(began, sender.heard) > wait for _, _, sender in silent):
             break
+        changed.wait(0.05)
+        if time.time() > look and ray_answers():  # Ray may know more by now; where it is gone, it would not answer
+            look = time.time() + 1.0
+            actors, nodes = state.actors(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            with ThreadPoolExecutor(32) as pool:  # a machine that is gone lets each ask for a second
+                senders = [sender for _, _, sender in silent]
+                gone = [*pool.map(_is_gone, senders, itertools.repeat(actors), itertools.repeat(nodes))]
+            for pipeline, id_, _ in itertools.compress(silent, gone):
+                with contextlib.suppress(sqlite3.Error):  # the disk is full
+                    run.log(pipeline.died(id_))
     for _, _, sender in _silent(pipelines):
         node, pid = sender.process
         run.store.warn(
@@ -49,11 +53,12 @@ def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Conditi
         )
 
 
-def _may_be_on_its_way(pipeline: Pipeline, began: float) -> bool:
+def _may_be_on_its_way(pipeline: Pipeline, began: float, wait: float) -> bool:
     """Whether a task's report may be, or the first of a process: an async actor doesn't wait for the answer to that."""
     senders, now = pipeline.inbox.senders.values(), time.time()
     missing = len(senders) < pipeline.steps.workers
-    return (missing and now - began < PAUSE) or any(is_task(s.worker) and now - s.heard < PAUSE for s in senders)
+    of_task = now - began < wait and any(is_task(s.worker) and now - s.heard < PAUSE for s in senders)
+    return of_task or (missing and now - began < PAUSE)
 
 
 def _silent(pipelines: Sequence[Pipeline]) -> list[tuple[Pipeline, str, Sender]]:

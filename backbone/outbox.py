@@ -56,7 +56,7 @@ class Outbox:
             parent = process.forked_from[0]
             raise RuntimeError(f"log was called in a fork of process {parent}, which can't reach Ray: log there")
         wire = self._wire or self.open()
-        if not ray.is_initialized():
+        if process.node() is not wire.node:
             wire.raise_if_closed()
         backlog, in_task = wire.backlog, wire.me.in_task
         with self._changed:
@@ -70,7 +70,8 @@ class Outbox:
                 self._changed.notify_all()
         if in_task:
             wire.submit()
-        if not (wire.generation or wire.me.in_async_actor):  # the first time, until the actor knows of this process
+        if not (wire.generation or wire.me.in_async_actor or _must_not_wait()):
+            # the first time, until the actor knows of this process
             with self._changed:
                 known = lambda: wire.generation or wire.closed or wire.error or not backlog.reports  # noqa: E731
                 self._changed.wait_for(known, backlog.patience)
@@ -79,7 +80,8 @@ class Outbox:
 
     def _finds_room(self, metrics: bytes) -> bool:
         wire, size = self._wire, len(metrics)
-        self._changed.wait_for(lambda: wire.closed or wire.error or wire.backlog.has_room(size), wire.backlog.patience)
+        patience = 0.0 if _must_not_wait() else wire.backlog.patience
+        self._changed.wait_for(lambda: wire.closed or wire.error or wire.backlog.has_room(size), patience)
         wire.raise_if_closed()
         if wire.error or not wire.backlog.has_room(size):
             wire.backlog.said += 1
@@ -93,11 +95,11 @@ class Outbox:
         if not wire:
             return True
         with self._changed:
-            wire.flushing = True
+            wire.flushing, lost = True, wire.lost
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: wire.error or not wire.backlog.reports, timeout)
             wire.flushing = False
-            return bool(done) and not wire.error
+            return bool(done) and not wire.error and wire.lost == lost
 
     def release(self, copy: int) -> None:
         """Lets go of a copy of the run. Behind the last one it waits until the actor has all.
@@ -112,13 +114,18 @@ class Outbox:
             return
         patience = self.MINUTE if wire.me.in_task else 5.0
         inside = any(box._changed._is_owned() for box in [*_outboxes.values()])  # this thread is in one of them
-        if inside or process.here.runs_callbacks or wire.me.in_async_actor:
+        if inside or _must_not_wait() or wire.me.in_async_actor:
             patience = 0.0
         began = time.monotonic()
-        while not wire.is_done:
+        while not wire.is_done and not self._copies:
             if self._changed.acquire(blocking=False):
                 self._changed.notify_all()
                 self._changed.release()
             if time.monotonic() >= max(began, wire.backlog.moved) + patience:  # no answer came for so long
                 break
             time.sleep(0.0005)
+
+
+def _must_not_wait() -> bool:
+    """In a thread in which the answers come."""
+    return threading.get_ident() in process.callback_threads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ray._private import state
 from ray.core.generated import common_pb2, gcs_pb2
 
 from . import guest
+from .calls import ray_answers
 from .files import fcntl
 from .ledger import line
 
@@ -22,12 +24,18 @@ logger = logging.getLogger("wandb_run")
 def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None]) -> None:
     """Finishes the run of a letter when its owner is gone, then ends this actor. Ray leaves two seconds for that."""
     raylet, letter = os.getppid(), guest.read_letter(path)
-    if not _has_died(path):
+    if not fcntl:  # Windows: it is not watched
         return
+    with path.open("r+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # waits until the owner is gone, or lets go of the letter
+    if path.exists():
+        letter = guest.read_letter(path)
+    else:  # the run is finished, and this process told to leave; unless that got lost, or somebody cleaned up
+        time.sleep(10)
     code = _how_it_ended(letter.ray_worker) if letter.ray_worker else 1
     ended = code, "the process that the run belonged to is gone" if code else None
     try:
-        finish(*(guest.read_letter(path).ended or ended), wait=5 if letter.ray_worker else 0.5)
+        finish(*(letter.ended or ended), wait=5 if letter.ray_worker else 0.5)
         forget()
     except Exception as error:  # the store stays, for the next run of that id
         logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))
@@ -40,20 +48,14 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
     ray.kill(ray.get_runtime_context().current_actor)
 
 
-def _has_died(path: Path) -> bool:
-    """Waits until the owner is gone; whether that came before it had what it wanted to know."""
-    if not fcntl:  # Windows: it is not watched
-        return False
-    with path.open("r+b") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-    return path.exists()
-
-
 def _how_it_ended(ray_worker: str) -> int:
-    """The exit code that an ended worker of Ray's deserves, as Ray's GCS tells it."""
-    for raw in state.state._connect_and_get_accessor().get_worker_table():
-        data = gcs_pb2.WorkerTableData.FromString(raw)
-        if data.worker_address.worker_id.hex() == ray_worker:
-            intended = common_pb2.INTENDED_SYSTEM_EXIT, common_pb2.INTENDED_USER_EXIT
-            return int(data.exit_type not in intended)
+    """The exit code that an ended worker of Ray's deserves, as Ray's GCS tells it when it has heard of it."""
+    deadline = time.monotonic() + 2
+    while ray_answers() and time.monotonic() < deadline:
+        for raw in state.state._connect_and_get_accessor().get_worker_table():
+            data = gcs_pb2.WorkerTableData.FromString(raw)
+            if data.worker_address.worker_id.hex() == ray_worker and not data.is_alive:
+                intended = common_pb2.INTENDED_SYSTEM_EXIT, common_pb2.INTENDED_USER_EXIT
+                return int(data.exit_type not in intended)
+        time.sleep(0.1)
     return 1

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import ray
 
 _name = f"process {uuid.uuid4().hex}"  # who logs where no actor and no task does
-forked_from: list[int] = []  # processes that this one is a fork of
+forked_from: list[int] = []  # a process with Ray that this one is a fork of
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: forked_from.append(os.getppid()))
+    os.register_at_fork(after_in_child=lambda: ray.is_initialized() and forked_from.append(os.getppid()))
 
 
 class Self(NamedTuple):
@@ -53,13 +53,14 @@ def current_task() -> str:
     return f"task {task} {context.worker.core_worker.get_current_task_attempt_number()}" if task else ""
 
 
-class _Here(threading.local):
-    """What is known of a thread."""
+def node() -> object:
+    """What tells at once that this process has left the Ray that it was in."""
+    return ray._private.worker._global_node
 
-    runs_callbacks = False  # of Ray's: it must not wait for an outbox, because the outbox waits for it
 
-
-here = _Here()
+# Threads that must not wait for an outbox, because the outbox waits for them. Those of Ray's are not Python's own, so
+# what a `threading.local` knows of them is gone behind each callback.
+callback_threads: set[int] = set()
 
 
 def when_done(future: Future, call: Callable[[Future], object]) -> None:
@@ -67,7 +68,8 @@ def when_done(future: Future, call: Callable[[Future], object]) -> None:
     asked = threading.get_ident()
 
     def called(done: Future) -> None:
-        here.runs_callbacks |= threading.get_ident() != asked
+        if threading.get_ident() != asked:
+            callback_threads.add(threading.get_ident())
         call(done)
 
     future.add_done_callback(called)

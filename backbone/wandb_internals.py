@@ -11,6 +11,7 @@ import os
 import struct
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,7 @@ def media(kind: type, state: dict[str, Any], content: bytes) -> Any:
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
     value.__dict__.update(state, _path=path, _is_tmp=True)
+    weakref.finalize(value, Path(path).unlink, missing_ok=True)  # unless it is a run's by then
     return value
 
 
@@ -114,8 +116,7 @@ def add_reference(artifact: wandb.Artifact, file: str, reference: str) -> None:
 
 def agent_is_running() -> bool:
     """Whether `wandb.agent(function=…)` runs trials in this process, which it stops itself."""
-    agent = sys.modules.get("wandb.agents.pyagent")
-    return bool(agent and agent.is_running())
+    return bool((agent := sys.modules.get("wandb.agents.pyagent")) and agent.is_running())
 
 
 def upload_was_refused(folder: Path) -> bool:

@@ -43,7 +43,7 @@ class Wire:
         changed: threading.Condition,
         stop: Callable[[], None] | None,
     ):
-        self._session = process.session()
+        self._session, self.node = process.session(), process.node()
         if not self._session:
             raise RuntimeError(f"Ray is not running, so nothing can be logged to run {name!r}")
         self._actor, self._prefix, self._name, self._copies, self._stop = actor, prefix, name, copies, stop
@@ -54,7 +54,8 @@ class Wire:
         self.closed = False  # nothing more is taken, and what is here is sent
         self.error: BaseException | None = None  # why nothing can be sent any more
         self.flushing = self._submitting = False
-        self._told = False  # the user knows that reports are lost
+        self.lost = 0  # reports of this process
+        self._told = False  # the user knows that some are
         # A call of the actor without an answer: Ray tells the actor when the call's owner dies. Not in a plain task,
         # whose process could not end as long as it waits for an answer.
         self._holding: Any = None
@@ -73,16 +74,24 @@ class Wire:
     # Sending
 
     def _work(self) -> None:
-        process.here.runs_callbacks = True
+        me, unheard = threading.get_ident(), None
+        process.callback_threads.add(me)
         while not self._is_over:
             with self._changed:
                 due = self._changed.wait_for(
                     lambda: self._is_over or (self._is_due and not self._is_taken_care_of), timeout=5.0
                 )
-                silent = not due and self.backlog.under_way
-            if silent and not ray_answers():  # when all of Ray is gone, a call gets neither answer nor error
+                oldest = min(self.backlog.under_way, default=None)
+            if due:
+                self.submit()
+            # When all of Ray is gone, a call gets neither answer nor error. A GCS that restarts is back the next time.
+            if due or oldest is None or (self._session == process.session() and ray_answers()):
+                unheard = None
+            elif oldest == unheard:
                 self._fail(RuntimeError("Ray is not running any more"))
-            self.submit()
+            else:
+                unheard = oldest
+        process.callback_threads.discard(me)
 
     @property
     def _is_over(self) -> bool:
@@ -172,7 +181,7 @@ class Wire:
         self.submit()
         if stopped and self._stop:
             stop, self._stop = self._stop, None
-            stop()
+            threading.Thread(target=stop, daemon=True).start()  # it may call what waits for an answer
 
     def _fail(self, error: BaseException) -> None:
         """Nothing can be sent any more: the run is finished, its actor is gone for good, or Ray is."""
@@ -183,6 +192,7 @@ class Wire:
             self._changed.notify_all()
 
     def lose(self, reports: int, error: BaseException) -> None:
+        self.lost += reports
         if reports and not self._told:
             self._told = True
             logger.warning("run %s: reports are lost from now on, training goes on: %s", self._name, plain(error))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,17 @@ if TYPE_CHECKING:  # importing it takes a second, and workers don't need it
 
 class ServiceDiedError(RuntimeError):
     """wandb-core is dead; only a new process gets a new one."""
+
+
+@contextlib.contextmanager
+def _death_of_service() -> Iterator[None]:
+    """Raises ServiceDiedError for what wandb raises then."""
+    try:
+        yield
+    except Exception as error:
+        if wandb_internals.service_has_died(error):
+            raise ServiceDiedError(line(error)) from None
+        raise
 
 
 class Writer:
@@ -124,7 +136,8 @@ class Writer:
         for prefix, known in self._named.items():
             for key in [key for key in row.metrics if key.startswith(prefix) and key not in known]:
                 known.add(key)
-                self.run.define_metric(key, step_metric=f"{prefix}step")
+                with _death_of_service():
+                    self.run.define_metric(key, step_metric=f"{prefix}step")
         plain = {key: value for key, value in row.metrics.items() if isinstance(value, int | float | str)}
         refused: dict[str, str] = {}  # key -> why
         for key, value in row.metrics.items():
@@ -145,10 +158,11 @@ class Writer:
     def _log(self, metrics: dict[str, Any], number: int, commit: bool) -> str:
         """Why W&B refuses it; nothing if it doesn't."""
         try:
-            self.run.log(metrics, step=number, commit=commit)
+            with _death_of_service():
+                self.run.log(metrics, step=number, commit=commit)
+        except ServiceDiedError:
+            raise
         except Exception as error:
-            if wandb_internals.service_has_died(error):
-                raise ServiceDiedError(line(error)) from None
             return f"W&B refused a value of {next(iter(metrics))!r}: {line(error)}"
         return ""
 
@@ -170,18 +184,15 @@ class Writer:
         """
         facts, uploaded = self._store.facts, False
         try:
-            if failure:
-                self.run.summary["failure"] = failure
-            self.run.finish(exit_code)
+            with _death_of_service():
+                if failure:
+                    self.run.summary["failure"] = failure
+                self.run.finish(exit_code)
             uploaded = facts["mode"] == "online" and not any(
                 Path(p).name.startswith("offline-") for p in facts["paths"]
             )
         except TimeoutError:
             self._store.warn("timeout", f"the upload did not end within {self.timeout:.0f} s")
-        except Exception as error:
-            if wandb_internals.service_has_died(error):
-                raise ServiceDiedError(line(error)) from None
-            raise
         if uploaded and wandb_internals.upload_was_refused(Path(facts["paths"][-1])):
             uploaded = False
             self._store.warn("upload", "the W&B server refused the upload")

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from common import Ledger, PipelineActor, WandbRun, pipeline_actor
+from common import Ledger, PipelineActor, RunFinishedError, WandbRun, pipeline_actor
 
 import pytest
 import ray
@@ -172,6 +172,39 @@ def test_a_task_per_step_and_engine_makes_one_row_a_step_at_once(run):
     ledger = made.finish()
     assert (ledger.rows, ledger.partial, ledger.reports) == (4, 0, 12)
     assert [row["workers"] for row in Log(ledger.path).rows] == [3] * 4
+
+
+def test_finish_does_not_wait_for_tasks_that_log_on_and_on(run):
+    @ray.remote
+    def work(made: WandbRun) -> int:
+        for step in range(200):
+            try:
+                made.log({"tokens": 1}, step)
+            except RunFinishedError:
+                return step
+            time.sleep(0.1)
+
+    made = run()
+    works = work.remote(made)
+    wait_for(lambda: made.progress()[0].reports > 3)
+    began = time.monotonic()
+    ledger = made.finish()
+    assert time.monotonic() - began < 10
+    assert ledger.reports == tokens(ledger) + ledger.lost
+    assert ray.get(works) >= ledger.reports
+
+
+def test_log_in_a_callback_of_rays_does_not_wait_for_an_answer(run):
+    """Which would have to come by that very thread."""
+
+    @ray.remote
+    def task() -> None:
+        pass
+
+    made = run()
+    task.remote().future().add_done_callback(lambda _: log_some(made, 3))
+    wait_for(lambda: made.progress()[0].reports >= 2, seconds=20)
+    assert made.finish().reports == 3
 
 
 def test_a_handle_passed_anew_or_copied_does_not_make_a_worker(run):

@@ -605,6 +605,24 @@ print("", ledger.reports, ledger.rows, ledger.lost, ledger.restarts, ledger.ok, 
     assert sorted(row["step"] for log in logs(tmp_path) for row in log.rows) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
 
 
+def test_a_driver_may_be_a_fork_of_a_process_without_ray(drive, tmp_path):
+    done = drive(
+        """
+import os, sys
+from common import WandbRun
+import ray
+if child := os.fork():
+    os._exit(os.waitpid(child, 0)[1])
+ray.init(os.environ["CLUSTER"], log_to_driver=False, logging_level="error")
+with WandbRun("p", mode="offline") as run:
+    run.log({"a": 1.0}, 0)
+print(run.finish().rows)
+""",
+        before="",
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
 # What is recorded
 
 

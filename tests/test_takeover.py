@@ -96,6 +96,25 @@ def test_when_all_of_ray_is_gone_the_driver_finishes_the_run(tmp_path, environme
     assert sorted(rows.values()) == list(range(100))
 
 
+def test_a_driver_that_has_logged_and_is_killed_leaves_a_finished_run(tmp_path, environment):
+    """With its own Ray, which dies with it: nobody can be asked any more."""
+    body = """
+        for step in range(100):
+            run.log({"a": 1.0}, step)
+        run.flush()
+        print("READY", flush=True)
+        time.sleep(600)
+    """
+    command = [sys.executable, "-c", program(tmp_path, body)]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout.readline() == "READY\n"
+    driver.kill()
+    driver.communicate()
+    [path] = folders(tmp_path)
+    wait_for(lambda: Log(path).exit_code is not None, seconds=20)
+    assert (len(Log(path).rows), Log(path).exit_code) == (100, 1)
+
+
 @ray.remote(num_cpus=0)
 def log_late(made: WandbRun) -> int:
     """Logs after the actor is gone; returns how long it took in all, in seconds."""

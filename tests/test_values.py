@@ -316,6 +316,15 @@ def test_media_carry_their_bytes(media, kind):
         forget_files(media.folder)
 
 
+def test_media_that_nobody_keeps_leave_no_file(media):
+    """Such as those of seven of eight workers."""
+    arrived = unpack(pack({"a": media.image()}))["a"]
+    path = Path(arrived._path)
+    assert path.exists()
+    del arrived
+    assert not path.exists()
+
+
 def test_media_of_a_process_that_has_ended_are_in_the_run_s_folder(media):
     """Alone, in a list, in a table, and twice: a restart logs them again."""
     report = {kind: getattr(media, kind)() for kind in KINDS}
