@@ -71,8 +71,7 @@ class Outbox:
         if in_task:
             wire.submit()
         if not (wire.generation or wire.me.in_async_actor or _must_not_wait()):
-            # the first time, until the actor knows of this process
-            with self._changed:
+            with self._changed:  # the first time, until the actor knows of this process
                 known = lambda: wire.generation or wire.closed or wire.error or not backlog.reports  # noqa: E731
                 self._changed.wait_for(known, backlog.patience)
                 if not wire.generation:
@@ -128,4 +127,4 @@ class Outbox:
 
 def _must_not_wait() -> bool:
     """In a thread in which the answers come."""
-    return threading.get_ident() in process.callback_threads
+    return (process.session(), threading.get_ident()) in process.callback_threads

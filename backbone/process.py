@@ -60,16 +60,16 @@ def node() -> object:
 
 # Threads that must not wait for an outbox, because the outbox waits for them. Those of Ray's are not Python's own, so
 # what a `threading.local` knows of them is gone behind each callback.
-callback_threads: set[int] = set()
+callback_threads: set[tuple[str, int]] = set()  # session and thread
 
 
 def when_done(future: Future, call: Callable[[Future], object]) -> None:
     """Has Ray's thread call this, and marks that thread. If the answer is there already, this thread calls."""
-    asked = threading.get_ident()
+    asked, here = threading.get_ident(), session()
 
     def called(done: Future) -> None:
         if threading.get_ident() != asked:
-            callback_threads.add(threading.get_ident())
+            callback_threads.add((here, threading.get_ident()))
         call(done)
 
     future.add_done_callback(called)

@@ -74,7 +74,7 @@ class Wire:
     # Sending
 
     def _work(self) -> None:
-        me, unheard = threading.get_ident(), None
+        me, unheard = (self._session, threading.get_ident()), None
         process.callback_threads.add(me)
         while not self._is_over:
             with self._changed:

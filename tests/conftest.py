@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ DEMOS = {
 }
 
 
-LONG = ("guest", "faults", "ends", "takeover", "online", "demos", "cluster", "writer")
+LONG = ("faults", "guest", "ends", "takeover", "exits", "online", "demos", "cluster", "writer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -253,3 +253,75 @@ def busy(start, tmp_path):
         return process
 
     return busy
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=8, include_dashboard=False))
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+JOIN = """
+import json, os, signal, sys, time
+from arguments import parse_args
+from backbone import exits
+from common import PipelineActor, WandbRun, pipeline_actor
+import ray
+ray.init(os.environ["CLUSTER"], log_to_driver=False, logging_level="error")
+
+def run(**options):
+    made = WandbRun("p", **{"mode": "offline"} | options)
+    made.log({"a": 1.0}, 0)
+    return made
+
+"""
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> Iterator[str]:
+    """The address of a Ray that was started from a shell which is not the user's."""
+    theirs = {"WANDB_RUN_GROUP": "the raylet's", "WANDB_MODE": "disabled", "WANDB_RUN_ID": "theirs"}
+    with short_folder() as folder:
+        environment = no_account(tmp_path_factory.mktemp("home")) | theirs
+        environment |= {"RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(
+            [sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            address = process.stdout.readline().strip()
+            assert address
+            yield address
+            process.communicate(timeout=60)
+
+
+@pytest.fixture
+def begin(foreign, tmp_path, environment) -> Iterator[Callable[..., subprocess.Popen]]:
+    """begin("run()"): a driver that does this, on that Ray and in tmp_path."""
+    started = []
+
+    def begin(program: str, *arguments: str, before: str = JOIN, **variables: str) -> subprocess.Popen:
+        (tmp_path / "program.py").write_text(before + program)
+        variables = environment | {"CLUSTER": foreign} | variables
+        command, pipe = [sys.executable, "program.py", *arguments], subprocess.PIPE
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def drive(begin) -> Callable[..., subprocess.CompletedProcess]:
+    """drive("run()"): such a driver that has ended."""
+
+    def drive(program: str, *arguments: str, **options: str) -> subprocess.CompletedProcess:
+        process = begin(program, *arguments, **options)
+        stdout, stderr = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return drive

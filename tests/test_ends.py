@@ -52,9 +52,10 @@ class Worker:
         self.cycle.append(self.cycle)
         log_some(made, reports)
 
-    def stop_answering(self, made: WandbRun, reports: int, how: str) -> None:
+    def stop_answering(self, made: WandbRun, reports: int, how: str, file: Path) -> None:
         log_some(made, reports)
         made.flush()
+        file.touch()
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:  # in native code that gives no other thread a turn
@@ -244,11 +245,12 @@ def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tm
 
 
 @pytest.mark.parametrize("how", ["stopped", "busy"])
-def test_a_process_that_does_not_answer_at_the_end_is_no_success(run, how):
+def test_a_process_that_does_not_answer_at_the_end_is_no_success(run, how, tmp_path):
     made, worker = run(), ray.remote(Worker).remote()
     pid = ray.get(worker.pid.remote())
-    worker.stop_answering.remote(made, 40, how)
-    wait_for(lambda: made.progress()[0].reports == 40)
+    worker.stop_answering.remote(made, 40, how, file := tmp_path / "stops now")
+    wait_for(file.exists)
+    time.sleep(0.5)
     ledger = made.finish()
     os.kill(pid, signal.SIGKILL)
     assert (ledger.reports, ledger.lost, ledger.silent, ledger.ok) == (40, 0, 1, False)

@@ -1,0 +1,281 @@
+"""A run ends as its owner's process does, however that ends."""
+
+import functools
+import io
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import session
+from arguments import parse_args
+from common import WandbRun
+
+import pytest
+from conftest import Log, folders, wait_for
+from wandb_server import Server
+
+# The handler first: where the tests run in the background of a shell, processes ignore the signal.
+INTERRUPT = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)"
+
+
+@pytest.fixture
+def run(ray_here, tmp_path, monkeypatch) -> Callable[..., WandbRun]:
+    """run(): a run of a user who works in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    return lambda **options: WandbRun("p", **{"mode": "offline"} | options)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.stop()
+
+
+def logs(directory: Path) -> list[Log]:
+    return [Log(path) for path in folders(directory)]
+
+
+def summary(log: Log) -> dict:
+    return {key: value for update in log.of("summary") for key, value in update.get("update", {}).items()}
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_code", "failure"),
+    [
+        (SystemExit(0), 0, None),
+        (SystemExit(3), 3, "SystemExit: 3"),
+        (SystemExit("no GPU"), 1, "SystemExit: no GPU"),
+        (KeyboardInterrupt(), 1, "KeyboardInterrupt"),
+    ],
+)
+def test_a_with_block_ends_as_a_process_with_that_exception_would(run, end, exit_code, failure):
+    with pytest.raises(type(end)), run() as made:
+        raise end
+    log = Log(made.path)
+    assert (log.exit_code, summary(log).get("failure")) == (exit_code, failure)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "exit_code", "failure"),
+    [
+        ("sys.exit(3)", 3, 3, "SystemExit: 3"),
+        ("raise ValueError('no GPU')", 1, 1, "ValueError: no GPU"),
+        (INTERRUPT, 1, 255, "KeyboardInterrupt"),
+        ("ray.shutdown()", 0, 0, None),  # the actor lives on, and nobody can call it
+    ],
+)
+def test_without_finish_a_run_ends_as_its_driver(drive, tmp_path, end, status, exit_code, failure):
+    done = drive(f"run()\n{end}")
+    assert done.returncode == status, done.stderr
+    wait_for(lambda: not [*tmp_path.glob("wandb/.*.store")])
+    [log] = logs(tmp_path)
+    assert (log.exit_code, summary(log).get("failure"), len(log.rows)) == (exit_code, failure, 1)
+
+
+def test_only_what_happened_to_a_run_counts(drive, tmp_path):
+    """Not an error of a notebook's cell, nor what was before it; also those are finished whose Ray was shut down."""
+    program = """
+import os, sys
+from common import WandbRun
+import ray
+
+def run(name):
+    made = WandbRun("p", name, mode="offline")
+    made.log({"a": 1.0}, 0)
+    return made
+
+quiet = dict(log_to_driver=False, logging_level="error")
+ray.init("local", include_dashboard=False, **quiet)
+mended, left, failed = run("mended"), run("left"), run("failed")
+try:
+    1 / 0
+except ZeroDivisionError:
+    sys.last_type, sys.last_value, sys.last_traceback = sys.exc_info()  # as a notebook does
+mended.finish()
+failed.finish(2, failure="as I say")
+ray.shutdown()
+ray.init(os.environ["CLUSTER"], **quiet)
+before = run("before")
+try:
+    1 / 0
+except ZeroDivisionError:
+    sys.excepthook(*sys.exc_info())  # as Python's own prompt does
+after = run("after")
+"""
+    done = drive(program, before="")
+    assert done.returncode == 0, done.stderr
+    ended = {log.run["display_name"]: (log.exit_code, summary(log).get("failure")) for log in logs(tmp_path)}
+    error = "ZeroDivisionError: division by zero"
+    assert ended == {
+        "mended": (0, None), "left": (1, error), "failed": (2, "as I say"), "before": (1, error), "after": (0, None),
+    }  # fmt: skip
+    for log in logs(tmp_path):
+        assert log.of("environment")[0]["program"].endswith("program.py")
+
+
+def test_a_run_that_a_worker_of_rays_left_ends_as_that_worker(drive, tmp_path):
+    done = drive(
+        """
+@ray.remote
+class Owner:
+    def make(self, name):
+        self.run = run(name=name, dir=folder)
+        return os.getpid()
+
+@ray.remote(max_calls=1)  # its process ends, as those with a GPU
+def task(name):
+    run(name=name, dir=folder)
+
+folder = os.getcwd()
+dropped, killed = Owner.remote(), Owner.remote()
+pids = ray.get([dropped.make.remote("dropped"), killed.make.remote("killed")])
+os.kill(pids[1], signal.SIGKILL)
+del dropped
+ray.get(task.remote("task"))
+while [name for name in os.listdir("wandb") if name.endswith(".store")]:
+    time.sleep(0.1)
+""",
+        "--lr",
+        "3",
+    )
+    assert done.returncode == 0, done.stderr
+    found = {log.run["display_name"]: log for log in logs(tmp_path)}
+    assert {name: log.exit_code for name, log in found.items()} == {"dropped": 0, "killed": 1, "task": 0}
+    for log in found.values():
+        environment = log.of("environment")[0]
+        assert (environment["program"].rpartition("/")[2], environment["args"]) == ("program.py", ["--lr", "3"])
+        assert len(log.rows) == 1
+
+
+def test_a_session_gives_signal_handlers_back_and_its_runs_tell_what_failed(drive, tmp_path):
+    done = drive(
+        """
+import os, signal
+from arguments import parse_args
+from backbone import exits
+from session import ray_session, run_to_end
+from common import WandbRun
+import ray
+
+@ray.remote
+class TrainingWorker:
+    def work(self):
+        raise MemoryError("of the GPU")
+
+def mine(*_):
+    pass
+
+signal.signal(signal.SIGTERM, mine)
+before = signal.getsignal(signal.SIGINT)
+with ray_session(args := parse_args("", ["--address", os.environ["CLUSTER"]])):
+    assert signal.getsignal(signal.SIGTERM) is not mine
+    assert run_to_end(args, [TrainingWorker.remote()], WandbRun("p", "n", **args.init)) == 1
+assert signal.getsignal(signal.SIGTERM) is mine
+assert signal.getsignal(signal.SIGINT) is before
+""",
+        before="",
+    )
+    assert done.returncode == 0, done.stderr
+    [log] = logs(tmp_path)
+    assert (log.exit_code, summary(log)["failure"]) == (1, "training worker 0 failed: MemoryError: of the GPU")
+
+
+OFTEN = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
+
+
+def test_a_run_whose_neighbour_can_not_start_has_failed(drive, tmp_path):
+    done = drive(
+        """
+import os
+from common import WandbRun
+from session import parse_args, ray_session
+args = parse_args("", ["--address", os.environ["CLUSTER"], "--mode", "offline"])
+with ray_session(args):
+    WandbRun("p", "n", **args.init)
+    WandbRun("", "m", **args.init)
+""",
+        before="",
+    )
+    assert (done.returncode, done.stderr) == (1, "ValueError: project must be a name, not ''\n")
+    [log] = logs(tmp_path)
+    assert log.exit_code == 1
+
+
+def test_stop_run_interrupts_the_driver_as_ctrl_c_does(begin, server):
+    driver = begin(
+        """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run(id="r", mode="online").log({"a": 1.0}, 1, commit=True)
+time.sleep(600)
+""",
+        **server.environment | OFTEN,
+    )
+    wait_for(lambda: server.runs.get("r", {}).get("rows"))
+    server.stopped = {"r"}
+    stderr = driver.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in stderr
+    assert server.runs["r"]["exit_code"] == 255  # which W&B shows as killed
+    assert len(server.rows("r")) == 2
+
+
+@pytest.mark.slow
+def test_stop_run_interrupts_a_demo_as_ctrl_c_does(start, server, tmp_path):
+    process = start("demo1", "--steps", "2000", **server.environment | OFTEN)
+    wait_for(lambda: server.runs.get("demo1-inference-x", {}).get("rows"))
+    server.stopped = {"demo1-inference-x"}  # one of the experiment's, maybe not the one whose rows one looks at
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, "")
+    assert server.runs["demo1-inference-x"]["exit_code"] == 255  # which W&B shows as killed
+    assert server.runs["demo1-training-x"]["exit_code"] == 1
+    for log in logs(tmp_path):
+        assert f"{len(log.rows)} rows from" in stdout
+
+
+def test_a_demo_has_a_live_bar_for_each_pipeline_on_a_terminal(run, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    made, terminal = run(), Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bars = session._Bars(parse_args("", ["--mode", "offline", "--steps", "12"]), {"training": made})
+    for step in range(3):
+        made.log({"loss": 0.25}, step, commit=True)
+    made.flush()
+    bars.update()
+    assert re.search(r"training +#+.* 3/12 steps, loss 0\.250", terminal.getvalue())
+    made.finish()
+    bars.close()
+
+
+def test_hooks_are_given_back_and_bear_those_of_others(run):
+    """Also when others have put theirs on top in between, as `wandb.init` does in the user's process."""
+    ours = sys.exit, sys.excepthook
+    with run():
+        hooked = sys.exit
+        assert sys.exit is not ours[0]
+        assert sys.excepthook is not ours[1]
+    assert (sys.exit, sys.excepthook) == ours
+    try:
+        with run():
+            sys.exit = functools.partial(sys.exit)  # somebody's
+        with pytest.raises(SystemExit, match="3"), run() as made:
+            sys.exit(3)
+    finally:
+        sys.exit = ours[0]
+    assert hooked is not ours[0]
+    assert Log(made.path).exit_code == 3
+
+
+def test_a_stop_function_of_the_users_stays_in_the_driver(run, server, monkeypatch):
+    for name, value in (server.environment | OFTEN).items():
+        monkeypatch.setenv(name, value)
+    stopped = threading.Event()  # which can't be pickled
+    with run(mode="online", settings={"stop_fn": stopped.set}) as made:
+        server.stopped = {made.id}
+        made.log({"a": 1.0}, 0)
+        assert stopped.wait(60)
+    assert server.runs[made.id]["exit_code"] == 0  # it did not end the driver
