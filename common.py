@@ -107,7 +107,7 @@ class WandbRun:
         _check(project, pipeline, workers, prefix, share, init)
         self._host = share and (share._host or share)  # the run that this pipeline shares
         self._prefix, self._prefixes, self._sharing = prefix, [prefix], []
-        self.shares, self._copy, self._ledger, self._finishing = share is not None, False, None, threading.Lock()
+        self.shares, self._copy, self._ledger, self._finishing = share is not None, False, None, threading.RLock()
         self._owned = None if share else starting.start_actor(pipeline, init | dict(project=project, name=name))
         self._actor = self._owned.actor if self._owned else self._host._actor
         what = f"{name or init.get('id')!r} of {project!r}"
@@ -129,7 +129,7 @@ class WandbRun:
         return self.__dict__ | here | dict(_copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _finishing=threading.Lock())
+        self.__dict__.update(state, _finishing=threading.RLock())
         self._outbox = outbox(self._actor, self._prefix, self.name, copy=id(self))
 
     def __del__(self) -> None:

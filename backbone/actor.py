@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import queue
+import sqlite3
 import threading
 import uuid
 from collections.abc import Mapping, Sequence, Set
@@ -125,8 +126,9 @@ class PipelineActor:
                         if not pipeline.ended and (not dead or dead[0] == prefix):
                             self._log(pipeline.died(dead[1]) if dead else pipeline.tick())
                     self._changed.notify_all()
-            except Exception as error:  # mostly: the disk is full
-                logger.warning("W&B run %s: %s", self._letter.init["id"], line(error))
+            except Exception as error:
+                if not isinstance(error, sqlite3.Error):  # of a full disk `push` tells
+                    logger.warning("W&B run %s: %s", self._letter.init["id"], line(error))
                 if dead:
                     threading.Timer(self.CLOCK, self._deaths.put, [dead]).start()
 
@@ -183,8 +185,7 @@ class PipelineActor:
                 run = self._run  # a start that is under way ends first
                 if not run:
                     return {}
-                ends = [pipeline for pipeline in run.pipelines.values() if prefix in (None, pipeline.prefix)]
-                ends = [pipeline for pipeline in ends if not pipeline.ended]
+                ends = [each for each in run.pipelines.values() if prefix in (None, each.prefix) and not each.ended]
                 self._events.end(pipeline.prefix for pipeline in ends)
                 hear_out(ends, run, self._changed, wait)
                 run.end(ends)
@@ -203,6 +204,7 @@ class PipelineActor:
     def _forget(self) -> None:
         if self._run:
             self._run.store.remove()
+            self._run = None
         guest.forget_letter(self._letter_path)
 
     def _hear(self, warning: str) -> None:

@@ -55,7 +55,8 @@ class Artifacts:
             return
         task = pickle.dumps((kind, what))
         try:
-            if kind == "log" and self._store.db.execute("SELECT 1 FROM artifacts WHERE task = ?", (task,)).fetchone():
+            same = "SELECT 1 FROM artifacts WHERE length(task) = ? AND task = ?"  # reads the lengths only, mostly
+            if kind == "log" and self._store.db.execute(same, (len(task), task)).fetchone():
                 return  # Ray repeats a call whose answer an actor's death has swallowed; its folder is its own
             added = self._store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))
         except sqlite3.Error as error:  # the disk is full

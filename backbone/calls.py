@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray._private import state
 
+from . import process
 from .ledger import RunFinishedError
 from .run import DEATHS
 
@@ -34,6 +35,7 @@ def answer(method: ray.actor.ActorMethod, *arguments: Any) -> Any:
 def result(call: ray.ObjectRef, actor: ray.actor.ActorHandle) -> Any:
     """What a call of the actor has returned or raised; ActorGoneError where it can't any more."""
     future, before, refused = call.future(), None, 0
+    process.when_done(future, lambda _: None)  # so that the thread in which answers come is known early
     while not wait([future], timeout=1.0).done:
         refused = 0 if ray_answers() else refused + 1
         if refused == 3:  # times in a row: a GCS may restart

@@ -32,8 +32,6 @@ def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Conditi
     while any(_may_be_on_its_way(pipeline, began, wait) for pipeline in pipelines):
         changed.wait(PAUSE)
     while silent := _silent(pipelines):
-        if all(time.time() - max(began, sender.heard) > wait for _, _, sender in silent):
-            break
         changed.wait(0.05)
         if time.time() > look and ray_answers():  # Ray may know more by now; where it is gone, it would not answer
             look = time.time() + 1.0
@@ -44,6 +42,8 @@ def hear_out(pipelines: Sequence[Pipeline], run: Run, changed: threading.Conditi
             for pipeline, id_, _ in itertools.compress(silent, gone):
                 with contextlib.suppress(sqlite3.Error):  # the disk is full
                     run.log(pipeline.died(id_))
+        if all(time.time() - max(began, sender.heard) > wait for _, _, sender in silent):
+            break
     for _, _, sender in _silent(pipelines):
         node, pid = sender.process
         run.store.warn(

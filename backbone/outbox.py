@@ -127,4 +127,4 @@ class Outbox:
 
 def _must_not_wait() -> bool:
     """In a thread in which the answers come."""
-    return (process.session(), threading.get_ident()) in process.callback_threads
+    return (process.node(), threading.get_ident()) in process.callback_threads

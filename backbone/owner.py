@@ -28,13 +28,14 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
         return
     with path.open("r+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # waits until the owner is gone, or lets go of the letter
-    if path.exists():
-        letter = guest.read_letter(path)
-    else:  # the run is finished, and this process told to leave; unless that got lost, or somebody cleaned up
-        time.sleep(10)
-    code = _how_it_ended(letter.ray_worker) if letter.ray_worker else 1
-    ended = code, "the process that the run belonged to is gone" if code else None
+    for _ in range(100):
+        # The run is finished, and this process told to leave; unless that got lost, or somebody cleaned up.
+        if not path.exists() and os.getppid() == raylet:
+            time.sleep(0.1)
     try:
+        letter = guest.read_letter(path) if path.exists() else letter
+        code = _how_it_ended(letter.ray_worker) if letter.ray_worker else 1
+        ended = code, "the process that the run belonged to is gone" if code else None
         finish(*(letter.ended or ended), wait=5 if letter.ray_worker else 0.5)
         forget()
     except Exception as error:  # the store stays, for the next run of that id

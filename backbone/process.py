@@ -13,8 +13,17 @@ import ray
 
 _name = f"process {uuid.uuid4().hex}"  # who logs where no actor and no task does
 forked_from: list[int] = []  # a process with Ray that this one is a fork of
+
+
+def _after_fork() -> None:
+    global _name  # noqa: PLW0603
+    _name = f"process {uuid.uuid4().hex}"
+    if ray.is_initialized():
+        forked_from.append(os.getppid())
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: ray.is_initialized() and forked_from.append(os.getppid()))
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Self(NamedTuple):
@@ -60,12 +69,12 @@ def node() -> object:
 
 # Threads that must not wait for an outbox, because the outbox waits for them. Those of Ray's are not Python's own, so
 # what a `threading.local` knows of them is gone behind each callback.
-callback_threads: set[tuple[str, int]] = set()  # session and thread
+callback_threads: set[tuple[object, int]] = set()  # node and thread
 
 
 def when_done(future: Future, call: Callable[[Future], object]) -> None:
     """Has Ray's thread call this, and marks that thread. If the answer is there already, this thread calls."""
-    asked, here = threading.get_ident(), session()
+    asked, here = threading.get_ident(), node()
 
     def called(done: Future) -> None:
         if threading.get_ident() != asked:

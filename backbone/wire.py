@@ -74,7 +74,7 @@ class Wire:
     # Sending
 
     def _work(self) -> None:
-        me, unheard = (self._session, threading.get_ident()), None
+        me, unheard = (self.node, threading.get_ident()), None
         process.callback_threads.add(me)
         while not self._is_over:
             with self._changed:
@@ -85,7 +85,7 @@ class Wire:
             if due:
                 self.submit()
             # When all of Ray is gone, a call gets neither answer nor error. A GCS that restarts is back the next time.
-            if due or oldest is None or (self._session == process.session() and ray_answers()):
+            if due or oldest is None or (process.node() is self.node and ray_answers()):
                 unheard = None
             elif oldest == unheard:
                 self._fail(RuntimeError("Ray is not running any more"))

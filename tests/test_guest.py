@@ -290,8 +290,11 @@ def test_a_driver_may_be_a_fork_of_a_process_without_ray(drive, tmp_path):
 import os, sys
 from common import WandbRun
 import ray
+from backbone import process
+name = process._name
 if child := os.fork():
     os._exit(os.waitpid(child, 0)[1])
+assert process._name != name  # so that many forks are many workers
 ray.init(os.environ["CLUSTER"], log_to_driver=False, logging_level="error")
 with WandbRun("p", mode="offline") as run:
     run.log({"a": 1.0}, 0)
