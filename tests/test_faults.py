@@ -338,6 +338,21 @@ def test_two_may_finish_a_run_at_once(run):
     assert (one.reports, one.rows, one.lost, one.ok) == (1, 1, 0, True)
 
 
+def test_a_signal_handler_may_finish_a_run_that_is_being_finished(run):
+    ledgers, made = [], run()
+    for step in range(1_000):
+        made.log({"a": 1.0}, step)
+    before = signal.signal(signal.SIGALRM, lambda *_: ledgers.append(made.finish(1)))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        ledgers.append(made.finish())
+        wait_for(lambda: len(ledgers) == 2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ledgers[0] == ledgers[1]
+    assert (ledgers[0].rows, ledgers[0].ok) == (1_000, True)
+
+
 def test_an_actor_that_is_gone_for_good_is_no_success(ray_here, run, caplog):
     made = run()
     made.log({"a": 1.0}, 0, commit=True)
