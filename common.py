@@ -25,7 +25,7 @@ from typing import Any
 from backbone import artifacts, ending, exits, starting, values
 from backbone.actor import PipelineActor, pipeline_actor
 from backbone.calls import ActorGoneError, answer
-from backbone.ledger import Ledger, RunFinishedError, finished, line
+from backbone.ledger import Ledger, RunFinishedError, line, run_is_finished
 from backbone.outbox import outbox
 from backbone.reduction import Reduction, reduce_reports
 
@@ -161,7 +161,7 @@ class WandbRun:
         self._outbox.put(values.as_step(step), values.pack(values.as_report(metrics)), commit)
 
     def flush(self, timeout: float = 60.0) -> bool:
-        """Waits until the pipeline actor has all that this process logged; whether it had it within `timeout` s.
+        """Waits until the pipeline actor has all that this process logged; whether it took it within `timeout` s.
 
         Dropping the last copy of the run in a process does that as well.
         """
@@ -222,7 +222,7 @@ class WandbRun:
                 raise RunFinishedError
             return answer(method, *arguments)
         except RunFinishedError:
-            raise finished(self.name) from None
+            raise run_is_finished(self.name) from None
         except ActorGoneError as error:
             _warn_once(f"W&B run {self.name}: {method._method_name} failed, training goes on: {line(error)}")
 
@@ -232,7 +232,10 @@ class WandbRun:
         Waits for the upload, `finish_timeout` seconds of the settings at most (60 by default). Calling it again returns
         the same ledger. A pipeline that shares a run only ends itself; its ledger is final when the run is finished.
 
-        failure: what went wrong, for the run's summary.
+        exit_code: as a process's, 0 for success. failure: what went wrong, for the run's summary.
+
+        Raises TypeError for an exit code that is no integer, and RunFinishedError in a copy of a finished run. All else
+        that goes wrong is in the ledger.
         """
         if not isinstance(exit_code, int):
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")

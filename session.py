@@ -186,7 +186,8 @@ def run_to_end(args: Args, workers: Sequence[ray.actor.ActorHandle], *runs: Wand
                 ledgers.append(run.finish())
         bars.close()
         _summarise(args, ledgers)
-    return 0 if not failure and [ledger.ok for ledger in ledgers] == [True] * len(runs) else 1
+    all_well = len(ledgers) == len(runs) and all(ledger.ok for ledger in ledgers)
+    return 0 if all_well and not failure else 1
 
 
 def _follow(workers: Sequence[Any], runs: Mapping[str, WandbRun], bars: _Bars) -> str | None:

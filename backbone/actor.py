@@ -20,7 +20,7 @@ from .events import Events
 from .files import store_path
 from .inbox import Answer, Batch
 from .last_words import hear_out
-from .ledger import Ledger, Ledgers, finished, line
+from .ledger import Ledger, Ledgers, line, run_is_finished
 from .nodes import with_nodes
 from .pipeline import Pipeline
 from .reduction import Reduction
@@ -169,7 +169,7 @@ class PipelineActor:
 
     def _pipeline(self, prefix: str) -> Pipeline:
         if prefix not in self._run.pipelines or self._run.pipelines[prefix].ended:
-            raise finished(self._letter.init.get("name"))
+            raise run_is_finished(self._letter.init.get("name"))
         return self._run.pipelines[prefix]
 
     # Finishing

@@ -72,32 +72,36 @@ def _is_taken(*ids: str | None) -> bool:
 
 def write_letter(letter: Letter) -> Path:
     """Raises TypeError for an argument that can't be sent, before there is a file."""
-    _pickled(letter)
+    content = _pickled(letter)
     descriptor, name = tempfile.mkstemp(prefix="wandb-run-")  # with mode 0600
     file = _locked[Path(name)] = os.fdopen(descriptor, "r+b")
     if fcntl:
         fcntl.lockf(file, fcntl.LOCK_EX)
-    rewrite_letter(Path(name), letter)
+    file.write(content)
+    file.flush()
     return Path(name)
 
 
 def rewrite_letter(path: Path, letter: Letter) -> None:
-    file = _locked[path]
+    file, content = _locked[path], _pickled(letter)
     file.seek(0)
     file.truncate()
-    file.write(_pickled(letter))
+    file.write(content)
     file.flush()
 
 
 def _pickled(letter: Letter) -> bytes:
     from ray import cloudpickle  # a config may have objects of the user's `__main__`
 
-    for name, value in letter.init.items():
-        try:
-            cloudpickle.dumps(value)
-        except Exception as error:
-            raise TypeError(f"{name}={value!r:.80} can't be sent to the pipeline actor: {line(error)}") from None
-    return cloudpickle.dumps(letter)
+    try:
+        return cloudpickle.dumps(letter)
+    except Exception:
+        for name, value in letter.init.items():
+            try:
+                cloudpickle.dumps(value)
+            except Exception as error:
+                raise TypeError(f"{name}={value!r:.80} can't be sent to the pipeline actor: {line(error)}") from None
+        raise
 
 
 def read_letter(path: Path) -> Letter:

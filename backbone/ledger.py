@@ -10,7 +10,7 @@ class RunFinishedError(RuntimeError):
     """Something was logged to a run after `finish`."""
 
 
-def finished(name: str) -> RunFinishedError:
+def run_is_finished(name: str) -> RunFinishedError:
     return RunFinishedError(f"run {name!r} is finished, so nothing more can be logged to it")
 
 

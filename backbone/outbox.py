@@ -16,12 +16,12 @@ import ray
 from . import process
 from .wire import Wire
 
-_outboxes: dict[tuple[str, ray.ActorID, str], Outbox] = {}  # this process's, by session, actor and prefix
+_outboxes: dict[tuple[object, ray.ActorID, str], Outbox] = {}  # this process's, by Ray, actor and prefix
 
 
 def outbox(actor: ray.actor.ActorHandle, prefix: str, name: str, copy: int) -> Outbox:
     """This process's outbox for a pipeline of the run called `name`, of which there is a copy more."""
-    found = _outboxes.setdefault((process.session(), actor._actor_id, prefix), Outbox(actor, prefix, name))
+    found = _outboxes.setdefault((process.which_ray(), actor._actor_id, prefix), Outbox(actor, prefix, name))
     found.add(copy)
     return found
 
@@ -56,7 +56,7 @@ class Outbox:
             parent = process.forked_from[0]
             raise RuntimeError(f"log was called in a fork of process {parent}, which can't reach Ray: log there")
         wire = self._wire or self.open()
-        if process.node() is not wire.node:
+        if wire.is_cut:
             wire.raise_if_closed()
         backlog, in_task = wire.backlog, wire.me.in_task
         with self._changed:
@@ -89,7 +89,7 @@ class Outbox:
         return True
 
     def flush(self, timeout: float) -> bool:
-        """Whether the actor had all that was put here within so many seconds."""
+        """Whether the actor has taken all that was put here, within so many seconds."""
         wire = self._wire
         if not wire:
             return True
@@ -127,4 +127,4 @@ class Outbox:
 
 def _must_not_wait() -> bool:
     """In a thread in which the answers come."""
-    return (process.node(), threading.get_ident()) in process.callback_threads
+    return (process.which_ray(), threading.get_ident()) in process.callback_threads

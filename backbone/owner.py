@@ -28,10 +28,10 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
         return
     with path.open("r+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # waits until the owner is gone, or lets go of the letter
-    for _ in range(100):
-        # The run is finished, and this process told to leave; unless that got lost, or somebody cleaned up.
-        if not path.exists() and os.getppid() == raylet:
-            time.sleep(0.1)
+    # Without a letter the run is finished, and this actor told to leave; unless that got lost, or somebody cleaned up.
+    deadline = time.monotonic() + 10
+    while not path.exists() and os.getppid() == raylet and time.monotonic() < deadline:
+        time.sleep(0.1)
     try:
         letter = guest.read_letter(path) if path.exists() else letter
         code = _how_it_ended(letter.ray_worker) if letter.ray_worker else 1

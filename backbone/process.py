@@ -46,9 +46,9 @@ def myself() -> Self:
     )
 
 
-def session() -> str:
-    """Which Ray this process is connected to, if any. A handle is of no use in another one."""
-    return ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
+def which_ray() -> object:
+    """The Ray that this process is in, None if it is in none. A handle is of no use in another one."""
+    return ray._private.worker._global_node
 
 
 def current_task() -> str:
@@ -62,23 +62,18 @@ def current_task() -> str:
     return f"task {task} {context.worker.core_worker.get_current_task_attempt_number()}" if task else ""
 
 
-def node() -> object:
-    """What tells at once that this process has left the Ray that it was in."""
-    return ray._private.worker._global_node
-
-
 # Threads that must not wait for an outbox, because the outbox waits for them. Those of Ray's are not Python's own, so
 # what a `threading.local` knows of them is gone behind each callback.
-callback_threads: set[tuple[object, int]] = set()  # node and thread
+callback_threads: set[tuple[object, int]] = set()  # with the Ray that they are of
 
 
 def when_done(future: Future, call: Callable[[Future], object]) -> None:
     """Has Ray's thread call this, and marks that thread. If the answer is there already, this thread calls."""
-    asked, here = threading.get_ident(), node()
+    asked, of = threading.get_ident(), which_ray()
 
     def called(done: Future) -> None:
         if threading.get_ident() != asked:
-            callback_threads.add((here, threading.get_ident()))
+            callback_threads.add((of, threading.get_ident()))
         call(done)
 
     future.add_done_callback(called)

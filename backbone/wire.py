@@ -17,7 +17,7 @@ import ray
 from . import process
 from .backlog import Backlog
 from .calls import has_left, plain, ray_answers
-from .ledger import finished
+from .ledger import run_is_finished
 
 logger = logging.getLogger("wandb_run")
 
@@ -43,8 +43,8 @@ class Wire:
         changed: threading.Condition,
         stop: Callable[[], None] | None,
     ):
-        self._session, self.node = process.session(), process.node()
-        if not self._session:
+        self._ray = process.which_ray()
+        if not self._ray:
             raise RuntimeError(f"Ray is not running, so nothing can be logged to run {name!r}")
         self._actor, self._prefix, self._name, self._copies, self._stop = actor, prefix, name, copies, stop
         self._changed = changed  # guards all that follows
@@ -55,7 +55,6 @@ class Wire:
         self.error: BaseException | None = None  # why nothing can be sent any more
         self.flushing = self._submitting = False
         self.lost = 0  # reports of this process
-        self._told = False  # the user knows that some are
         # A call of the actor without an answer: Ray tells the actor when the call's owner dies. Not in a plain task,
         # whose process could not end as long as it waits for an answer.
         self._holding: Any = None
@@ -65,16 +64,21 @@ class Wire:
             self._hold()
         threading.Thread(target=self._work, daemon=True).start()
 
+    @property
+    def is_cut(self) -> bool:
+        """Ray is not running any more, or another one."""
+        return self._ray is not process.which_ray()
+
     def raise_if_closed(self) -> None:
         if self.closed:
-            raise finished(self._name)
-        if self._session != process.session():
+            raise run_is_finished(self._name)
+        if self.is_cut:
             raise RuntimeError(f"Ray is not running any more, so nothing can be logged to run {self._name!r}")
 
     # Sending
 
     def _work(self) -> None:
-        me, unheard = (self.node, threading.get_ident()), None
+        me, unheard = (self._ray, threading.get_ident()), None
         process.callback_threads.add(me)
         while not self._is_over:
             with self._changed:
@@ -85,7 +89,7 @@ class Wire:
             if due:
                 self.submit()
             # When all of Ray is gone, a call gets neither answer nor error. A GCS that restarts is back the next time.
-            if due or oldest is None or (process.node() is self.node and ray_answers()):
+            if due or oldest is None or (not self.is_cut and ray_answers()):
                 unheard = None
             elif oldest == unheard:
                 self._fail(RuntimeError("Ray is not running any more"))
@@ -136,7 +140,7 @@ class Wire:
                 announced = [self._holding] if self._announce else []
                 self._announce, self._submitting, mine = False, True, True
             try:
-                if self._session != process.session():
+                if self.is_cut:
                     raise RuntimeError("Ray is not running any more")
                 answer = self._actor.push.remote(batch, announced).future()
                 process.when_done(answer, functools.partial(self._answered, batch.serial))
@@ -155,7 +159,7 @@ class Wire:
                 told = answer.result()
                 if told.finished:
                     self.closed = True
-                    self.lose(reports, finished(self._name))
+                    self.lose(reports, run_is_finished(self._name))
                 else:
                     restarted = self.generation not in ("", told.generation)
                     self._announce |= restarted and self._holding is not None
@@ -175,7 +179,7 @@ class Wire:
         with self._changed:
             self._known = ended, stopped = event.result()
             self.closed |= self._prefix in ended
-            if not self.closed and self._session == process.session():
+            if not self.closed and not self.is_cut:
                 self._hold()
             self._changed.notify_all()
         self.submit()
@@ -192,7 +196,6 @@ class Wire:
             self._changed.notify_all()
 
     def lose(self, reports: int, error: BaseException) -> None:
-        self.lost += reports
-        if reports and not self._told:
-            self._told = True
+        if reports and not self.lost:
             logger.warning("run %s: reports are lost from now on, training goes on: %s", self._name, plain(error))
+        self.lost += reports

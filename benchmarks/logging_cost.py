@@ -253,22 +253,18 @@ def measure(way: Way) -> dict[str, float]:
 
 def compare(load: Namespace) -> dict[str, dict[str, float]]:
     """All ways, interleaved; medians over the rounds (of `lost`: the worst), and ratios of medians."""
-    measured: dict[str, list] = {name: [] for name in load.ways}
+    measured: dict[str, list] = {name: [] for name in WAYS}
     for round_ in range(load.rounds):
-        for name in load.ways:
+        for name, way in WAYS.items():
             print(f"round {round_ + 1} of {load.rounds}: {name}", file=sys.stderr)
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-                measured[name].append(measure(WAYS[name](load, directory)))
+                measured[name].append(measure(way(load, directory)))
     result = {}
     for name, runs in measured.items():
         row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         result[name] = row | {"lost": max(run["lost"] for run in runs)}
     for row in result.values():
-        row |= {
-            f"x {other}": row["reports/s"] / result[other]["reports/s"]
-            for other in ("blocking", "own run")
-            if other in result
-        }
+        row |= {f"x {other}": row["reports/s"] / result[other]["reports/s"] for other in ("blocking", "own run")}
     return result
 
 
@@ -291,14 +287,13 @@ def main() -> None:
     parser.add_argument("--paced", type=int, default=100, help="per worker, in steps of 10 ms (%(default)s)")
     parser.add_argument("--values", type=int, default=11, help="numbers in a report (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="(all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Ray's warnings
         start_ray()
         ways = compare(args)
         ray.shutdown()
-    show({"ways": ways} | ({"targets": targets(ways)} if len(ways) == len(WAYS) else {}), args)
+    show({"ways": ways, "targets": targets(ways)}, args)
 
 
 if __name__ == "__main__":

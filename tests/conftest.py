@@ -22,6 +22,7 @@ import pytest
 import ray
 from hypothesis import settings
 from wandb.util import get_core_path
+from wandb_server import Server
 
 # The same examples each time, however slow the machine is: a change is judged by what it changes.
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
@@ -68,6 +69,10 @@ class Log:
         return config
 
     @property
+    def summary(self) -> dict:
+        return {key: value for update in self.of("summary") for key, value in update.get("update", {}).items()}
+
+    @property
     def rows(self) -> list[dict]:
         return [history["item"] for history in self.of("history")]
 
@@ -98,10 +103,13 @@ def folders(directory: Path) -> list[Path]:
     return sorted((directory / "wandb").glob("*run-*"), key=lambda path: path.name.removeprefix("offline-"))
 
 
+def each_log(directory: Path) -> list[Log]:
+    return [Log(path) for path in folders(directory)]
+
+
 def logs(directory: Path) -> dict[str, Log]:
     """Transaction logs by run name."""
-    found = [Log(path) for path in folders(directory)]
-    return {log.run["display_name"]: log for log in found}
+    return {log.run["display_name"]: log for log in each_log(directory)}
 
 
 # What a new shell has, and nothing of W&B or Ray: also not what Ray sets when it starts in this process. A folder for
@@ -238,6 +246,22 @@ def run(ray_here, tmp_path) -> Callable:
         return WandbRun("p", **{"name": "n", "mode": "offline", "dir": tmp_path} | options)
 
     return run
+
+
+@pytest.fixture
+def run_at_home(ray_here, tmp_path, monkeypatch) -> Callable:
+    """run_at_home(...): a WandbRun of a user who works in tmp_path, and says no more than that."""
+    from common import WandbRun
+
+    monkeypatch.chdir(tmp_path)
+    return lambda **options: WandbRun("p", **{"mode": "offline"} | options)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.stop()
 
 
 @pytest.fixture

@@ -23,27 +23,8 @@ def test_every_way_is_measured_and_loses_no_report(environment):
         *("blocking", "unbounded", "own run", "driver", "queue", "WandbRun rows", "WandbRun reduced", "ceiling"),
     ]
     assert {row["lost"] for row in result["ways"].values()} == {0}
+    assert result["ways"]["blocking"]["x blocking"] == 1
     assert len(result["targets"]) == 5
-
-
-@pytest.mark.slow
-def test_the_way_of_this_project_is_measured_beside_a_plain_one(environment):
-    load = [
-        "--workers",
-        "2",
-        "--reports",
-        "20",
-        "--paced",
-        "5",
-        "--rounds",
-        "1",
-        "--ways",
-        "blocking",
-        "WandbRun reduced",
-    ]
-    ways = measured(environment, "logging_cost.py", *load)["ways"]
-    assert {row["lost"] for row in ways.values()} == {0}
-    assert ways["blocking"]["x blocking"] == 1
 
 
 @pytest.mark.slow

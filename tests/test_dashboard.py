@@ -6,7 +6,6 @@ import sys
 
 import pytest
 from conftest import ROOT, Log, logs, no_account
-from wandb_server import Server
 
 PROJECTS = {"rl-agent", "rl-agent-extended", "rl-experiment", "inference-only"}
 
@@ -32,11 +31,9 @@ def pages(dashboard) -> list[dict]:
 
 
 @pytest.fixture
-def server():
-    made = Server()
-    made.projects = set(PROJECTS)
-    yield made
-    made.stop()
+def server(server):
+    server.projects = set(PROJECTS)
+    return server
 
 
 def metrics(*found: Log) -> set[str]:

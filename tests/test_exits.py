@@ -5,41 +5,22 @@ import io
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import session
 from arguments import parse_args
 from common import WandbRun
 
 import pytest
-from conftest import Log, folders, wait_for
-from wandb_server import Server
+from conftest import Log, each_log, wait_for
 
 # The handler first: where the tests run in the background of a shell, processes ignore the signal.
 INTERRUPT = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)"
 
 
 @pytest.fixture
-def run(ray_here, tmp_path, monkeypatch) -> Callable[..., WandbRun]:
-    """run(): a run of a user who works in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return lambda **options: WandbRun("p", **{"mode": "offline"} | options)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.stop()
-
-
-def logs(directory: Path) -> list[Log]:
-    return [Log(path) for path in folders(directory)]
-
-
-def summary(log: Log) -> dict:
-    return {key: value for update in log.of("summary") for key, value in update.get("update", {}).items()}
+def run(run_at_home) -> Callable[..., WandbRun]:
+    return run_at_home
 
 
 @pytest.mark.parametrize(
@@ -55,7 +36,7 @@ def test_a_with_block_ends_as_a_process_with_that_exception_would(run, end, exit
     with pytest.raises(type(end)), run() as made:
         raise end
     log = Log(made.path)
-    assert (log.exit_code, summary(log).get("failure")) == (exit_code, failure)
+    assert (log.exit_code, log.summary.get("failure")) == (exit_code, failure)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +52,8 @@ def test_without_finish_a_run_ends_as_its_driver(drive, tmp_path, end, status, e
     done = drive(f"run()\n{end}")
     assert done.returncode == status, done.stderr
     wait_for(lambda: not [*tmp_path.glob("wandb/.*.store")])
-    [log] = logs(tmp_path)
-    assert (log.exit_code, summary(log).get("failure"), len(log.rows)) == (exit_code, failure, 1)
+    [log] = each_log(tmp_path)
+    assert (log.exit_code, log.summary.get("failure"), len(log.rows)) == (exit_code, failure, 1)
 
 
 def test_only_what_happened_to_a_run_counts(drive, tmp_path):
@@ -107,12 +88,12 @@ after = run("after")
 """
     done = drive(program, before="")
     assert done.returncode == 0, done.stderr
-    ended = {log.run["display_name"]: (log.exit_code, summary(log).get("failure")) for log in logs(tmp_path)}
+    ended = {log.run["display_name"]: (log.exit_code, log.summary.get("failure")) for log in each_log(tmp_path)}
     error = "ZeroDivisionError: division by zero"
     assert ended == {
         "mended": (0, None), "left": (1, error), "failed": (2, "as I say"), "before": (1, error), "after": (0, None),
     }  # fmt: skip
-    for log in logs(tmp_path):
+    for log in each_log(tmp_path):
         assert log.of("environment")[0]["program"].endswith("program.py")
 
 
@@ -142,7 +123,7 @@ while [name for name in os.listdir("wandb") if name.endswith(".store")]:
         "3",
     )
     assert done.returncode == 0, done.stderr
-    found = {log.run["display_name"]: log for log in logs(tmp_path)}
+    found = {log.run["display_name"]: log for log in each_log(tmp_path)}
     assert {name: log.exit_code for name, log in found.items()} == {"dropped": 0, "killed": 1, "task": 0}
     for log in found.values():
         environment = log.of("environment")[0]
@@ -179,8 +160,8 @@ assert signal.getsignal(signal.SIGINT) is before
         before="",
     )
     assert done.returncode == 0, done.stderr
-    [log] = logs(tmp_path)
-    assert (log.exit_code, summary(log)["failure"]) == (1, "training worker 0 failed: MemoryError: of the GPU")
+    [log] = each_log(tmp_path)
+    assert (log.exit_code, log.summary["failure"]) == (1, "training worker 0 failed: MemoryError: of the GPU")
 
 
 OFTEN = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
@@ -200,7 +181,7 @@ with ray_session(args):
         before="",
     )
     assert (done.returncode, done.stderr) == (1, "ValueError: project must be a name, not ''\n")
-    [log] = logs(tmp_path)
+    [log] = each_log(tmp_path)
     assert log.exit_code == 1
 
 
@@ -230,7 +211,7 @@ def test_stop_run_interrupts_a_demo_as_ctrl_c_does(start, server, tmp_path):
     assert (process.returncode, stderr) == (130, "")
     assert server.runs["demo1-inference-x"]["exit_code"] == 255  # which W&B shows as killed
     assert server.runs["demo1-training-x"]["exit_code"] == 1
-    for log in logs(tmp_path):
+    for log in each_log(tmp_path):
         assert f"{len(log.rows)} rows from" in stdout
 
 

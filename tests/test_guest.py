@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from arguments import parse_args
@@ -19,32 +19,15 @@ from common import PipelineActor, WandbRun, pipeline_actor
 
 import pytest
 import wandb
-from conftest import Log, folders, read_rows, wait_for
+from conftest import Log, each_log, read_rows, wait_for
 from processes import below
 from ray._private import state
-from wandb_server import KEY, Server
+from wandb_server import KEY
 
 
 @pytest.fixture
-def run(ray_here, tmp_path, monkeypatch) -> Callable[..., WandbRun]:
-    """run(): a run of a user who works in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return lambda **options: WandbRun("p", **{"mode": "offline"} | options)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.stop()
-
-
-def logs(directory: Path) -> list[Log]:
-    return [Log(path) for path in folders(directory)]
-
-
-def summary(log: Log) -> dict:
-    return {key: value for update in log.of("summary") for key, value in update.get("update", {}).items()}
+def run(run_at_home) -> Callable[..., WandbRun]:
+    return run_at_home
 
 
 # Environment
@@ -214,7 +197,7 @@ with run(mode="online", pipeline=Telltale) as made:
     assert network.items() <= seen.items()
     assert not {name for name in seen if name in ("WANDB_RUN_GROUP", "WANDB_MODE", "WANDB_RUN_ID")}
     assert len(server.rows(id_)) == 1
-    [log] = logs(tmp_path)
+    [log] = each_log(tmp_path)
     assert "run_group" not in log.run
 
 
@@ -281,7 +264,7 @@ print("", ledger.reports, ledger.rows, ledger.lost, ledger.restarts, ledger.ok, 
     assert "can't read a report" in why
     assert "Mine" in why
     assert how_many == "1 reports are in no row"
-    assert sorted(row["step"] for log in logs(tmp_path) for row in log.rows) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert sorted(row["step"] for log in each_log(tmp_path) for row in log.rows) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
 
 
 def test_a_driver_may_be_a_fork_of_a_process_without_ray(drive, tmp_path):
@@ -316,7 +299,7 @@ def test_config_may_change_on_resume_and_hold_the_users_own_objects(run):
         with run(id="again", resume="allow", config={"lr": rate, "loss": Loss.MSE}) as made:
             assert made.config == {"lr": rate, "loss": "MSE"}
             made.log({"a": 1.0}, rate)
-    assert [log.config["lr"] for log in logs(Path.cwd())] == [1, 2]
+    assert [log.config["lr"] for log in each_log(Path.cwd())] == [1, 2]
 
 
 def test_the_users_repository_is_recorded_wherever_the_runs_are(run, tmp_path, monkeypatch):

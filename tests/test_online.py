@@ -14,13 +14,6 @@ from processes import below
 from wandb_server import KEY, Server
 
 
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.stop()
-
-
 def steps(rows: list[dict]) -> list[int]:
     return [row["step"] for row in rows]
 

@@ -317,13 +317,6 @@ def test_a_death_between_the_last_row_and_the_ledger_changes_nothing(opened):
 # Online
 
 
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.stop()
-
-
 def online(server: Server) -> dict[str, str]:
     return server.environment | {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
 
