@@ -240,7 +240,8 @@ def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tm
     ray.wait([work])
     ledger = made.finish()
     assert ledger.lost > 300
-    assert ledger.reports == 504 == tokens(ledger) + ledger.lost
+    assert 400 < ledger.reports <= 504  # what was said behind the last batch that left, no count knows of
+    assert ledger.reports == tokens(ledger) + ledger.lost
     assert not ledger.silent
 
 
