@@ -94,11 +94,11 @@ class Outbox:
         if not wire:
             return True
         with self._changed:
-            wire.flushing, lost = True, wire.lost
+            wire.flushing = True
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: wire.error or not wire.backlog.reports, timeout)
             wire.flushing = False
-            return bool(done) and not wire.error and wire.lost == lost
+            return bool(done) and not wire.error and not wire.lost
 
     def release(self, copy: int) -> None:
         """Lets go of a copy of the run. Behind the last one it waits until the actor has all.

@@ -208,6 +208,21 @@ def test_log_in_a_callback_of_rays_does_not_wait_for_an_answer(run):
     assert made.finish().reports == 3
 
 
+def test_flush_says_whether_the_reports_were_taken(run):
+    @pipeline_actor
+    class Refusing(PipelineActor):
+        def push(self, *arguments):
+            raise MemoryError
+
+    made, other = run(), run(pipeline=Refusing)
+    made.log({"tokens": 1}, 0)
+    other.log({"tokens": 1}, 0)
+    assert made.flush()
+    assert not other.flush()
+    made.finish()
+    other.finish()
+
+
 def test_a_handle_passed_anew_or_copied_does_not_make_a_worker(run):
     import copy
 

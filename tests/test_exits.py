@@ -254,9 +254,15 @@ def test_hooks_are_given_back_and_bear_those_of_others(run):
 def test_a_stop_function_of_the_users_stays_in_the_driver(run, server, monkeypatch):
     for name, value in (server.environment | OFTEN).items():
         monkeypatch.setenv(name, value)
-    stopped = threading.Event()  # which can't be pickled
-    with run(mode="online", settings={"stop_fn": stopped.set}) as made:
+    stopped, asked = threading.Event(), []  # an Event can't be pickled
+
+    def stop() -> None:
+        asked.append(made.progress())  # the answer comes by another thread
+        stopped.set()
+
+    with run(mode="online", settings={"stop_fn": stop}) as made:
         server.stopped = {made.id}
         made.log({"a": 1.0}, 0)
         assert stopped.wait(60)
+        assert asked[0][0].reports == 1
     assert server.runs[made.id]["exit_code"] == 0  # it did not end the driver
