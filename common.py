@@ -31,6 +31,7 @@ from backbone.reduction import Reduction, reduce_reports
 
 import numpy as np
 import ray
+from ray.runtime_context import get_runtime_context
 
 __all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
 __all__ += ["generate_evaluation_metrics", "generate_inference_metrics", "generate_training_metrics"]
@@ -115,13 +116,13 @@ class WandbRun:
         self._begun, self.config, self.project = started
         self.name, self.id, self.mode = self._begun.name, self._begun.id, self._begun.mode
         self.url, self.path = self._begun.url, self._begun.path
-        self._node = ray.get_runtime_context().get_node_id()
+        self._node = get_runtime_context().get_node_id()
         self._outbox = outbox(self._actor, prefix, self.name, copy=id(self))
         self._outbox.open(self._owned and self._owned.stop)
         if self._host:
             self._host._sharing.append(self)
             self._host._prefixes.append(prefix)
-        if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        if get_runtime_context().worker.mode != ray.WORKER_MODE:
             exits.unfinished.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,7 +189,7 @@ class WandbRun:
         if self.path is None:
             return
         folder = self.path / "artifacts" / uuid.uuid4().hex
-        here = ray.get_runtime_context().get_node_id() == self._node and self.path.is_dir()
+        here = ray.is_initialized() and get_runtime_context().get_node_id() == self._node and self.path.is_dir()
         send = None if here else functools.partial(self._ask, self._actor.stage)
         what |= artifacts.stage(content, folder, send)
         self._ask(self._actor.log_artifact, self._prefix, folder, what)

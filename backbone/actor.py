@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
+from ray.runtime_context import get_runtime_context
 
 from . import artifacts, exits, guest, owner, wandb_internals
 from .events import Events
@@ -52,7 +53,7 @@ class PipelineActor:
         self._run: Run | None = None
         self._deaths: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()  # prefix and sender
         self._events = Events()
-        if ray.get_runtime_context().was_current_actor_reconstructed:
+        if get_runtime_context().was_current_actor_reconstructed:
             self._come_back()
         threading.Thread(target=self._look_after, daemon=True).start()
         threading.Thread(target=owner.watch, args=(letter, self.finish, self._forget), daemon=True).start()

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray._private import state
+from ray.runtime_context import get_runtime_context
 
 from . import process
 from .ledger import RunFinishedError
@@ -21,7 +22,7 @@ class ActorGoneError(RuntimeError):
 
 def answer(method: ray.actor.ActorMethod, *arguments: Any) -> Any:
     """Calls a method of the pipeline actor. Raises what the method raised, or ActorGoneError."""
-    if not ray.is_initialized():
+    if not process.which_ray():
         raise ActorGoneError("Ray is not running any more")
     try:
         call = method.remote(*arguments)
@@ -63,8 +64,8 @@ def has_left(error: BaseException) -> bool:
 def ray_answers() -> bool:
     """Whether something listens at the address of the cluster's GCS."""
     try:
-        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    except Exception:  # Ray's own, where it is not initialized
+        host, _, port = get_runtime_context().gcs_address.rpartition(":")
+    except Exception:  # where Ray has left this process
         return False
     return not is_refused(host.strip("[]"), int(port))
 

@@ -61,10 +61,10 @@ def travelling(own_id: str | None) -> tuple[dict[str, str], str | None]:
 
 def _is_taken(*ids: str | None) -> bool:
     """Whether another run of this job has got the ids in the environment, which Ray's workers have as well."""
-    import ray
     from ray.experimental import internal_kv
+    from ray.runtime_context import get_runtime_context
 
-    key = f"wandb-run {ray.get_runtime_context().get_job_id()} {ids}"
+    key = f"wandb-run {get_runtime_context().get_job_id()} {ids}"
     taken = ids in _taken or internal_kv._internal_kv_put(key.encode(), b"", overwrite=False)
     _taken.add(ids)
     return taken
@@ -139,12 +139,13 @@ def command_line() -> list[str]:
     """Program and arguments of this process; in a worker of Ray's those of its job's driver."""
     import ray
     from ray._private import state
+    from ray.runtime_context import get_runtime_context
 
-    if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+    if get_runtime_context().worker.mode != ray.WORKER_MODE:
         main = sys.modules["__main__"]
         module = getattr(main, "__spec__", None)  # of `python -m`
         return [f"-m {module.name}" if module else getattr(main, "__file__", NO_PROGRAM), *sys.argv[1:]]
-    job = ray.get_runtime_context().get_job_id()
+    job = get_runtime_context().get_job_id()
     words = next((found.get("Entrypoint", "") for found in state.jobs() if found["JobID"] == job), "").split()
     words = words[1:] if words[:1] == [sys.executable] else words
     if words[:1] == ["-m"]:

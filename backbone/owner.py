@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 from ray._private import state
 from ray.core.generated import common_pb2, gcs_pb2
+from ray.runtime_context import get_runtime_context
 
 from . import guest
 from .calls import ray_answers
@@ -46,7 +47,7 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
         wandb.teardown()  # waits until wandb-core has written all; killed with this process, it would not
     if os.getppid() != raylet:  # all of Ray is gone
         os._exit(0)
-    ray.kill(ray.get_runtime_context().current_actor)
+    ray.kill(get_runtime_context().current_actor)
 
 
 def _how_it_ended(ray_worker: str) -> int:

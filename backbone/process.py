@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 import ray
+from ray.runtime_context import get_runtime_context  # `ray.get_runtime_context` starts a Ray where there is none
 
 _name = f"process {uuid.uuid4().hex}"  # who logs where no actor and no task does
 forked_from: list[int] = []  # a process with Ray that this one is a fork of
@@ -36,7 +37,7 @@ class Self(NamedTuple):
 
 
 def myself() -> Self:
-    context = ray.get_runtime_context()
+    context = get_runtime_context()
     actor, worker = context.get_actor_id(), context.worker
     return Self(
         place=(context.get_node_id(), os.getpid()),
@@ -47,13 +48,17 @@ def myself() -> Self:
 
 
 def which_ray() -> object:
-    """The Ray that this process is in, None if it is in none. A handle is of no use in another one."""
-    return ray._private.worker._global_node
+    """The Ray that this process is in, None if it is in none. A handle is of no use in another one.
+
+    To be asked before a call of an actor: where Ray is not running any more, the call would start another one.
+    """
+    worker = ray._private.worker
+    return worker._global_node if worker.global_worker.connected else None
 
 
 def current_task() -> str:
     """The plain task that this thread runs. Other threads of a task have no id of it."""
-    context = ray.get_runtime_context() if ray.is_initialized() else None
+    context = get_runtime_context() if ray.is_initialized() else None
     if not context or context.worker.mode != ray.WORKER_MODE:  # a driver, in which Ray warns of the question below
         return ""
     if context.get_actor_id() or threading.current_thread() is not threading.main_thread():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.runtime_context import get_runtime_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import exits, guest
@@ -42,7 +43,7 @@ def start_actor(pipeline: ray.actor.ActorClass, init: dict[str, Any]) -> Owned:
 
     init: for `wandb.init`. Raises ValueError for what can't work.
     """
-    context, init = ray.get_runtime_context(), guest.arguments(init)
+    context, init = get_runtime_context(), guest.arguments(init)
     environ, aside = guest.travelling(init.get("id"))
     own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
     init = guest.complete(init, own, environ)

@@ -133,17 +133,21 @@ def test_no_process_crashes_in_native_code(ray_here):
     assert not [path for path in found if "SIGSEGV" in path.read_text(errors="replace")]
 
 
-def test_a_handle_that_the_function_captured_sends_what_a_task_logs(run):
+def test_a_handle_that_the_function_captured_sends_what_a_task_logs_and_starts_no_ray(run):
+    """Ray drops the function, and the handle with it, when it has left the process: a call would start another Ray."""
     made = run(workers=200)
 
     @ray.remote(max_calls=1)
-    def work(step: int) -> None:
+    def work(step: int) -> int:
         made.log({"tokens": 1}, step)
+        return os.getpid()
 
-    ray.get([work.remote(step) for step in range(8)])
+    works = ray.get([work.remote(step) for step in range(8)])
     ledger = made.finish()
     assert (ledger.reports, ledger.lost) == (8, 0)
     assert tokens(ledger) == 8
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in works), seconds=10)
+    assert len([*Path(os.environ["RAY_TMPDIR"], "ray").glob("session_2*")]) == 1
 
 
 def test_a_with_block_in_a_worker_sends_all_and_does_not_finish_the_run(run):

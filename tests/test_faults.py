@@ -404,15 +404,17 @@ print(run.finish().rows)
 for call in (lambda: run.log({{"a": 1.0}}, 0), lambda: other.log({{"a": 1.0}}, 0), lambda: WandbRun("p")):
     try: call()
     except RuntimeError as error: print(error)
+other.log_artifact("a", "files", {{"a": b"a"}}); other.use_artifact("a:latest"); other.expect(2); other.progress(); other.flush(1)
 ledger = other.finish()
 print(ledger.reports, ledger.rows, ledger.lost, ledger.gone, ledger.ok)
+print(ray.is_initialized())
 """
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
     assert lines[0] == "0"
     assert "is finished" in lines[1]
     assert all("Ray is not running" in line for line in lines[2:4])
-    assert lines[4:] == ["100 100 0 True False"]  # by the driver
+    assert lines[4:] == ["100 100 0 True False", "False"]  # by the driver, and no call has started another Ray
 
 
 def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp_path):
