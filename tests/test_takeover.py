@@ -77,6 +77,7 @@ def test_when_all_of_ray_is_gone_the_driver_finishes_the_run(tmp_path, environme
         for step in range(100):
             run.log({"a": 1.0}, step)
         run.flush()
+        ray._private.worker.global_worker.threads_stopped.set()  # one of Ray's own, which would take a whole core
         node = ray._private.worker.global_worker.node
         pids = [actor(), *(node.all_processes[name][0].process.pid for name in ("raylet", "gcs_server"))]
         for pid in pids:

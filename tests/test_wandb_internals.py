@@ -327,14 +327,14 @@ def shown(folder: Path, *until: str) -> str:
 
 
 def test_leet_shows_the_runs_and_first_the_metrics_that_it_is_told_of(begin, tmp_path):
-    for id_ in ("first", "second", "third"):
+    for id_ in ("before", "first", "second"):
         run = begin(id=id_)
         run.log({"loss": 1, "zebra": 1, "kl": 1})
         run.finish()
-    first, second, third = folders(tmp_path)
+    before, first, second = folders(tmp_path)
     wandb_internals.open_in_leet(tmp_path / "wandb", [first, second], "loss|kl")
-    text = shown(tmp_path / "wandb", 'Filter (regex): "loss|kl"', f"▶ {first.name}", f"● {second.name}", third.name)
-    assert not re.search(rf"[▶●] {third.name}", text.rpartition("Runs [3 items]")[2])  # as it is shown in the end
+    text = shown(tmp_path / "wandb", 'Filter (regex): "loss|kl"', f"▶ {first.name}", f"● {second.name}", before.name)
+    assert not re.search(rf"[▶●] {before.name}", text.rpartition("Runs [3 items]")[2])  # as it is shown in the end
 
 
 def test_a_filter_that_the_user_has_typed_stays(tmp_path):
