@@ -40,18 +40,25 @@ LONG = ("faults", "guest", "ends", "takeover", "exits", "online", "demos", "clus
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take long come first, so that the others fill up what is left of the processes' time."""
+    """What takes long comes first, the rest fills up what is left of the processes' time.
+
+    Each process takes one test after the other, but for those that share a cluster or look at what others left.
+    """
     order = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.path.stem == "test_ends" or {"cluster", "foreign"} & {*item.fixturenames}:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 class Log:
     """The records of a run folder's transaction log, by `wandb leet inspect --json`."""
 
     def __init__(self, path: Path):
-        self.path, deadline = path, time.monotonic() + 1
+        self.path, deadline = path, time.monotonic() + 3
         self.records = [json.loads(line) for line in inspect(path, check=True)]
         while not self.of("exit") and time.monotonic() < deadline:  # wandb writes the last ones after `run.finish`
+            time.sleep(0.1)
             self.records = [json.loads(line) for line in inspect(path, check=True)]
 
     def of(self, kind: str) -> list[dict]:
@@ -222,7 +229,7 @@ def _run(demo: str, *arguments: str, directory: Path, **variables: str) -> subpr
     return subprocess.run(command, **where, capture_output=True, text=True, timeout=120)
 
 
-def wait_for(condition, seconds: float = 60.0, every: float = 0.1):
+def wait_for(condition, seconds: float = 60.0, every: float = 0.2):
     """The first true value of condition(), or a failure."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

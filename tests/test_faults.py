@@ -12,7 +12,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import InferencePipelineActor, RunFinishedError, TrainingPipelineActor, WandbRun
+from common import (
+    InferencePipelineActor,
+    PipelineActor,
+    RunFinishedError,
+    TrainingPipelineActor,
+    WandbRun,
+    pipeline_actor,
+)
 
 import ml_dtypes
 import numpy as np
@@ -339,18 +346,37 @@ def test_two_may_finish_a_run_at_once(run):
 
 
 def test_a_signal_handler_may_finish_a_run_that_is_being_finished(run):
-    ledgers, made = [], run()
-    for step in range(1_000):
-        made.log({"a": 1.0}, step)
-    before = signal.signal(signal.SIGALRM, lambda *_: ledgers.append(made.finish(1)))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        ledgers.append(made.finish())
-        wait_for(lambda: len(ledgers) == 2)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert ledgers[0] == ledgers[1]
-    assert (ledgers[0].rows, ledgers[0].ok) == (1_000, True)
+    """Also where the handler's `finish` is over, and the actor on its way out, before the other one asks for it."""
+
+    @pipeline_actor
+    class Sluggish(PipelineActor):
+        def push(self, *arguments):
+            time.sleep(0.5)
+            return super().push(*arguments)
+
+        def leave(self):
+            self._forget()
+            time.sleep(2)
+            super().leave()
+
+    for pipeline in (TrainingPipelineActor, Sluggish):
+        ledgers, made = [], run(pipeline=pipeline)
+
+        def finish(*_, ledgers=ledgers, made=made) -> None:
+            ledgers.append(made.finish(1))
+            time.sleep(0.5)
+
+        for step in range(1_000):
+            made.log({"a": 1.0}, step)
+        before = signal.signal(signal.SIGALRM, finish)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            ledgers.append(made.finish())
+            wait_for(lambda ledgers=ledgers: len(ledgers) == 2)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert ledgers[0] == ledgers[1]
+        assert (ledgers[0].rows, ledgers[0].ok) == (1_000, True)
 
 
 def test_an_actor_that_is_gone_for_good_is_no_success(ray_here, run, caplog):
@@ -404,7 +430,8 @@ print(run.finish().rows)
 for call in (lambda: run.log({{"a": 1.0}}, 0), lambda: other.log({{"a": 1.0}}, 0), lambda: WandbRun("p")):
     try: call()
     except RuntimeError as error: print(error)
-other.log_artifact("a", "files", {{"a": b"a"}}); other.use_artifact("a:latest"); other.expect(2); other.progress(); other.flush(1)
+other.log_artifact("a", "files", {{"a": b"a"}})
+other.use_artifact("a:latest"); other.expect(2); other.progress(); other.flush(1)
 ledger = other.finish()
 print(ledger.reports, ledger.rows, ledger.lost, ledger.gone, ledger.ok)
 print(ray.is_initialized())
