@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
-        if item.path.stem == "test_ends" or {"cluster", "foreign"} & {*item.fixturenames}:
+        if item.path.stem in ("test_ends", "test_trees") or {"cluster", "foreign"} & {*item.fixturenames}:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 

@@ -318,6 +318,7 @@ def whole(directory: Path, name: str) -> bool:
     return any(len(read_rows(path)) == 41 for path in folders(directory) if name in path.name)
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_for_an_evaluation_that_hangs_and_the_demo_does(begin_demo4, tmp_path):
     process, evaluator = begin_demo4("EvaluationWorker")
     os.kill(evaluator, signal.SIGSTOP)

@@ -94,7 +94,9 @@ def test_tasks_that_are_a_process_each_leave_nothing_behind(run):
     assert tokens(ledger) == 2_400
 
 
-@pytest.mark.parametrize("kept", ["argument", "self", "exit_actor", pytest.param("cycle", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kept", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("argument", "cycle")), "self", "exit_actor"]
+)
 def test_actors_that_go_right_after_they_logged_leave_nothing_behind(run, kept):
     made, worker = run(workers=2), ray.remote(Worker)
     workers = [worker.remote(made if kept == "self" else None) for _ in range(2)]
@@ -265,7 +267,7 @@ def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tm
     assert not ledger.silent
 
 
-@pytest.mark.parametrize("how", ["stopped", "busy"])
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.slow), "busy"])
 def test_a_process_that_does_not_answer_at_the_end_is_no_success(run, how, tmp_path):
     made, worker = run(), ray.remote(Worker).remote()
     pid = ray.get(worker.pid.remote())

@@ -186,7 +186,7 @@ def test_an_actor_that_dies_often_but_makes_rows_is_not_given_up(run):
     assert (ledger.reports, ledger.rows, ledger.restarts, ledger.ok) == (80, 80, 4, True)
 
 
-@pytest.mark.parametrize("name", ["actor", "wandb-core"])
+@pytest.mark.parametrize("name", ["actor", pytest.param("wandb-core", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("after", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_a_death_in_the_middle_of_finish_does_not_spoil_the_ledger(run, name, after):
     made = run()

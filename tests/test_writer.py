@@ -277,7 +277,7 @@ def killed_after(process: subprocess.Popen, rows: int) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_rows_of_writers_that_are_killed_at_any_moment_are_there_once_in_order(tmp_path, seed):
     chance = random.Random(seed)
     for _ in range(2):
@@ -362,7 +362,7 @@ def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, serve
     assert [row["n_total"] for row in rows] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("how", ["is away", "is silent", "drops packets"])
+@pytest.mark.parametrize("how", ["is away", pytest.param("is silent", marks=pytest.mark.slow), "drops packets"])
 def test_with_a_server_that_does_not_answer_the_run_is_kept_here_within_30_seconds(tmp_path, server, how):
     server.stop()
     began = time.monotonic()
