@@ -7,6 +7,7 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import ray
 from conftest import ROOT
 
 CODE = [path for path in sorted(ROOT.rglob("*.py")) if not {".venv", "wandb"} & set(path.relative_to(ROOT).parts)]
@@ -72,6 +73,12 @@ def test_nothing_waits_inside_ray_and_no_process_is_killed():
     """A thread that waits in `ray.get` crashes a process that ends, and Windows has no signals."""
     for path in [*ROOMS, ROOT / "common.py"]:
         assert not calls(path) & {"ray.get", "ray.wait", "os.kill"}, path
+
+
+def test_nothing_starts_a_ray_by_asking_for_it():
+    """`ray.get_runtime_context()` and its like do, in a process that Ray has left."""
+    for path in [*ROOMS, ROOT / "common.py"]:
+        assert not calls(path) & {f"ray.{name}" for name in ray.AUTO_INIT_APIS - {"kill"}}, path  # of a living actor
 
 
 def test_a_run_is_finished_without_its_actor_by_a_process_without_ray():
