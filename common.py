@@ -251,7 +251,7 @@ def _finish(run: WandbRun, exit_code: int, failure: str | None) -> None:
     for each in ended:
         each.flush(5)  # an async actor's first report may not have been sent
     try:
-        ledgers = answer(run._actor.finish, exit_code, failure, run._prefix if run.shares else None)
+        ledgers, reached = answer(run._actor.finish, exit_code, failure, run._prefix if run.shares else None), True
     except (ActorGoneError, RunFinishedError) as error:
         if run._ledger is not None:  # a signal handler has finished it meanwhile
             return
@@ -259,11 +259,12 @@ def _finish(run: WandbRun, exit_code: int, failure: str | None) -> None:
             raise
         host = run._host or run
         owned, ended = host._owned, (host, *host._sharing)
+        reached = False
         ledgers = ending.finish_without_actor(owned, exit_code, failure, error, run._begun, host._prefixes)
     for each in ended:
-        each._ledger = each._ledger or ledgers[each._prefix]
+        each._ledger = ledgers[each._prefix]
         exits.unfinished.remove(each)
-    if owned and not run._ledger.gone:
+    if owned and reached:
         run._actor.leave.remote()  # behind that, because a signal handler may finish the run at any moment
     if owned and not owned.letter.ended:
         owned.forget()

@@ -135,7 +135,7 @@ def ray_session(args: Args) -> Iterator[None]:
     print(f"Experiment {args.experiment}: {steps}, Ray on {where}", flush=True)
     try:
         catch_signals()
-        ray.init(**_which_ray(args.address), log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(**_ray_at(args.address), log_to_driver=False, logging_level=logging.ERROR)
         catch_signals()  # Ray has set its own
         yield
     except KeyboardInterrupt:
@@ -161,7 +161,7 @@ def ray_session(args: Args) -> Iterator[None]:
         sys.exit(status)
 
 
-def _which_ray(address: str | None) -> dict[str, Any]:
+def _ray_at(address: str | None) -> dict[str, Any]:
     if not address:
         return dict(address="local", include_dashboard=False)  # without an address it may join a stranger's Ray
     modules = [common.__file__, arguments.__file__, __file__, str(Path(backbone.__file__).parent)]

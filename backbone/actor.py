@@ -21,9 +21,8 @@ from .events import Events
 from .files import store_path
 from .inbox import Answer, Batch
 from .last_words import hear_out
-from .ledger import Ledger, Ledgers, line, run_is_finished
+from .ledger import Ledger, Ledgers, RunFinishedError, line, run_is_finished
 from .nodes import with_nodes
-from .pipeline import Pipeline
 from .reduction import Reduction
 from .run import GivenUpError, Run, Started, ledger
 from .store import Row
@@ -99,10 +98,10 @@ class PipelineActor:
         for call in holding:  # each stays as long as the run; the batch must not
             call.future().add_done_callback(lambda end: end.exception() and self._deaths.put(sender))
         with self._changed:
-            pipeline = self._run.pipelines.get(batch.prefix) if self._run else None
-            if not pipeline or pipeline.ended:
+            try:
+                self._log(self._running(batch.prefix).pipelines[batch.prefix].push(batch))
+            except RunFinishedError:
                 return Answer(self._generation, finished=True)
-            self._log(pipeline.push(batch))
             self._changed.notify_all()
             return Answer(self._generation, finished=False)
 
@@ -141,14 +140,14 @@ class PipelineActor:
     @ray.method(concurrency_group="control")
     def expect(self, prefix: str, workers: int) -> None:
         with self._changed:
-            self._log(self._pipeline(prefix).expect(workers))
+            self._log(self._running(prefix).pipelines[prefix].expect(workers))
 
     @ray.method(concurrency_group="control")
     def progress(self, prefix: str) -> tuple[Ledger, dict[str, Any]]:
         """The ledger so far, and the numbers of the row of the highest step (keys without prefix)."""
         with self._changed:
-            pipeline = self._run.pipelines[prefix]
-            return ledger(self._run.store, pipeline), pipeline.last_row
+            run = self._running()
+            return ledger(run.store, run.pipelines[prefix]), run.pipelines[prefix].last_row
 
     @ray.method(concurrency_group="control")
     def stage(self, to: Path, offset: int, piece: bytes) -> None:
@@ -159,19 +158,19 @@ class PipelineActor:
     def log_artifact(self, prefix: str, folder: Path, what: Mapping[str, Any]) -> None:
         """Has an artifact logged whose files are in `folder`."""
         with self._changed:
-            self._pipeline(prefix)
-            self._run.artifacts.log(folder, what)
+            self._running(prefix).artifacts.log(folder, what)
 
     @ray.method(concurrency_group="control")
     def use_artifact(self, prefix: str, name: str) -> None:
         with self._changed:
-            self._pipeline(prefix)
-            self._run.artifacts.use(name)
+            self._running(prefix).artifacts.use(name)
 
-    def _pipeline(self, prefix: str) -> Pipeline:
-        if prefix not in self._run.pipelines or self._run.pipelines[prefix].ended:
-            raise run_is_finished(self._letter.init.get("name"))
-        return self._run.pipelines[prefix]
+    def _running(self, prefix: str | None = None) -> Run:
+        """The run; with a prefix: in which that pipeline goes on. Raises RunFinishedError where there is none."""
+        pipeline = self._run and self._run.pipelines.get(prefix)
+        if not self._run or (prefix is not None and (not pipeline or pipeline.ended)):
+            raise run_is_finished(self._letter.init.get("name") or self._letter.init["id"])
+        return self._run
 
     # Finishing
 
@@ -179,13 +178,11 @@ class PipelineActor:
     def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None, wait: float = 5) -> Ledgers:
         """Finishes the run, or only one pipeline of a run that goes on.
 
-        wait: so many seconds for a process that says nothing.
+        wait: so many seconds for a process that says nothing. Raises RunFinishedError where there is no run.
         """
         try:
             with self._changed:
-                run = self._run  # a start that is under way ends first
-                if not run:
-                    return {}
+                run = self._running()  # a start that is under way ends first
                 ends = [each for each in run.pipelines.values() if prefix in (None, each.prefix) and not each.ended]
                 self._events.end(pipeline.prefix for pipeline in ends)
                 hear_out(ends, run, self._changed, wait)
@@ -203,9 +200,10 @@ class PipelineActor:
         ray.actor.exit_actor()
 
     def _forget(self) -> None:
-        if self._run:
-            self._run.store.remove()
-            self._run = None
+        with self._changed:
+            if self._run:
+                self._run.store.remove()
+                self._run = None
         guest.forget_letter(self._letter_path)
 
     def _hear(self, warning: str) -> None:

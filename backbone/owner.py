@@ -17,7 +17,7 @@ from ray.runtime_context import get_runtime_context
 from . import guest
 from .calls import ray_answers
 from .files import fcntl
-from .ledger import line
+from .ledger import RunFinishedError, line
 
 logger = logging.getLogger("wandb_run")
 
@@ -37,7 +37,8 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
         letter = guest.read_letter(path) if path.exists() else letter
         code = _how_it_ended(letter.ray_worker) if letter.ray_worker else 1
         ended = code, "the process that the run belonged to is gone" if code else None
-        finish(*(letter.ended or ended), wait=5 if letter.ray_worker else 0.5)
+        with contextlib.suppress(RunFinishedError):  # or it has never begun
+            finish(*(letter.ended or ended), wait=5 if letter.ray_worker else 0.5)
         forget()
     except Exception as error:  # the store stays, for the next run of that id
         logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))

@@ -1,5 +1,6 @@
 """Nothing that was logged is lost, whatever dies: real signals to real processes, then the transaction log is read."""
 
+import copy
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from common import (
 import ml_dtypes
 import numpy as np
 import pytest
+import ray
 import wandb
 from conftest import ROOT, Log, folders, logs, read_rows, wait_for
 from processes import below, check_ledger, ledger, reports_in_rows, steps_on_disk
@@ -345,21 +347,35 @@ def test_two_may_finish_a_run_at_once(run):
     assert (one.reports, one.rows, one.lost, one.ok) == (1, 1, 0, True)
 
 
-def test_a_signal_handler_may_finish_a_run_that_is_being_finished(run):
-    """Also where the handler's `finish` is over, and the actor on its way out, before the other one asks for it."""
+@pytest.fixture
+def lingering() -> ray.actor.ActorClass:
+    """A pipeline that is slow to go when its run is finished."""
 
     @pipeline_actor
-    class Sluggish(PipelineActor):
-        def push(self, *arguments):
-            time.sleep(0.5)
-            return super().push(*arguments)
-
+    class Lingering(PipelineActor):
         def leave(self):
             self._forget()
             time.sleep(2)
             super().leave()
 
-    for pipeline in (TrainingPipelineActor, Sluggish):
+    return Lingering
+
+
+def test_while_the_actor_goes_the_run_is_finished_for_all(run, lingering, tmp_path):
+    made = run(pipeline=lingering)
+    made.log({"a": 1.0}, 0)
+    other = copy.copy(made)
+    assert made.finish().ok
+    wait_for(lambda: not [*tmp_path.glob("wandb/.*store*")], every=0.01)
+    calls = [other.finish, other.progress, lambda: other.expect(2), lambda: other.log({"a": 1.0}, 1)]
+    for call in [*calls, lambda: other.use_artifact("a:latest"), lambda: other.log_artifact("a", "files", {"a": b"a"})]:
+        with pytest.raises(RunFinishedError, match="finished"):
+            call()
+
+
+def test_a_signal_handler_may_finish_a_run_that_is_being_finished(run, lingering):
+    """Also where the handler's `finish` is over, and the actor on its way out, before the other one asks for it."""
+    for pipeline, after in ((TrainingPipelineActor, 0.05), (lingering, 0.001)):
         ledgers, made = [], run(pipeline=pipeline)
 
         def finish(*_, ledgers=ledgers, made=made) -> None:
@@ -370,7 +386,7 @@ def test_a_signal_handler_may_finish_a_run_that_is_being_finished(run):
             made.log({"a": 1.0}, step)
         before = signal.signal(signal.SIGALRM, finish)
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            signal.setitimer(signal.ITIMER_REAL, after)
             ledgers.append(made.finish())
             wait_for(lambda ledgers=ledgers: len(ledgers) == 2)
         finally:

@@ -76,9 +76,9 @@ def test_nothing_waits_inside_ray_and_no_process_is_killed():
 
 
 def test_nothing_starts_a_ray_by_asking_for_it():
-    """`ray.get_runtime_context()` and its like do, in a process that Ray has left."""
+    """`ray.get_runtime_context()` and its like do, where Ray has left the process; who is killed is there."""
     for path in [*ROOMS, ROOT / "common.py"]:
-        assert not calls(path) & {f"ray.{name}" for name in ray.AUTO_INIT_APIS - {"kill"}}, path  # of a living actor
+        assert not calls(path) & {f"ray.{name}" for name in ray.AUTO_INIT_APIS - {"kill"}}, path
 
 
 def test_a_run_is_finished_without_its_actor_by_a_process_without_ray():
