@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
-        if item.path.stem in ("test_ends", "test_trees") or {"cluster", "foreign"} & {*item.fixturenames}:
+        if item.path.stem in ("test_ends", "test_trees") or "cluster" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
@@ -125,7 +125,10 @@ SHELL = {name: value for name, value in os.environ.items() if not re.match("_?WA
 BUSY = {  # on a machine that has more to do than it can
     "OPENBLAS_NUM_THREADS": "1",  # starting more takes a tenth of the start of each process
     "RAY_worker_niceness": "0",  # else pytest's own processes go before the actors
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",  # else Ray looks for new log files ten times a second
+    "PYTHONPATH": str(ROOT / "tests/quick"),
 }
+MODULES = os.pathsep.join([BUSY["PYTHONPATH"], str(ROOT)])
 SHELL |= BUSY
 os.environ.update(BUSY)
 
@@ -152,7 +155,7 @@ def stranger(tmp_path_factory):
         patch.setenv("NETRC", str(empty / "netrc"))
         patch.setenv("WANDB_CONFIG_DIR", str(empty))
         patch.chdir(empty)  # wandb looks for settings here
-        patch.setenv("PYTHONPATH", str(ROOT))  # so that the workers of a Ray that is started from here find the modules
+        patch.setenv("PYTHONPATH", MODULES)  # so that the workers of a Ray that is started from here find the modules
         yield
 
 
@@ -160,7 +163,7 @@ def stranger(tmp_path_factory):
 def environment(tmp_path: Path) -> dict[str, str]:
     home = tmp_path / "home"
     home.mkdir()
-    return no_account(home) | {"PYTHONPATH": str(ROOT)}  # for programs that are no file beside the modules
+    return no_account(home) | {"PYTHONPATH": MODULES}  # for programs that are no file beside the modules
 
 
 @pytest.fixture
@@ -198,25 +201,36 @@ STEPS = 12
 
 
 @pytest.fixture(scope="session")
-def ran(tmp_path_factory) -> Callable[..., tuple[subprocess.CompletedProcess, Path]]:
+def everybodys(tmp_path_factory) -> Path:
+    """A folder that all processes of the test run share."""
+    mine = tmp_path_factory.getbasetemp()
+    return mine.parent if mine.name.startswith("popen-") else mine
+
+
+def once(path: Path, make: Callable[[], object]) -> object:
+    """make(), called once for all processes of the test run; its value is kept in the file."""
+    with open(path, "a+b") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        kept.seek(0)
+        if not kept.read(1):
+            pickle.dump(make(), kept)
+            kept.flush()
+        kept.seek(0)
+        return pickle.load(kept)
+
+
+@pytest.fixture(scope="session")
+def ran(everybodys) -> Callable[..., tuple[subprocess.CompletedProcess, Path]]:
     """ran("demo1", ...): a demo's process and its folder, for the tests that only read.
 
-    Each command line runs once for all processes of the test run.
+    Each command line runs once.
     """
-    mine = tmp_path_factory.getbasetemp()
-    everybodys = mine.parent if mine.name.startswith("popen-") else mine
 
     def ran(demo: str, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
         directory = everybodys / "".join([demo, *arguments])
         directory.mkdir(exist_ok=True)
-        with open(f"{directory}.done", "a+b") as done:
-            fcntl.flock(done, fcntl.LOCK_EX)
-            done.seek(0)
-            if not done.read(1):
-                pickle.dump(_run(demo, *arguments, directory=directory, **variables), done)
-                done.flush()
-            done.seek(0)
-            return pickle.load(done), directory
+        done = once(Path(f"{directory}.done"), lambda: _run(demo, *arguments, directory=directory, **variables))
+        return done, directory
 
     return ran
 
@@ -240,12 +254,12 @@ def wait_for(condition, seconds: float = 60.0, every: float = 0.2):
 
 
 @pytest.fixture(scope="session")
-def ray_here():
-    """One Ray for all tests that use `WandbRun` directly."""
+def ray_here(foreign):
+    """This process as a driver of that Ray, for all tests that use `WandbRun` directly."""
     import common  # sets what Ray reads when it is imported
 
     assert common
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=4)
+    ray.init(foreign, log_to_driver=False, logging_level="error")
     yield ray
     ray.shutdown()
 
@@ -293,12 +307,13 @@ def busy(start, tmp_path):
 
 
 CLUSTER = """
-import sys
-from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=8, include_dashboard=False))
-print(cluster.address, flush=True)
-sys.stdin.read()
-cluster.shutdown()
+import os, select, sys, tempfile
+with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as os.environ["RAY_TMPDIR"]:
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=16, include_dashboard=False))
+    print(cluster.address, flush=True)
+    select.select([os.pidfd_open(int(sys.argv[1]))], [], [])  # until that process ends
+    cluster.shutdown()
 """
 
 JOIN = """
@@ -317,20 +332,21 @@ def run(**options):
 """
 
 
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory) -> Iterator[str]:
-    """The address of a Ray that was started from a shell which is not the user's."""
+@pytest.fixture(scope="session")
+def foreign(everybodys, tmp_path_factory) -> str:
+    """The address of the one Ray for what needs none of its own; the shell that started it is not the user's."""
     theirs = {"WANDB_RUN_GROUP": "the raylet's", "WANDB_MODE": "disabled", "WANDB_RUN_ID": "theirs"}
-    with short_folder() as folder:
-        environment = no_account(tmp_path_factory.mktemp("home")) | theirs
-        environment |= {"RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(
-            [sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as process:
-            address = process.stdout.readline().strip()
-            assert address
-            yield address
-            process.communicate(timeout=60)
+    pytest_itself = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+
+    def start() -> str:
+        environment = no_account(tmp_path_factory.mktemp("home")) | {"PYTHONPATH": MODULES} | theirs
+        command = [sys.executable, "-c", CLUSTER, str(pytest_itself)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        return process.stdout.readline().strip()
+
+    address = once(everybodys / "address", start)
+    assert address
+    return address
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from conftest import Log, folders, read_rows
-from ray._private import state
+from ray._private import state, worker
 
 
 def parent(pid: int) -> int:
@@ -36,6 +36,11 @@ def everything(pid: int) -> list[int]:
 def pipeline_process(made) -> int:
     """The process of a run's pipeline actor."""
     return state.actors(made._actor._actor_id.hex())["Pid"]
+
+
+def session() -> Path:
+    """The folder of the Ray that this process is in."""
+    return Path(worker._global_node.get_session_dir_path())
 
 
 def steps_on_disk(directory: Path, name: str) -> int:

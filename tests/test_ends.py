@@ -16,7 +16,7 @@ from common import Ledger, PipelineActor, RunFinishedError, WandbRun, pipeline_a
 import pytest
 import ray
 from conftest import Log, wait_for
-from processes import below, pipeline_process
+from processes import pipeline_process, session
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it
 
@@ -129,15 +129,14 @@ def test_what_an_actor_sends_while_its_process_ends_is_waited_for(run):
 
 def test_no_process_crashes_in_native_code(ray_here):
     """Runs behind the tests above, which end dozens of processes that log."""
-    session = Path(os.environ["RAY_TMPDIR"], "ray", ray.get_runtime_context().get_session_name(), "logs")
-    found = list(session.glob("worker-*.err"))
+    found = list(session().glob("logs/worker-*.err"))
     assert found
     assert not [path for path in found if "SIGSEGV" in path.read_text(errors="replace")]
 
 
 def test_a_handle_that_the_function_captured_sends_what_a_task_logs_and_starts_no_ray(run):
     """Ray drops the function, and the handle with it, when it has left the process: a call would start another Ray."""
-    made, sessions = run(workers=200), Path(os.environ["RAY_TMPDIR"], "ray")
+    made, sessions = run(workers=200), session().parent
     before = {*sessions.glob("session_2*")}
 
     @ray.remote(max_calls=1)
@@ -249,6 +248,7 @@ def test_a_handle_passed_anew_or_copied_does_not_make_a_worker(run):
 
 def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tmp_path):
     made, worker, file = run(workers=1), ray.remote(Worker).remote(), tmp_path / "full"
+    pid = ray.get(worker.pid.remote())
     work = worker.fill_the_outbox.remote(made, file)
     wait_for(file.exists)
     actor = pipeline_process(made)
@@ -256,7 +256,6 @@ def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tm
     file.unlink()
     wait_for(file.exists)
     time.sleep(0.5)
-    pid = below(os.getpid(), "ray::Worker")[-1]
     os.kill(actor, signal.SIGCONT)
     os.kill(pid, signal.SIGKILL)
     ray.wait([work])

@@ -20,8 +20,7 @@ from common import PipelineActor, WandbRun, pipeline_actor
 import pytest
 import wandb
 from conftest import Log, each_log, read_rows, wait_for
-from processes import below
-from ray._private import state
+from processes import below, parent, pipeline_process
 from wandb_server import KEY
 
 
@@ -355,7 +354,7 @@ def test_the_first_log_of_an_async_actor_does_not_hold_its_event_loop(run, ray_h
     with run() as made:
         engine = Engine.remote()
         ray_here.get(engine.health.remote())
-        pipeline = state.actors(made._actor._actor_id.hex())["Pid"]
+        pipeline = pipeline_process(made)
         os.kill(pipeline, signal.SIGSTOP)  # it answers nothing
         try:
             generated = engine.generate.remote(made)
@@ -372,7 +371,8 @@ def test_a_key_of_the_environment_is_not_in_the_memory_of_rays_control_plane(run
     monkeypatch.setenv("WANDB_API_KEY", key)  # behind the start of Ray, whose processes would else inherit it
     made = run()
     made.log({"a": 1.0}, 0)
-    memory = b"".join(region for gcs in below(os.getpid(), "gcs_server") for region in regions(gcs))
+    [gcs] = below(parent(parent(pipeline_process(made))), "gcs_server")  # of the process that started the raylet
+    memory = b"".join(regions(gcs))
     assert made._owned.path.name.encode() in memory  # an argument of its constructor
     assert key.encode() not in memory
     assert made.finish().ok
