@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,13 +43,15 @@ LONG = ("faults", "guest", "ends", "takeover", "exits", "online", "demos", "clus
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long comes first, the rest fills up what is left of the processes' time.
 
-    Each process takes one test after the other, but for those that share a cluster or look at what others left.
+    One test of each file in turn: those that wait, and those that compute, are in the same files.
     """
-    order = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-    for item in items:
-        if item.path.stem in ("test_ends", "test_trees") or "cluster" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    turns = Counter()
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        turns[item.path] += 1
+        return item.path.stem.removeprefix("test_") not in LONG, turns[item.path]
+
+    items.sort(key=place)
 
 
 class Log:

@@ -14,6 +14,8 @@ import pytest
 from conftest import DEMOS, ROOT, Log, folders, no_account, read_rows, short_folder, wait_for
 from wandb_server import KEY, Server
 
+pytestmark = pytest.mark.xdist_group("two nodes")  # in one process, for they share what takes long
+
 CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, Log, logs, no_account
 
+pytestmark = pytest.mark.xdist_group("pages")  # in one process, for they share what takes long
+
 PROJECTS = {"rl-agent", "rl-agent-extended", "rl-experiment", "inference-only"}
 
 

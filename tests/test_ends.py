@@ -127,13 +127,6 @@ def test_what_an_actor_sends_while_its_process_ends_is_waited_for(run):
     assert tokens(ledger) == 500
 
 
-def test_no_process_crashes_in_native_code(ray_here):
-    """Runs behind the tests above, which end dozens of processes that log."""
-    found = list(session().glob("logs/worker-*.err"))
-    assert found
-    assert not [path for path in found if "SIGSEGV" in path.read_text(errors="replace")]
-
-
 def test_a_handle_that_the_function_captured_sends_what_a_task_logs_and_starts_no_ray(run):
     """Ray drops the function, and the handle with it, when it has left the process: a call would start another Ray."""
     made, sessions = run(workers=200), session().parent
@@ -430,3 +423,9 @@ def test_what_async_actors_have_just_logged_for_the_first_time_is_in_rows(run):
         assert (ledger.reports, ledger.rows, ledger.lost) == (2, 1, 0)
         own = ray.get(engines[0].own.remote(ledger.path.parent.parent))
         assert (own.reports, own.rows, own.lost) == (1, 1, 0)
+
+
+def test_no_process_crashes_in_native_code(ray_here):
+    """Runs behind the tests above, which end dozens of processes that log."""
+    found = wait_for(lambda: list(session().glob("logs/worker-*.err")))
+    assert not [path for path in found if "SIGSEGV" in path.read_text(errors="replace")]

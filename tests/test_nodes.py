@@ -14,6 +14,8 @@ import pytest
 import wandb
 from conftest import ROOT, Log, folders, short_folder, wait_for
 
+pytestmark = pytest.mark.xdist_group("nodes")  # in one process, for they share what takes long
+
 # Three runs on a cluster of two nodes, which last until they have system metrics of the endpoints that they read.
 RUNS = """
 import os, sys, time

@@ -10,6 +10,8 @@ import pytest
 from conftest import DEMOS, ROOT, logs
 from test_demos import HURRY
 
+pytestmark = pytest.mark.xdist_group("trees")  # in one process, for they share what takes long
+
 README = (ROOT / "README.md").read_text()
 
 

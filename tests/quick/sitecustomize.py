@@ -1,6 +1,7 @@
-"""What each Python process of the tests does first: spares itself the search for garbage at its end, 0.1 s of CPU."""
+"""What each Python process of the tests does first: at its end it will not search all of wandb for garbage."""
 
 import atexit
 import gc
+import sys
 
-atexit.register(gc.freeze)
+atexit.register(lambda: "wandb" in sys.modules and gc.freeze())
