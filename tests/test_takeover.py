@@ -146,6 +146,7 @@ def test_an_actor_that_dies_whenever_it_starts_is_given_up(run, name):
     wait_for(lambda: len(read_rows(made.path)) == 49)
     deadline = time.monotonic() + 120
     for _ in iter(lambda: is_there(made) and time.monotonic() < deadline, False):
+        time.sleep(0.02)
         for pid in victims(made, name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
