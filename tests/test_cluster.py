@@ -78,20 +78,20 @@ def actors(raylet: int) -> dict[int, str]:
     return found
 
 
-def test_the_users_login_is_found_by_the_actors_of_a_cluster_that_was_started_without_it(cluster, tmp_path):
+@pytest.mark.parametrize("where", ["netrc", pytest.param("environment", marks=pytest.mark.slow)])
+def test_the_users_login_is_found_by_the_actors_of_a_cluster_that_was_started_without_it(cluster, tmp_path, where):
     server = Server()
-    program = "with WandbRun('p', id=sys.argv[2], mode='online') as run: run.log({'a': 1.0}, 5)"
+    program = "with WandbRun('p', id='r', mode='online') as run: run.log({'a': 1.0}, 5)"
     netrc = Path(cluster.environment["HOME"], ".netrc")
     try:
-        for where in ("environment", "netrc"):
-            variables = server.environment
-            if where == "netrc":
-                del variables["WANDB_API_KEY"]
-                netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
-                netrc.chmod(0o600)
-            driver = begin(cluster, program.replace("sys.argv[2]", repr(where)), tmp_path, **variables)
-            assert "Error" not in driver.communicate(timeout=60)[1]
-            assert [row["step"] for row in server.rows(where)] == [5]
+        variables = server.environment
+        if where == "netrc":
+            del variables["WANDB_API_KEY"]
+            netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
+            netrc.chmod(0o600)
+        driver = begin(cluster, program, tmp_path, **variables)
+        assert "Error" not in driver.communicate(timeout=60)[1]
+        assert [row["step"] for row in server.rows("r")] == [5]
     finally:
         server.stop()
         netrc.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import session
 from arguments import parse_args
+from backbone import exits
 from common import WandbRun
 
 import pytest
@@ -27,9 +28,22 @@ def run(run_at_home) -> Callable[..., WandbRun]:
     ("end", "exit_code", "failure"),
     [
         (SystemExit(0), 0, None),
+        (SystemExit(None), 0, None),
         (SystemExit(3), 3, "SystemExit: 3"),
         (SystemExit("no GPU"), 1, "SystemExit: no GPU"),
         (KeyboardInterrupt(), 1, "KeyboardInterrupt"),
+        (ValueError("no GPU"), 1, "ValueError: no GPU"),
+    ],
+)
+def test_each_exception_is_the_exit_code_of_the_process_that_it_ends(end, exit_code, failure):
+    assert exits.how_it_ends(end) == (exit_code, failure)
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_code", "failure"),
+    [
+        (SystemExit(3), 3, "SystemExit: 3"),
+        pytest.param(KeyboardInterrupt(), 1, "KeyboardInterrupt", marks=pytest.mark.slow),
     ],
 )
 def test_a_with_block_ends_as_a_process_with_that_exception_would(run, end, exit_code, failure):
@@ -42,9 +56,9 @@ def test_a_with_block_ends_as_a_process_with_that_exception_would(run, end, exit
 @pytest.mark.parametrize(
     ("end", "status", "exit_code", "failure"),
     [
-        ("sys.exit(3)", 3, 3, "SystemExit: 3"),
+        pytest.param("sys.exit(3)", 3, 3, "SystemExit: 3", marks=pytest.mark.slow),
         ("raise ValueError('no GPU')", 1, 1, "ValueError: no GPU"),
-        (INTERRUPT, 1, 255, "KeyboardInterrupt"),
+        pytest.param(INTERRUPT, 1, 255, "KeyboardInterrupt", marks=pytest.mark.slow),
         ("ray.shutdown()", 0, 0, None),  # the actor lives on, and nobody can call it
     ],
 )

@@ -167,12 +167,12 @@ def test_threads_and_processes_share_a_handle(ray_here, run):
             for thread in threads:
                 thread.join()
 
-    made = run(workers=4)
-    ray_here.get([worker.work.remote(made) for worker in [Worker.remote() for _ in range(4)]])
+    made = run(workers=2)
+    ray_here.get([worker.work.remote(made) for worker in [Worker.remote() for _ in range(2)]])
     report = made.finish()
     rows = Log(made.path).rows
-    assert (report.reports, report.rows, report.lost) == (8_000, len(rows), 0)
-    assert sum(row["tokens"] for row in rows) == 8_000
+    assert (report.reports, report.rows, report.lost) == (4_000, len(rows), 0)
+    assert sum(row["tokens"] for row in rows) == 4_000
     assert {row["step"] for row in rows} == set(range(250))
 
 
@@ -195,11 +195,11 @@ def test_a_flood_makes_log_wait_and_memory_stays_flat(ray_here, run):
     assert megabytes < 50
 
 
-def test_a_straggler_ten_thousand_steps_behind_gets_its_rows(ray_here, run):
+def test_a_straggler_thousands_of_steps_behind_gets_its_rows(ray_here, run):
     @ray_here.remote
     class Worker:
         def work(self, made: WandbRun) -> None:
-            for step in range(10_001):
+            for step in range(3_000):
                 made.log({"a": 1.0}, step)
 
     made = run(workers=2)
@@ -207,8 +207,8 @@ def test_a_straggler_ten_thousand_steps_behind_gets_its_rows(ray_here, run):
         ray_here.get(Worker.remote().work.remote(made))
     report = made.finish()
     rows = Log(made.path).rows
-    assert (report.reports, reports_in_rows(rows), report.lost) == (20_002, 20_002, 0)
-    assert {row["step"] for row in rows} == set(range(10_001))
+    assert (report.reports, reports_in_rows(rows), report.lost) == (6_000, 6_000, 0)
+    assert {row["step"] for row in rows} == set(range(3_000))
 
 
 class Text(str):

@@ -48,7 +48,7 @@ def test_the_environment_says_what_the_code_does_not(run, tmp_path, monkeypatch)
     assert "wrap" in (made.path / "logs" / "debug.log").read_text()
 
 
-@pytest.mark.parametrize("kind", [dict, wandb.Settings])
+@pytest.mark.parametrize("kind", [pytest.param(dict, marks=pytest.mark.slow), wandb.Settings])
 def test_the_code_s_word_counts_more_than_the_environment_s(run, tmp_path, monkeypatch, kind):
     for name in ("RUN_ID", "NAME", "JOB_TYPE", "RUN_GROUP"):
         monkeypatch.setenv(f"WANDB_{name}", "environment")
@@ -155,7 +155,9 @@ def test_what_can_not_go_with_numbered_rows_is_refused_in_one_line(run, monkeypa
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize(("environment", "argument"), [("false", None), ("true", False)])
+@pytest.mark.parametrize(
+    ("environment", "argument"), [pytest.param("false", None, marks=pytest.mark.slow), ("true", False)]
+)
 def test_a_refusal_is_only_of_what_is_asked_for(run, monkeypatch, environment, argument):
     monkeypatch.setenv("WANDB_SYNC_TENSORBOARD", environment)
     monkeypatch.setenv("WANDB_MODE", "shared")
