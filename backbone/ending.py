@@ -1,8 +1,9 @@
-"""How a run ends whose pipeline actor is gone: from its store. The run's owner has that done by
+"""How a run ends whose pipeline actor is gone: from its store, by
 
-    python -m backbone.ending STORE
+    python -m backbone.ending STORE [LETTER]
 
-in a process of its own, because wandb has runs of the user's in the owner.
+That is a process of its own. The run's owner starts it, because wandb has runs of the user's in the owner; or the
+actor itself, as its heir, when the owner is gone.
 """
 
 from __future__ import annotations
@@ -55,16 +56,7 @@ def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> Led
     path = store_path(Path(letter.init["dir"], "wandb"), letter.init["id"])
     if not path.exists():
         raise FileNotFoundError(f"{path} is gone")
-    module, root = __name__, Path(__file__).resolve().parents[len(__name__.split(".")) - 1]
-    search = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": search},
-        start_new_session=True,  # a signal to this process's group has been meant for this process
-    )
+    process = _start([], path, stderr=subprocess.PIPE)
     upload = letter.init["settings"].get("finish_timeout") or letter.environ.get("WANDB_FINISH_TIMEOUT") or 60
     said, seconds = b"", 30 + float(upload)
     try:
@@ -85,19 +77,55 @@ def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> Led
     return ledgers
 
 
+def appoint_heir(path: Path, letter: guest.Letter, exit_code: int, failure: str | None) -> subprocess.Popen:
+    """Has the run finished if this process, its actor, is killed before it has done that itself.
+
+    path: of the letter. The heir waits as long as stdin of the returned process is open. It is no child of this one,
+    because Ray kills an actor's children with it.
+    """
+    from ray import cloudpickle
+
+    content = cloudpickle.dumps((letter, exit_code, failure))
+    store = store_path(Path(letter.init["dir"], "wandb"), letter.init["id"])
+    behind = ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- &', "sh"]  # a shell gives what it leaves behind no stdin of its own
+    process = _start(behind, store, path, stderr=subprocess.DEVNULL)
+    process.stdin.write(content)
+    process.stdin.flush()
+    return process
+
+
+def _start(by: Sequence[str], *arguments: Path, stderr: int) -> subprocess.Popen:
+    module, root = __name__, Path(__file__).resolve().parents[len(__name__.split(".")) - 1]
+    search = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [*by, sys.executable, "-m", module, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        env=os.environ | {"PYTHONPATH": search},
+        start_new_session=True,  # a signal to this process's group has been meant for this process
+    )
+
+
 def main() -> None:
-    path, (letter, exit_code, failure) = Path(sys.argv[1]), pickle.load(sys.stdin.buffer)
-    guest.move_in(letter)
-    run = Run(Store(path, patience=10), letter.init, threading.RLock())
-    if "ledgers" in run.store.facts:
+    letter, exit_code, failure = pickle.load(sys.stdin.buffer)
+    path, heir_of = Path(sys.argv[1]), [Path(letter_path) for letter_path in sys.argv[2:]]
+    sys.stdin.buffer.read()  # an heir waits here until the actor has ended
+    if not path.exists():  # it got through
         return
-    gone = "the pipeline actor is gone; what it had taken is in the run, what workers said after that is lost"
-    run.store.note(gone=True)
-    run.store.warn("gone", gone)
-    for pipeline in run.pipelines.values():
-        pipeline.end()
-    run.start()
-    run.finish(exit_code, failure)
+    guest.move_in(letter)
+    run = Run(Store(path, patience=1 if heir_of else 10), letter.init, threading.RLock())
+    if "ledgers" not in run.store.facts:
+        gone = "the pipeline actor is gone; what it had taken is in the run, what workers said after that is lost"
+        run.store.note(gone=True)
+        run.store.warn("gone", gone)
+        for pipeline in run.pipelines.values():
+            pipeline.end()
+        run.start()
+        run.finish(exit_code, failure)
+    for letter_path in heir_of:  # else it is the owner who does this
+        run.store.remove()
+        guest.forget_letter(letter_path)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ray.runtime_context import get_runtime_context
 
 from . import guest
 from .calls import ray_answers
+from .ending import appoint_heir
 from .files import fcntl
 from .ledger import RunFinishedError, line
 
@@ -23,7 +24,10 @@ logger = logging.getLogger("wandb_run")
 
 
 def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None]) -> None:
-    """Finishes the run of a letter when its owner is gone, then ends this actor. Ray leaves two seconds for that."""
+    """Finishes the run of a letter when its owner is gone, then ends this actor.
+
+    Where Ray is gone with the owner, it leaves an actor two seconds at most; then its heir does it.
+    """
     raylet, letter = os.getppid(), guest.read_letter(path)
     if not fcntl:  # Windows: it is not watched
         return
@@ -35,8 +39,10 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
         time.sleep(0.1)
     try:
         letter = guest.read_letter(path) if path.exists() else letter
-        code = _how_it_ended(letter.ray_worker) if letter.ray_worker else 1
-        ended = code, "the process that the run belonged to is gone" if code else None
+        killed = 1, "the process that the run belonged to is gone"
+        with contextlib.suppress(OSError):
+            _heir = appoint_heir(path, letter, *(letter.ended or killed))  # which waits as long as it is kept here
+        ended = (0, None) if letter.ray_worker and _has_returned(letter.ray_worker) else killed
         with contextlib.suppress(RunFinishedError):  # or it has never begun
             finish(*(letter.ended or ended), wait=5 if letter.ray_worker else 0.5)
         forget()
@@ -51,14 +57,14 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
     ray.kill(get_runtime_context().current_actor)
 
 
-def _how_it_ended(ray_worker: str) -> int:
-    """The exit code that an ended worker of Ray's deserves, as Ray's GCS tells it when it has heard of it."""
+def _has_returned(ray_worker: str) -> bool:
+    """Whether an ended worker of Ray's was meant to end, as Ray's GCS tells when it has heard of it."""
     deadline = time.monotonic() + 2
     while ray_answers() and time.monotonic() < deadline:
         for raw in state.state._connect_and_get_accessor().get_worker_table():
             data = gcs_pb2.WorkerTableData.FromString(raw)
             if data.worker_address.worker_id.hex() == ray_worker and not data.is_alive:
                 intended = common_pb2.INTENDED_SYSTEM_EXIT, common_pb2.INTENDED_USER_EXIT
-                return int(data.exit_type not in intended)
+                return data.exit_type in intended
         time.sleep(0.1)
-    return 1
+    return False

@@ -48,8 +48,8 @@ def test_a_signal_to_the_whole_job_leaves_whole_runs_that_have_failed(busy, tmp_
     assert not list(tmp_path.glob("wandb/.*store*"))
 
 
-def program(tmp_path: Path, body: str) -> str:
-    """A driver's program with a run of its own Ray; `run` is the run, `actor()` the pipeline actor's process."""
+def program(tmp_path: Path, body: str, run: bool = True) -> str:
+    """A driver's program with a Ray of its own; `run` is the run, `actor()` the pipeline actor's process."""
     start = f"""
         import os, signal, sys, time
         sys.path.insert(0, {str(ROOT)!r})
@@ -63,7 +63,7 @@ def program(tmp_path: Path, body: str) -> str:
             print(*ledger.warnings, sep="\\n", flush=True)
         if __name__ == "__main__":
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="critical")
-            run = WandbRun("p", "n", mode="offline", dir={str(tmp_path)!r})
+            run = {run} and WandbRun("p", "n", mode="offline", dir={str(tmp_path)!r})
     """
     return textwrap.dedent(start) + textwrap.indent(textwrap.dedent(body), "    ")
 
@@ -97,23 +97,39 @@ def test_when_all_of_ray_is_gone_the_driver_finishes_the_run(tmp_path, environme
     assert sorted(rows.values()) == list(range(100))
 
 
-def test_a_driver_that_has_logged_and_is_killed_leaves_a_finished_run(tmp_path, environment):
-    """With its own Ray, which dies with it: nobody can be asked any more."""
-    body = """
+@pytest.mark.parametrize("actor", [pytest.param("TrainingPipelineActor", marks=pytest.mark.slow), "Behind"])
+def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, environment, actor):
+    """Also where the actor has too much to do yet for the time that Ray leaves it."""
+    made = f"""
+        from common import PipelineActor, TrainingPipelineActor, pipeline_actor
+
+        @pipeline_actor
+        class Behind(PipelineActor):
+            def finish(self, *arguments, **options):
+                time.sleep(600)
+
+        run = WandbRun("p", "n", mode="offline", dir={str(tmp_path)!r}, pipeline={actor})
         for step in range(100):
-            run.log({"a": 1.0}, step)
+            run.log({{"a": 1.0}}, step)
         run.flush()
         print("READY", flush=True)
         time.sleep(600)
     """
-    command = [sys.executable, "-c", program(tmp_path, body)]
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    command, scratch = [sys.executable, "-c", program(tmp_path, made, run=False)], tmp_path / "scratch"
+    scratch.mkdir()
+    variables = environment | {"TMPDIR": str(scratch)}
+    driver = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
     assert driver.stdout.readline() == "READY\n"
+    pids = [pid for name in (f"ray::{actor}", "wandb-core") for pid in below(driver.pid, name)]
+    assert len(pids) == 2
     driver.kill()
     driver.communicate()
-    [path] = folders(tmp_path)
-    wait_for(lambda: Log(path).exit_code is not None, seconds=20)
-    assert (len(Log(path).rows), Log(path).exit_code) == (100, 1)
+    wait_for(lambda: not list(tmp_path.glob("wandb/.*store*")), seconds=20)
+    wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids), seconds=20)
+    logs = [Log(path) for path in folders(tmp_path)]
+    assert {row["step"] for log in logs for row in log.rows} == set(range(100))
+    assert logs[-1].exit_code == 1
+    assert not list(scratch.glob("wandb-run-*"))
 
 
 @ray.remote(num_cpus=0)
