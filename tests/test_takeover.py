@@ -191,6 +191,7 @@ def victims(made: WandbRun, name: str) -> set[int]:
         return set()
 
 
+@pytest.mark.slow
 def test_an_actor_that_dies_often_but_makes_rows_is_not_given_up(run):
     made = run()
     for round_ in range(4):  # more than in a row are allowed

@@ -11,6 +11,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from backbone import artifacts, disk, wandb_internals
 from backbone.ledger import Ledger
 from backbone.reduction import Reduction
+from backbone.run import DEATHS, GivenUpError, Run
 
 import numpy as np
 import pytest
@@ -312,6 +314,22 @@ def test_a_death_between_the_last_row_and_the_ledger_changes_nothing(opened):
     made.store.close()
     account = opened().finish()[""]
     assert (account.reports, account.rows, account.lost, account.ok) == (50, 50, 0, True)
+
+
+def test_only_deaths_without_a_row_in_between_give_an_actor_up(opened):
+    def come_back() -> None:
+        Run.open("this life", made.init, threading.RLock(), stop=None).store.close()
+
+    for _ in range(DEATHS + 2):
+        made = opened()
+        made.join()
+        made.report(0, {"a": 1.0})
+        made.abandon()
+        come_back()
+    for _ in range(DEATHS):
+        come_back()
+    with pytest.raises(GivenUpError, match=f"died {DEATHS + 1} times without a row"):
+        come_back()
 
 
 # Online
