@@ -37,6 +37,8 @@ DEMOS = {
 }
 
 
+ONE_EACH = ("--training-workers", "1", "--inference-workers", "1")  # where more workers show no more
+
 LONG = ("faults", "guest", "ends", "takeover", "exits", "online", "demos", "cluster", "writer")
 
 
@@ -60,8 +62,10 @@ class Log:
     def __init__(self, path: Path):
         self.path, deadline = path, time.monotonic() + 3
         self.records = [json.loads(line) for line in inspect(path, check=True)]
-        while not self.of("exit") and time.monotonic() < deadline:  # wandb writes the last ones after `run.finish`
-            time.sleep(0.1)
+        of_run = folders(path.parent.parent, next(path.glob("*.wandb")).name)
+        # wandb writes the last records after `run.finish`; an earlier folder of the run is that of a dead process.
+        while path == of_run[-1] and not self.of("exit") and time.monotonic() < deadline:
+            time.sleep(0.2)
             self.records = [json.loads(line) for line in inspect(path, check=True)]
 
     def of(self, kind: str) -> list[dict]:
@@ -108,9 +112,10 @@ def inspect(path: Path, check: bool = False) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=check).stdout.splitlines()
 
 
-def folders(directory: Path) -> list[Path]:
-    """Run folders below a demo's --dir, oldest first."""
-    return sorted((directory / "wandb").glob("*run-*"), key=lambda path: path.name.removeprefix("offline-"))
+def folders(directory: Path, log: str = "") -> list[Path]:
+    """Run folders below a demo's --dir, oldest first. log: only those with a transaction log of this name."""
+    found = [path for path in (directory / "wandb").glob("*run-*") if not log or (path / log).exists()]
+    return sorted(found, key=lambda path: path.name.removeprefix("offline-"))
 
 
 def each_log(directory: Path) -> list[Log]:

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import ray
 import wandb
-from conftest import ROOT, Log, folders, logs, read_rows, wait_for
+from conftest import ONE_EACH, ROOT, Log, folders, logs, read_rows, wait_for
 from processes import below, check_ledger, ledger, reports_in_rows, steps_on_disk
 
 
@@ -49,7 +49,7 @@ def test_after_an_interrupt_every_report_is_in_a_row_and_the_runs_have_failed(bu
 
 
 def test_a_second_interrupt_ends_at_once_and_damages_nothing(busy, tmp_path):
-    process = busy()
+    process = busy(*ONE_EACH)
     os.kill(below(process.pid, "TrainingWorker")[0], signal.SIGSTOP)  # so that the end waits for what it has to say
     while process.poll() is None:  # an interrupt that comes before the first was handled is no second one
         process.send_signal(signal.SIGINT)

@@ -202,16 +202,16 @@ with run(mode="online", pipeline=Telltale) as made:
     assert "run_group" not in log.run
 
 
-def test_where_wandb_offline_was_typed_nothing_is_sent(drive, tmp_path, environment, server):
+@pytest.mark.parametrize("mode", ["offline", pytest.param("online", marks=pytest.mark.slow)])
+def test_where_wandb_offline_was_typed_nothing_is_sent(drive, tmp_path, environment, server, mode):
     netrc = Path(environment["HOME"], ".netrc")
     netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
     netrc.chmod(0o600)
     base = {"WANDB_BASE_URL": server.environment["WANDB_BASE_URL"]}
-    for mode in ("offline", "online"):
-        subprocess.run([sys.executable, "-m", "wandb", mode], cwd=tmp_path, env=environment | base, check=True)
-        done = drive("from arguments import parse_args\nprint(run(mode=None).mode, parse_args('', []).mode)", **base)
-        assert done.stdout.split() == [mode, mode], done.stderr
-        assert len(server.runs) == (mode == "online")
+    subprocess.run([sys.executable, "-m", "wandb", mode], cwd=tmp_path, env=environment | base, check=True)
+    done = drive("from arguments import parse_args\nprint(run(mode=None).mode, parse_args('', []).mode)", **base)
+    assert done.stdout.split() == [mode, mode], done.stderr
+    assert len(server.runs) == (mode == "online")
 
 
 def test_trials_of_a_sweep_get_its_ids_and_config_and_a_second_run_stays_outside(drive, server):
@@ -320,21 +320,21 @@ def test_the_users_repository_is_recorded_wherever_the_runs_are(run, tmp_path, m
     assert (recorded["commit"], recorded["remote_url"]) == (commit, "https://git.invalid/mine.git")
 
 
-def test_the_logs_of_a_run_hold_its_warnings_and_with_console_wrap_what_the_actor_prints(run):
+@pytest.mark.parametrize("console", [pytest.param("off", marks=pytest.mark.slow), "wrap"])
+def test_the_logs_of_a_run_hold_its_warnings_and_with_console_wrap_what_the_actor_prints(run, console):
     @pipeline_actor
     class Loud(PipelineActor):
         def push(self, *arguments):
             print("an actor's own line")
             return super().push(*arguments)
 
-    for console in ("off", "wrap"):
-        with run(pipeline=Loud, settings={"console": console}) as made:
-            made.log({"which": "one"}, 0)
-            made.log({"which": "another"}, 0)
-            assert made.finish().warnings == ["'which' differs between workers: one of them is kept"]
-        log = Log(made.path)
-        assert "'which' differs" in json.dumps(log.of("output_logger"))
-        assert ("an actor's own line" in json.dumps(log.of("output_raw"))) == (console == "wrap")
+    with run(pipeline=Loud, settings={"console": console}) as made:
+        made.log({"which": "one"}, 0)
+        made.log({"which": "another"}, 0)
+        assert made.finish().warnings == ["'which' differs between workers: one of them is kept"]
+    log = Log(made.path)
+    assert "'which' differs" in json.dumps(log.of("output_logger"))
+    assert ("an actor's own line" in json.dumps(log.of("output_raw"))) == (console == "wrap")
 
 
 # Async actors

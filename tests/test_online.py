@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Log, folders, read_rows, short_folder, wait_for
+from conftest import ONE_EACH, Log, folders, read_rows, short_folder, wait_for
 from processes import below
 from wandb_server import KEY, Server
 
@@ -35,7 +35,7 @@ def test_a_login_makes_a_demo_run_online_and_its_key_is_written_nowhere(start, t
             netrc = Path(environment["HOME"], ".netrc")
             netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
             netrc.chmod(0o600)
-        process, arguments = start("demo1", "--steps", "20", **variables), set()
+        process, arguments = start("demo1", "--steps", "20", *ONE_EACH, **variables), set()
         while process.poll() is None:
             for pid in below(process.pid, ""):
                 with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from common import InferencePipelineActor, PipelineActor, WandbRun, pipeline_act
 
 import pytest
 import ray
-from conftest import ROOT, Log, folders, read_rows, wait_for
+from conftest import ONE_EACH, ROOT, Log, folders, read_rows, wait_for
 from processes import below, check_ledger, everything, pipeline_process
 from ray._private import state
 
@@ -30,7 +30,7 @@ from ray._private import state
     ],
 )
 def test_a_signal_to_the_whole_job_leaves_whole_runs_that_have_failed(busy, tmp_path, number, status, order):
-    process = busy()
+    process = busy(*ONE_EACH)
     pids = everything(process.pid)
     began = time.monotonic()
     for pid in reversed(pids) if order == "the driver last" else pids:
@@ -162,7 +162,7 @@ def test_an_actor_that_dies_whenever_it_starts_is_given_up(run, name):
     wait_for(lambda: len(read_rows(made.path)) == 49)
     deadline = time.monotonic() + 120
     for _ in iter(lambda: is_there(made) and time.monotonic() < deadline, False):
-        time.sleep(0.02)
+        time.sleep(0.1)
         for pid in victims(made, name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
