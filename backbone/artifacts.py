@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from . import values, wandb_internals
+from . import transaction_log, values, wandb_internals
 from .ledger import line
 from .store import Store
 
@@ -37,7 +37,7 @@ class Artifacts:
         self._threads = {"log": ThreadPoolExecutor(1), "use": ThreadPoolExecutor(1)}
         self._futures: list[Future] = []
         self._finishing = threading.Lock()
-        on_disk = set().union(*(wandb_internals.logged_artifacts(Path(path)) for path in store.facts.get("paths", ())))
+        on_disk = set().union(*(transaction_log.artifacts(Path(path)) for path in store.facts.get("paths", ())))
         for id_, task, client, done in store.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall():
             finished = done or "ledgers" in store.facts or (client in on_disk and store.facts["mode"] == "offline")
             if not finished:

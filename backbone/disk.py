@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import wandb_internals
+from . import transaction_log
 
 
 def folders(parent: Path, run_id: str, begun: bool = False) -> list[Path]:
@@ -28,7 +28,7 @@ def folders(parent: Path, run_id: str, begun: bool = False) -> list[Path]:
 
 def numbers(paths: Iterable[str | Path]) -> set[int]:
     """Of all rows in the transaction logs of these run folders."""
-    return set().union(*(wandb_internals.numbers(Path(path)) for path in paths))
+    return set().union(*(transaction_log.numbers(Path(path)) for path in paths))
 
 
 def totals(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -48,10 +48,6 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
         forget()
     except Exception as error:  # the store stays, for the next run of that id
         logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))
-    with contextlib.suppress(Exception, SystemExit):
-        import wandb
-
-        wandb.teardown()  # waits until wandb-core has written all; killed with this process, it would not
     if os.getppid() != raylet:  # all of Ray is gone
         os._exit(0)
     ray.kill(get_runtime_context().current_actor)

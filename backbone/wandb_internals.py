@@ -1,6 +1,7 @@
 """Every interface of wandb that this project uses without its being public, each with the reason for it.
 
-`tests/test_wandb_internals.py` fails when wandb changes one of them.
+The format of a transaction log, which is not public either, is in transaction_log.py. `tests/test_wandb_internals.py`
+fails when wandb changes one of them.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import struct
+import subprocess
 import sys
 import tempfile
+import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,47 +22,6 @@ if TYPE_CHECKING:
     import wandb
 
 FLUSH_EVERY = {"x_transaction_log_flush_interval": 0.5}  # `x_` may change. By default a run's log is written every 15 s
-
-_BLOCK, _HEADER = 32_768, struct.Struct("<IHB")  # LevelDB's log format: checksum, length, kind of a chunk
-_FULL, _LAST = 1, 4
-
-
-def records(folder: Path) -> Iterator[Any]:
-    """The records of a run folder's transaction log, as `wandb_internal_pb2.Record`s, up to where it was cut.
-
-    `wandb leet inspect --json` is the public reader, and takes 25 times as long: 44 s for 200,000 rows.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    for path in folder.glob("*.wandb"):
-        data = path.read_bytes()
-        position, parts = 7, []  # behind the file's header
-        while position + _HEADER.size <= len(data):
-            if _BLOCK - position % _BLOCK < _HEADER.size:  # the end of a block is filled up
-                position += _BLOCK - position % _BLOCK
-                continue
-            _, length, kind = _HEADER.unpack_from(data, position)
-            position += _HEADER.size
-            if not kind or position + length > len(data):
-                break
-            parts.append(data[position : position + length])
-            position += length
-            if kind in (_FULL, _LAST):
-                yield Record.FromString(b"".join(parts))
-                parts = []
-
-
-def numbers(folder: Path) -> set[int]:
-    """W&B's own step (`_step`) of each row in a run folder's transaction log."""
-    return {record.history.step.num for record in records(folder) if record.HasField("history")}
-
-
-def last_values(folder: Path) -> dict[str, Any]:
-    """The last value of each key in a run folder's rows."""
-    found = {}
-    for record in records(folder):
-        found |= {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-    return {key: json.loads(value) for key, value in found.items()}
 
 
 def is_data_type(value: Any) -> bool:
@@ -96,11 +57,6 @@ def media(kind: type, state: dict[str, Any], content: bytes) -> Any:
     value.__dict__.update(state, _path=path, _is_tmp=True)
     weakref.finalize(value, Path(path).unlink, missing_ok=True)  # unless it is a run's by then
     return value
-
-
-def logged_artifacts(folder: Path) -> set[str]:
-    """The client ids of the artifacts in a run folder's transaction log: all that tells two versions apart there."""
-    return {record.artifact.client_id for record in records(folder) if record.HasField("artifact")}
 
 
 def client_id(artifact: wandb.Artifact) -> str:
@@ -144,6 +100,29 @@ def service_is_dead() -> bool:
 
     connection = wandb_setup.singleton()._connection
     return bool(connection and connection._proc and connection._proc._process.poll() is not None)
+
+
+def end_service(timeout: float) -> None:
+    """Has wandb-core write what is left, and end: `run.finish` returns a moment before the last records are written.
+
+    Raises ConnectionError if it dies meanwhile, TimeoutError if it takes more than so many seconds.
+    """
+    import wandb
+    from wandb.sdk import wandb_setup
+
+    def teardown() -> None:
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
+    connection = wandb_setup.singleton()._connection
+    if connection and connection._proc:  # else the run is disabled
+        threading.Thread(target=teardown, daemon=True).start()
+        try:
+            status = connection._proc._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"wandb-core does not end within {timeout:.0f} s") from None
+        if status:
+            raise ConnectionError(f"wandb-core has died: {status}")
 
 
 def continue_table(table: wandb.Table, logged: Sequence[str]) -> None:

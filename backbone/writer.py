@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import disk, wandb_internals
+from . import disk, transaction_log, wandb_internals
 from .ledger import line
 from .store import Row, Store
 
@@ -121,7 +121,7 @@ class Writer:
         """A pipeline's running sums, if the run is resumed."""
         if not (self._init.get("resume") or os.environ.get("WANDB_RESUME")):
             return {}
-        here = [wandb_internals.last_values(path) for path in self._before]  # the last one may lack some
+        here = [transaction_log.last_values(path) for path in self._before]  # the last one may lack some
         there = [dict(self.run.summary)] if self.run.resumed else []
         return disk.totals(functools.reduce(operator.or_, here + there, {}), prefix)
 
@@ -188,6 +188,7 @@ class Writer:
                 if failure:
                     self.run.summary["failure"] = failure
                 self.run.finish(exit_code)
+                wandb_internals.end_service(self.timeout)
             uploaded = facts["mode"] == "online" and not any(
                 Path(p).name.startswith("offline-") for p in facts["paths"]
             )

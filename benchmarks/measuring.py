@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # Ray's workers
 
-from backbone import wandb_internals
+from backbone import transaction_log
 
 import psutil
 import ray
@@ -88,7 +88,7 @@ def lost(logs: Sequence[Path], sent: int, key: str = "workers") -> float:
     """
     deadline = time.monotonic() + 3
     while True:
-        records = (record for log in logs for record in wandb_internals.records(log.parent))
+        records = (record for log in logs for record in transaction_log.records(log.parent))
         items = (item for record in records for item in record.history.item)
         missing = sent - sum(json.loads(item.value_json) for item in items if key in (item.key, *item.nested_key))
         if not missing or time.monotonic() > deadline:

@@ -7,7 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from backbone import wandb_internals
+from backbone import transaction_log, wandb_internals
 from backbone.nodes import METRICS, with_nodes
 
 import pytest
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("nodes")  # in one process, for they share 
 # Three runs on a cluster of two nodes, which last until they have system metrics of the endpoints that they read.
 RUNS = """
 import os, sys, time
-from backbone import nodes, wandb_internals
+from backbone import nodes, transaction_log
 from common import WandbRun
 import ray
 from ray.cluster_utils import Cluster
@@ -36,7 +36,7 @@ def record(name, expected, **settings):
         deadline, seen = time.monotonic() + 60, set()
         while not seen >= expected and time.monotonic() < deadline:
             time.sleep(0.2)
-            items = [item.key for record in wandb_internals.records(run.path) for item in record.stats.item]
+            items = [item.key for record in transaction_log.records(run.path) for item in record.stats.item]
             seen = {item.split(".")[1] for item in items if item.startswith("openmetrics.")}
 
 record("default", set(found))
@@ -110,7 +110,7 @@ def test_what_a_node_exports_is_in_the_runs_system_metrics(tmp_path):
         quick = dict(silent=True, x_stats_sampling_interval=0.5, x_transaction_log_flush_interval=0.5)
         settings = wandb.Settings(**wandb_internals.with_endpoints(quick, found, METRICS))
         run = wandb.init(dir=tmp_path, mode="offline", reinit="create_new", settings=settings)
-        wait_for(lambda: any(record.HasField("stats") for record in wandb_internals.records(Path(run.sync_dir))))
+        wait_for(lambda: any(record.HasField("stats") for record in transaction_log.records(Path(run.sync_dir))))
         run.finish()
         server.shutdown()
     expected = {f"node-1.{metric}" for metric in ("ray_node_cpu_utilization", "ray_node_mem_used")}

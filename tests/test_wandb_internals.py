@@ -14,7 +14,7 @@ import sys
 import termios
 from pathlib import Path
 
-from backbone import wandb_internals
+from backbone import transaction_log, wandb_internals
 
 import numpy as np
 import pytest
@@ -54,19 +54,19 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
     run.finish()
     folder = Path(run.sync_dir)
     log = Log(folder)
-    assert wandb_internals.numbers(folder) == {row["_step"] for row in log.rows} == {3, 5}
-    last = wandb_internals.last_values(folder)
+    assert transaction_log.numbers(folder) == {row["_step"] for row in log.rows} == {3, 5}
+    last = transaction_log.last_values(folder)
     assert (last["a"], last["x/tokens_total"], last["gone"], last["text"]) == (2, 7, 1, "ü")
     assert last["nan"] != last["nan"]
-    found = wandb_internals.logged_artifacts(folder)
+    found = transaction_log.artifacts(folder)
     assert found == {artifact["client_id"] for artifact in log.of("artifact")}
     assert found == {wandb_internals.client_id(artifact) for artifact in artifacts}
     assert len(found) == 2
 
 
 def test_a_folder_without_a_log_has_no_records(tmp_path):
-    assert wandb_internals.numbers(tmp_path) == set()
-    assert wandb_internals.last_values(tmp_path) == {}
+    assert transaction_log.numbers(tmp_path) == set()
+    assert transaction_log.last_values(tmp_path) == {}
 
 
 def test_the_log_is_written_as_often_as_is_asked_for(begin):
@@ -74,8 +74,8 @@ def test_the_log_is_written_as_often_as_is_asked_for(begin):
     seldom, often = begin(), begin(wandb_internals.FLUSH_EVERY)
     for run in (seldom, often):
         run.log({"a": 1})
-    wait_for(lambda: wandb_internals.numbers(Path(often.sync_dir)) == {0})
-    assert wandb_internals.numbers(Path(seldom.sync_dir)) == set()
+    wait_for(lambda: transaction_log.numbers(Path(often.sync_dir)) == {0})
+    assert transaction_log.numbers(Path(seldom.sync_dir)) == set()
 
 
 # Troubles
@@ -95,7 +95,7 @@ def printed(process: subprocess.Popen) -> list[str]:
 
 
 UNREACHABLE = f"""
-from backbone import wandb_internals
+from backbone import transaction_log, wandb_internals
 import wandb
 try:
     wandb.init(project="p", mode="online", settings=wandb.Settings(init_timeout=2, **{QUIET}))
@@ -133,7 +133,7 @@ def test_a_refused_upload_is_in_the_run_s_own_log_and_a_good_one_is_not(tmp_path
     server, verdicts = Server(), {}
     code = f"""
 from pathlib import Path
-from backbone import wandb_internals
+from backbone import transaction_log, wandb_internals
 import wandb
 run = wandb.init(project="p", settings=wandb.Settings(finish_timeout=20, **{QUIET}))
 run.log({{"a": 1}})
@@ -152,7 +152,7 @@ def test_a_dead_service_is_told_from_other_errors(tmp_path, death):
     code = f"""
 import os, signal, threading
 from pathlib import Path
-from backbone import wandb_internals
+from backbone import transaction_log, wandb_internals
 import wandb
 run = wandb.init(project="p", mode="offline", settings=wandb.Settings(**{QUIET}))
 try:
@@ -182,7 +182,7 @@ def test_a_service_that_has_ended_is_dead(tmp_path):
     code = f"""
 import os, signal, time
 from pathlib import Path
-from backbone import wandb_internals
+from backbone import transaction_log, wandb_internals
 import wandb
 run = wandb.init(project="p", mode="offline", settings=wandb.Settings(**{QUIET}))
 print(wandb_internals.service_is_dead())

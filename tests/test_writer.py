@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from backbone import artifacts, disk, wandb_internals
+from backbone import artifacts, disk, transaction_log
 from backbone.ledger import Ledger
 from backbone.reduction import Reduction
 from backbone.run import DEATHS, GivenUpError, Run
@@ -26,6 +26,7 @@ import pytest
 import wandb
 from conftest import ROOT, Log, folders, no_account, read_rows, wait_for
 from rooms import Opened
+from wandb.sdk import wandb_setup
 from wandb_server import Server
 
 
@@ -103,6 +104,21 @@ def test_a_failed_run_says_so_with_its_reason(opened, tmp_path):
     log = Log(folders(tmp_path)[0])
     assert log.exit_code == 3
     assert any("loss is nan" in json.dumps(summary) for summary in log.of("summary"))
+
+
+def test_a_finished_run_is_on_the_disk_to_its_end(opened, tmp_path):
+    """So that it is no matter what becomes of wandb-core when `finish` has returned: Ray may kill it."""
+    for name in "abcde":
+        made = opened(id=name)
+        made.join()
+        made.report(0, {"a": 1.0})
+        core = wandb_setup.singleton()._connection._proc._process
+        made.finish()
+        assert core.poll() == 0
+        [path] = made.store.facts["paths"]
+        assert [record.exit.exit_code for record in transaction_log.records(Path(path)) if record.HasField("exit")] == [
+            0
+        ]
 
 
 def test_a_disabled_run_has_no_folder_and_lacks_nothing(opened, tmp_path):
@@ -572,12 +588,12 @@ def test_numbers_of_whole_and_cut_logs_are_those_that_leet_finds(opened, tmp_pat
     path = folders(tmp_path)[0]
     whole = next(path.glob("*.wandb")).read_bytes()
     assert len(whole) > 10 * 32_768
-    assert wandb_internals.numbers(path) == {*numbers(read_rows(path))} == {*range(400)}
+    assert transaction_log.numbers(path) == {*numbers(read_rows(path))} == {*range(400)}
     cut, chance, found = tmp_path / "cut" / path.name, random.Random(3), Counter()
     cut.mkdir(parents=True)
     places = [7, 8, 100, 32_768, 32_769, 2 * 32_768 - 3, *(chance.randrange(7, len(whole)) for _ in range(6))]
     for place in places:
         (cut / "run-run.wandb").write_bytes(whole[:place])
-        assert wandb_internals.numbers(cut) == {*numbers(read_rows(cut))}, place
-        found[len(wandb_internals.numbers(cut))] += 1
+        assert transaction_log.numbers(cut) == {*numbers(read_rows(cut))}, place
+        found[len(transaction_log.numbers(cut))] += 1
     assert len(found) > 6
