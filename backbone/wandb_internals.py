@@ -89,9 +89,9 @@ def is_unreachable(error: Exception) -> bool:
 
 def service_has_died(error: BaseException) -> bool:
     """Whether an error of a run's method means that wandb-core is gone: only a new process gets a new one."""
-    from wandb.sdk.mailbox import HandleAbandonedError
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-    return isinstance(error, ConnectionError | HandleAbandonedError)
+    return isinstance(error, ConnectionError | HandleAbandonedError | MailboxClosedError)
 
 
 def service_is_dead() -> bool:

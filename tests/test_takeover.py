@@ -215,7 +215,8 @@ def test_a_death_in_the_middle_of_finish_does_not_spoil_the_ledger(run, name, af
     call = made._actor.finish.remote(0)
     time.sleep(after)
     for pid in victim:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have finished
+            os.kill(pid, signal.SIGKILL)
     ledger = made.finish()
     assert (ledger.reports, ledger.rows, ledger.lost, ledger.ok) == (1_000, 1_000, 0, True)
     rows = {row["_step"] for path in ledger.paths for row in Log(path).rows}

@@ -95,7 +95,7 @@ def printed(process: subprocess.Popen) -> list[str]:
 
 
 UNREACHABLE = f"""
-from backbone import transaction_log, wandb_internals
+from backbone import wandb_internals
 import wandb
 try:
     wandb.init(project="p", mode="online", settings=wandb.Settings(init_timeout=2, **{QUIET}))
@@ -133,7 +133,7 @@ def test_a_refused_upload_is_in_the_run_s_own_log_and_a_good_one_is_not(tmp_path
     server, verdicts = Server(), {}
     code = f"""
 from pathlib import Path
-from backbone import transaction_log, wandb_internals
+from backbone import wandb_internals
 import wandb
 run = wandb.init(project="p", settings=wandb.Settings(finish_timeout=20, **{QUIET}))
 run.log({{"a": 1}})
@@ -147,12 +147,12 @@ print(wandb_internals.upload_was_refused(Path(run.sync_dir)))
     assert verdicts == {None: ["False"], 403: ["True"]}
 
 
-@pytest.mark.parametrize("death", ["before log", "during finish"])
+@pytest.mark.parametrize("death", ["before log", "between two steps of finish", "during finish"])
 def test_a_dead_service_is_told_from_other_errors(tmp_path, death):
     code = f"""
-import os, signal, threading
+import os, signal, threading, time
 from pathlib import Path
-from backbone import transaction_log, wandb_internals
+from backbone import wandb_internals
 import wandb
 run = wandb.init(project="p", mode="offline", settings=wandb.Settings(**{QUIET}))
 try:
@@ -168,6 +168,11 @@ try:
             run.log({{"a": 1}})
     os.kill(core, signal.SIGSTOP)
     threading.Timer(1, os.kill, [core, signal.SIGKILL]).start()
+    if {death == "between two steps of finish"}:
+        while not wandb_internals.service_is_dead():
+            time.sleep(0.1)
+        time.sleep(0.5)  # and the end of the connection is known
+        run._interface.deliver_exit(1)  # the second step
     run.finish()
 except Exception as error:
     print(wandb_internals.service_has_died(error), type(error).__name__, flush=True)
@@ -182,7 +187,7 @@ def test_a_service_that_has_ended_is_dead(tmp_path):
     code = f"""
 import os, signal, time
 from pathlib import Path
-from backbone import transaction_log, wandb_internals
+from backbone import wandb_internals
 import wandb
 run = wandb.init(project="p", mode="offline", settings=wandb.Settings(**{QUIET}))
 print(wandb_internals.service_is_dead())
