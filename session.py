@@ -179,11 +179,11 @@ def run_to_end(args: Args, workers: Sequence[ray.actor.ActorHandle], *runs: Wand
     try:
         failure = _follow(workers, named, bars)
     finally:
-        end, ledgers = int(bool(failure)), []
-        exits.unfinished.finish(end, failure)
+        exit_code, ledgers = int(bool(failure)), []
+        exits.unfinished.finish(exit_code, failure)
         for run in runs:
             with contextlib.suppress(Exception):  # it can't be finished, which has been told
-                ledgers.append(run.finish(end, failure=failure))
+                ledgers.append(run.finish(exit_code, failure=failure))
         bars.close()
         _summarise(args, ledgers)
     all_well = len(ledgers) == len(runs) and all(ledger.ok for ledger in ledgers)

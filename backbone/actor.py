@@ -55,7 +55,8 @@ class PipelineActor:
         if get_runtime_context().was_current_actor_reconstructed:
             self._come_back()
         threading.Thread(target=self._look_after, daemon=True).start()
-        threading.Thread(target=owner.watch, args=(letter, self.finish, self._forget), daemon=True).start()
+        of_owner = letter, self._letter, self.finish, self._forget
+        threading.Thread(target=owner.watch, args=of_owner, daemon=True).start()
 
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline to the run, which the first one starts."""

@@ -1,6 +1,6 @@
 """How a run ends whose pipeline actor is gone: from its store, by
 
-    python -m backbone.ending STORE [LETTER]
+    python -m backbone.ending STORE LETTER
 
 That is a process of its own. The run's owner starts it, because wandb has runs of the user's in the owner; or the
 actor itself, as its heir, when the owner is gone.
@@ -38,7 +38,7 @@ def finish_without_actor(
     try:
         if owned is None:
             raise FileNotFoundError("only the process that made the run can finish it then")
-        return _take_over(owned.letter, exit_code, failure)
+        return _take_over(owned, exit_code, failure)
     except FileNotFoundError as error:
         problem = line(error)
     except OSError as error:  # mostly: another process has the store, so the actor lives
@@ -49,14 +49,15 @@ def finish_without_actor(
     return {prefix: dataclasses.replace(begun, prefix=prefix, gone=True, warnings=warnings) for prefix in prefixes}
 
 
-def _take_over(letter: guest.Letter, exit_code: int, failure: str | None) -> Ledgers:
+def _take_over(owned: Owned, exit_code: int, failure: str | None) -> Ledgers:
     """Raises OSError if another process has the store, or there is none."""
     from ray import cloudpickle  # here, in the owner, which has it
 
+    letter = owned.letter
     path = store_path(Path(letter.init["dir"], "wandb"), letter.init["id"])
     if not path.exists():
         raise FileNotFoundError(f"{path} is gone")
-    process = _start([], path, stderr=subprocess.PIPE)
+    process = _start([], path, owned.path, stderr=subprocess.PIPE)
     upload = letter.init["settings"].get("finish_timeout") or letter.environ.get("WANDB_FINISH_TIMEOUT") or 60
     said, seconds = b"", 30 + float(upload)
     try:
@@ -83,49 +84,52 @@ def appoint_heir(path: Path, letter: guest.Letter, exit_code: int, failure: str 
     path: of the letter. The heir waits as long as stdin of the returned process is open. It is no child of this one,
     because Ray kills an actor's children with it.
     """
-    from ray import cloudpickle
-
-    content = cloudpickle.dumps((letter, exit_code, failure))
     store = store_path(Path(letter.init["dir"], "wandb"), letter.init["id"])
-    behind = ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- &', "sh"]  # a shell gives what it leaves behind no stdin of its own
-    process = _start(behind, store, path, stderr=subprocess.DEVNULL)
-    process.stdin.write(content)
+    orphan = ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- &', "sh"]  # a shell gives what it leaves behind no stdin of its own
+    process = _start(orphan, store, path, stderr=None)
+    process.stdin.write(pickle.dumps((None, exit_code, failure)))
     process.stdin.flush()
     return process
 
 
-def _start(by: Sequence[str], *arguments: Path, stderr: int) -> subprocess.Popen:
+def _start(prefix: Sequence[str], store: Path, letter: Path, stderr: int | None) -> subprocess.Popen:
     module, root = __name__, Path(__file__).resolve().parents[len(__name__.split(".")) - 1]
-    search = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [*by, sys.executable, "-m", module, *map(str, arguments)],
+        [*prefix, sys.executable, "-m", module, str(store), str(letter)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=stderr,
-        env=os.environ | {"PYTHONPATH": search},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])},  # a config's classes
         start_new_session=True,  # a signal to this process's group has been meant for this process
     )
 
 
 def main() -> None:
+    path, life = Path(sys.argv[1]), sys.argv[2]
     letter, exit_code, failure = pickle.load(sys.stdin.buffer)
-    path, heir_of = Path(sys.argv[1]), [Path(letter_path) for letter_path in sys.argv[2:]]
+    is_heir = letter is None  # else the owner has sent it, in case that the file is gone
+    letter = letter or guest.read_letter(Path(life))
     sys.stdin.buffer.read()  # an heir waits here until the actor has ended
-    if not path.exists():  # it got through
+    store = Store(path) if path.exists() else None  # then the actor got through
+    if store and store.facts.get("life") == life:  # it may be that of another run of this id
+        guest.move_in(letter)
+        _finish(Run(store, letter.init, threading.RLock()), exit_code, failure)
+    if is_heir:  # else the owner does this
+        if store and store.facts.get("life", life) == life:
+            store.remove()
+        guest.forget_letter(Path(life))
+
+
+def _finish(run: Run, exit_code: int, failure: str | None) -> None:
+    if "ledgers" in run.store.facts:
         return
-    guest.move_in(letter)
-    run = Run(Store(path, patience=1 if heir_of else 10), letter.init, threading.RLock())
-    if "ledgers" not in run.store.facts:
-        gone = "the pipeline actor is gone; what it had taken is in the run, what workers said after that is lost"
-        run.store.note(gone=True)
-        run.store.warn("gone", gone)
-        for pipeline in run.pipelines.values():
-            pipeline.end()
-        run.start()
-        run.finish(exit_code, failure)
-    for letter_path in heir_of:  # else it is the owner who does this
-        run.store.remove()
-        guest.forget_letter(letter_path)
+    gone = "the pipeline actor is gone; what it had taken is in the run, what workers said after that is lost"
+    run.store.note(gone=True)
+    run.store.warn("gone", gone)
+    for pipeline in run.pipelines.values():
+        pipeline.end()
+    run.start()
+    run.finish(exit_code, failure)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,22 @@ def open_database(path: Path, patience: float) -> sqlite3.Connection:
     for file in _files(path):
         if os.path.lexists(file) and not is_private(file):
             _set_aside(file, "is no private file of this user")
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    database = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _open(path)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise OSError(str(error)) from None
+            time.sleep(0.1)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Raises BlockingIOError if another process has it, or has just removed it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    opened = os.fstat(file)
+    os.close(file)
+    database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         database.execute("PRAGMA locking_mode=EXCLUSIVE")
         database.execute("PRAGMA journal_mode=WAL")  # takes the lock
@@ -72,13 +86,16 @@ def open_database(path: Path, patience: float) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(state)
     except sqlite3.OperationalError as error:
         database.close()
-        if "locked" in str(error):
-            raise OSError(f"{path} is in use: is another run of this id going on?") from None
+        if "locked" in str(error) or not path.exists():
+            raise BlockingIOError(f"{path} is in use: is another run of this id going on?") from None
         raise OSError(f"{path}: {error}") from None
     except sqlite3.DatabaseError as error:
         database.close()
         _set_aside(path, f"is damaged ({error})")  # SQLite drops a log that is left beside a new file
-        return open_database(path, patience)
+        return _open(path)
+    if not path.exists() or not os.path.samestat(opened, path.stat()):
+        database.close()
+        raise BlockingIOError(f"{path} was removed while it was opened")
     return database
 
 

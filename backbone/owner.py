@@ -23,15 +23,15 @@ from .ledger import RunFinishedError, line
 logger = logging.getLogger("wandb_run")
 
 
-def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None]) -> None:
-    """Finishes the run of a letter when its owner is gone, then ends this actor.
+def watch(path: Path, letter: guest.Letter, finish: Callable[..., object], forget: Callable[[], None]) -> None:
+    """Finishes the run of a letter, which is at `path`, when its owner is gone; then ends this actor.
 
     Where Ray is gone with the owner, it leaves an actor two seconds at most; then its heir does it.
     """
-    raylet, letter = os.getppid(), guest.read_letter(path)
+    raylet = os.getppid()
     if not fcntl:  # Windows: it is not watched
         return
-    with path.open("r+b") as file:
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # waits until the owner is gone, or lets go of the letter
     # Without a letter the run is finished, and this actor told to leave; unless that got lost, or somebody cleaned up.
     deadline = time.monotonic() + 10
@@ -39,14 +39,15 @@ def watch(path: Path, finish: Callable[..., object], forget: Callable[[], None])
         time.sleep(0.1)
     try:
         letter = guest.read_letter(path) if path.exists() else letter
-        killed = 1, "the process that the run belonged to is gone"
-        with contextlib.suppress(OSError):
-            _heir = appoint_heir(path, letter, *(letter.ended or killed))  # which waits as long as it is kept here
-        ended = (0, None) if letter.ray_worker and _has_returned(letter.ray_worker) else killed
+        ended = letter.ended or (1, "the process that the run belonged to is gone")
+        if letter.ray_worker and not letter.ended and _has_returned(letter.ray_worker):
+            ended = 0, None
+        with contextlib.suppress(Exception):
+            _heir = appoint_heir(path, letter, *ended)  # which waits as long as this is kept
         with contextlib.suppress(RunFinishedError):  # or it has never begun
-            finish(*(letter.ended or ended), wait=5 if letter.ray_worker else 0.5)
+            finish(*ended, wait=5 if letter.ray_worker else 0.5)
         forget()
-    except Exception as error:  # the store stays, for the next run of that id
+    except Exception as error:  # the heir tries once more; else the store stays, for the next run of that id
         logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))
     if os.getppid() != raylet:  # all of Ray is gone
         os._exit(0)

@@ -134,7 +134,7 @@ class Run:
             lost = sum(account.lost for account in ledgers.values())
             if not lost or time.monotonic() > deadline:
                 break
-            time.sleep(0.2)  # the last rows are written a moment after `run.finish`
+            time.sleep(0.2)  # a wandb-core that could not be waited for may still be writing
         if lost:
             self.store.warn("lost", f"{lost} reports are in no row")
         for account in ledgers.values():

@@ -46,7 +46,7 @@ class Store:
     Raises OSError where another process has the store, waiting `patience` seconds for it.
     """
 
-    def __init__(self, path: Path, patience: float = 3.0):
+    def __init__(self, path: Path, patience: float = 10.0):
         self.path, self.db = path, open_database(path, patience)
         self.db.executescript(SCHEMA)
         facts = self.db.execute("SELECT * FROM facts").fetchall()

@@ -115,7 +115,7 @@ def end_service(timeout: float) -> None:
             wandb.teardown()
 
     connection = wandb_setup.singleton()._connection
-    if connection and connection._proc:  # else the run is disabled
+    if connection and connection._proc:  # else the run is disabled, or this has been done
         threading.Thread(target=teardown, daemon=True).start()
         try:
             status = connection._proc._process.wait(timeout)

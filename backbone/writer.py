@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import disk, transaction_log, wandb_internals
 from .ledger import line
@@ -39,6 +39,8 @@ class Writer:
 
     stop: is called, in another thread, when somebody presses "Stop run" on the run's page.
     """
+
+    WRITING: ClassVar = 10.0  # seconds that wandb-core has for what is left to be written
 
     def __init__(self, store: Store, init: dict[str, Any], stop: Callable[[], None] | None = None):
         self._store, self._init, self._stop = store, init, stop
@@ -188,12 +190,18 @@ class Writer:
                 if failure:
                     self.run.summary["failure"] = failure
                 self.run.finish(exit_code)
-                wandb_internals.end_service(self.timeout)
             uploaded = facts["mode"] == "online" and not any(
                 Path(p).name.startswith("offline-") for p in facts["paths"]
             )
         except TimeoutError:
             self._store.warn("timeout", f"the upload did not end within {self.timeout:.0f} s")
+        try:
+            with _death_of_service():
+                wandb_internals.end_service(self.WRITING)
+        except TimeoutError:
+            self._store.warn(
+                "service", f"wandb-core did not end within {self.WRITING:.0f} s: the last rows may be missing"
+            )
         if uploaded and wandb_internals.upload_was_refused(Path(facts["paths"][-1])):
             uploaded = False
             self._store.warn("upload", "the W&B server refused the upload")

@@ -63,7 +63,7 @@ class Log:
         self.path, deadline = path, time.monotonic() + 3
         self.records = [json.loads(line) for line in inspect(path, check=True)]
         of_run = folders(path.parent.parent, next(path.glob("*.wandb")).name)
-        # wandb writes the last records after `run.finish`; an earlier folder of the run is that of a dead process.
+        # Who finishes it may still be at it; an earlier folder of the run is that of a dead process.
         while path == of_run[-1] and not self.of("exit") and time.monotonic() < deadline:
             time.sleep(0.2)
             self.records = [json.loads(line) for line in inspect(path, check=True)]

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -213,6 +214,17 @@ def test_a_store_is_waited_for_a_while(path):
             waiting.result(timeout=0.2)
         store.close()
         assert waiting.result().facts == {"name": "n"}
+
+
+def test_a_store_that_is_removed_while_it_is_waited_for_is_a_new_one(tmp_path, path):
+    store = Store(path)
+    store.note(name="the finished run")
+    waiting = opening(tmp_path, 60)
+    time.sleep(1.5)
+    store.remove()
+    assert waiting.stdout.readline().strip() == str(path)
+    waiting.communicate()
+    assert Store(path).facts == {"name": "n"}
 
 
 # File systems without locks

@@ -79,6 +79,15 @@ def test_finish_waits_as_long_as_the_environment_says(run, server, monkeypatch):
     assert "the upload did not end within 2 s" in made.finish().warnings  # and 2 s for artifacts
 
 
+def test_a_finish_timeout_of_0_is_no_limit(run, server, monkeypatch):
+    for name, value in (server.environment | {"WANDB_FINISH_TIMEOUT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with run(mode="online") as made:
+        made.log({"a": 1.0}, 0)
+    ledger = made.finish()
+    assert (ledger.ok, ledger.uploaded, ledger.warnings) == (True, True, [])
+
+
 def test_artifacts_that_find_no_server_are_counted_hold_nothing_up_and_their_files_stay(run, server, monkeypatch):
     for name, value in (server.environment | {"WANDB_FINISH_TIMEOUT": "4"}).items():
         monkeypatch.setenv(name, value)

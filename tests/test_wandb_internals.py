@@ -204,6 +204,30 @@ os._exit(0)
     assert printed(program(tmp_path, code)) == ["False", "True"]
 
 
+@pytest.mark.parametrize(("death", "said"), [("ends", "None"), ("stops", "TimeoutError"), ("dies", "ConnectionError")])
+def test_a_service_is_ended_or_said_not_to_have(tmp_path, death, said):
+    code = f"""
+import os, signal, threading
+from backbone import wandb_internals
+import wandb
+from wandb.sdk import wandb_setup
+run = wandb.init(project="p", mode="offline", settings=wandb.Settings(**{QUIET}))
+run.finish()
+core = wandb_setup.singleton()._connection._proc._process.pid
+if {death != "ends"}:
+    os.kill(core, signal.SIGSTOP)
+if {death == "dies"}:
+    threading.Timer(1, os.kill, [core, signal.SIGKILL]).start()
+try:
+    print(wandb_internals.end_service(2.0), wandb_internals.service_is_dead(), flush=True)
+except Exception as error:
+    print(type(error).__name__, flush=True)
+os.kill(core, signal.SIGKILL) if {death == "stops"} else None
+os._exit(0)
+"""
+    assert printed(program(tmp_path, code))[0].split()[0] == said
+
+
 # Data types
 
 
