@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+from backbone import wandb_internals
 from backbone.inbox import Batch
 from backbone.ledger import Ledger
 from backbone.pipeline import Pipeline
@@ -47,4 +48,5 @@ class Opened:
     def abandon(self) -> None:
         """As an actor that is killed right after its rows were written."""
         self.writer.run.finish()
+        wandb_internals.end_service(10)
         self.store.close()
