@@ -42,8 +42,8 @@ def watch(path: Path, letter: guest.Letter, finish: Callable[..., object], forge
         ended = letter.ended or (1, "the process that the run belonged to is gone")
         if letter.ray_worker and not letter.ended and _has_returned(letter.ray_worker):
             ended = 0, None
-        with contextlib.suppress(Exception):
-            _heir = appoint_heir(path, letter, *ended)  # which waits as long as this is kept
+        with contextlib.suppress(Exception):  # without an heir it goes on, too
+            _heir = path.exists() and appoint_heir(path, letter, *ended)  # which waits as long as this is kept
         with contextlib.suppress(RunFinishedError):  # or it has never begun
             finish(*ended, wait=5 if letter.ray_worker else 0.5)
         forget()

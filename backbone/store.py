@@ -12,7 +12,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from . import values
 from .files import open_database, remove_database
@@ -43,11 +43,13 @@ class Row(NamedTuple):
 class Store:
     """A run's facts, warnings and rows, and the tables of its pipelines and artifacts.
 
-    Raises OSError where another process has the store, waiting `patience` seconds for it.
+    Raises OSError where another process has the store, and keeps it for `PATIENCE` seconds.
     """
 
-    def __init__(self, path: Path, patience: float = 10.0):
-        self.path, self.db = path, open_database(path, patience)
+    PATIENCE: ClassVar = 10.0
+
+    def __init__(self, path: Path):
+        self.path, self.db = path, open_database(path, self.PATIENCE)
         self.db.executescript(SCHEMA)
         facts = self.db.execute("SELECT * FROM facts").fetchall()
         self.facts: dict[str, Any] = {name: pickle.loads(value) for name, value in facts}

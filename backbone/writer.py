@@ -180,7 +180,7 @@ class Writer:
     # The end
 
     def finish(self, exit_code: int, failure: str | None = None) -> None:
-        """Finishes the run, and waits for the upload as long as `timeout` says.
+        """Finishes the run, and waits for the upload as long as `timeout` says, then until all is on the disk.
 
         failure: what went wrong, for the run's summary. Raises ServiceDiedError if wandb-core is dead.
         """

@@ -178,7 +178,8 @@ from pathlib import Path
 from backbone.files import store_path
 from backbone.store import Store
 path = store_path(Path(sys.argv[1]), "run")
-store = Store(path, patience=float(sys.argv[2]))
+Store.PATIENCE = float(sys.argv[2])
+store = Store(path)
 store.note(name="n")
 print(path, flush=True)
 sys.stdin.read()
@@ -192,11 +193,12 @@ def opening(folder: Path, patience: float, **variables: str) -> subprocess.Popen
 
 
 @pytest.mark.parametrize("end", ["kill", "exit"])
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, path, end):
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, path, end, monkeypatch):
+    monkeypatch.setattr(Store, "PATIENCE", 0.1)
     first = opening(tmp_path, 3)
     assert first.stdout.readline().strip() == str(path)
     with pytest.raises(OSError, match=r"is in use: is another run of this id going on\?"):
-        Store(path, patience=0.1)
+        Store(path)
     _, error = opening(tmp_path, 0.1).communicate(timeout=60)
     assert "is another run of this id going on?" in error
     if end == "kill":
@@ -209,11 +211,11 @@ def test_a_store_is_waited_for_a_while(path):
     store = Store(path)
     store.note(name="n")
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(Store, path, patience=60)
+        waiting = pool.submit(Store, path)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.2)
         store.close()
-        assert waiting.result().facts == {"name": "n"}
+        assert waiting.result(timeout=60).facts == {"name": "n"}
 
 
 def test_a_store_that_is_removed_while_it_is_waited_for_is_a_new_one(tmp_path, path):

@@ -106,7 +106,7 @@ def test_a_failed_run_says_so_with_its_reason(opened, tmp_path):
     assert any("loss is nan" in json.dumps(summary) for summary in log.of("summary"))
 
 
-def test_a_finished_run_is_on_the_disk_to_its_end(opened, tmp_path):
+def test_a_finished_run_is_on_the_disk_to_its_end(opened):
     """So that it is no matter what becomes of wandb-core when `finish` has returned: Ray may kill it."""
     for name in "abcde":
         made = opened(id=name)
@@ -116,9 +116,8 @@ def test_a_finished_run_is_on_the_disk_to_its_end(opened, tmp_path):
         made.finish()
         assert core.poll() == 0
         [path] = made.store.facts["paths"]
-        assert [record.exit.exit_code for record in transaction_log.records(Path(path)) if record.HasField("exit")] == [
-            0
-        ]
+        *_, last = (record for record in transaction_log.records(Path(path)) if not record.HasField("footer"))
+        assert (last.HasField("exit"), last.exit.exit_code) == (True, 0)
 
 
 def test_a_disabled_run_has_no_folder_and_lacks_nothing(opened, tmp_path):
