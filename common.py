@@ -22,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone import artifacts, ending, exits, starting, values
+from backbone import artifacts, exits, outbox, owner, process, recover, values
 from backbone.actor import PipelineActor, pipeline_actor
-from backbone.calls import ActorGoneError, answer
+from backbone.files import Address
 from backbone.ledger import Ledger, RunFinishedError, line, run_is_finished
-from backbone.outbox import outbox
+from backbone.process import ActorGoneError
 from backbone.reduction import Reduction, reduce_reports
 
 import numpy as np
@@ -75,17 +75,18 @@ class InferencePipelineActor(PipelineActor):
 
 
 class WandbRun:
-    """A W&B run that any number of workers, tasks and threads log to, through the pipeline actor that owns it.
+    """A W&B run that any number of workers, tasks, threads and processes log to.
 
     Construct it in the driver (or in a task or actor), hand it to the workers, `log` there, `finish` where it was
-    constructed. As a context manager it does that at the end, as failed if there was an exception; a copy in a worker
-    only sends what it has.
+    constructed. As a context manager it does that at the end, as failed if there was an exception. A copy is plain
+    data: it can be pickled, and processes without Ray can log with it.
 
     project, name: where the run goes and what it is called.
     pipeline: actor class that reduces the reports, see `pipeline_actor`.
     workers: how many workers report a step. A worker is an actor, a task, or else a process.
     prefix: put before every key, "training/" for instance; the step axis is `<prefix>step`.
-    share: another WandbRun; this pipeline gets no run of its own, its rows go to that one's on an axis of their own.
+    share: another WandbRun; this is a view of it: its rows go to the same run, under another prefix, on an axis of
+    their own.
     init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).
 
     Attributes: `id`, `name`, `project`, `mode`, `config`, `url` (None if not online), `path` (the run's folder, None if
@@ -106,65 +107,92 @@ class WandbRun:
     ):
         prefix = prefix or (getattr(pipeline, "prefix", "") if share is not None else "")
         _check(project, pipeline, workers, prefix, share, init)
-        self._host = share and (share._host or share)  # the run that this pipeline shares
-        self._prefix, self._prefixes, self._sharing = prefix, [prefix], []
-        self.shares, self._copy, self._ledger, self._finishing = share is not None, False, None, threading.RLock()
-        self._owned = None if share else starting.start_actor(pipeline, init | dict(project=project, name=name))
-        self._actor = self._owned.actor if self._owned else self._host._actor
-        what = f"{name or init.get('id')!r} of {project!r}"
-        started = starting.join(self._actor, prefix, pipeline.reduction, workers, what, self._owned)
-        self._begun, self.config, self.project = started
+        self._host = share._host if share else self  # the run itself, of which this may be a view
+        self._owned = share._owned if share else owner.start_actor(pipeline, init | dict(project=project, name=name))
+        self._address: Address = self._owned.letter.address
+        self._prefix, self._speaks_for, self._finishing = prefix, "", threading.RLock()
+        self._ledger: Ledger | None = None
+        started = self._join(pipeline.reduction, workers)
+        self._begun, self.config, self.project, self._pipeline = started
         self.name, self.id, self.mode = self._begun.name, self._begun.id, self._begun.mode
         self.url, self.path = self._begun.url, self._begun.path
-        self._node = get_runtime_context().get_node_id()
-        self._outbox = outbox(self._actor, prefix, self.name, copy=id(self))
-        self._outbox.open(self._owned and self._owned.stop)
-        if self._host:
-            self._host._sharing.append(self)
-            self._host._prefixes.append(prefix)
-        if get_runtime_context().worker.mode != ray.WORKER_MODE:
-            exits.unfinished.add(self)
+        self._outbox = process.outbox(self._address)
+        self._outbox.copies += 1
+        if share:
+            self._host._views.append(self)
+        else:
+            self._views: list[WandbRun] = []
+            self._owned.watch_for_stop(self._outbox.process)
+            if get_runtime_context().worker.mode != ray.WORKER_MODE:
+                exits.unfinished.add(self)
+
+    def _join(self, reduction: Reduction, workers: int) -> Any:
+        """Adds this pipeline to the run, which the first one starts."""
+        owned = self._owned
+        joining = owned.actor.join.remote(self._prefix, reduction, workers)
+        try:
+            return process.result(joining, owned.actor)
+        except KeyboardInterrupt:  # let it get ready, and record it as failed
+            process.result(joining, owned.actor)
+            process.call(self._address, "finish", 1, "KeyboardInterrupt", self._prefix if self._is_view else None)
+            raise
+        except Exception as error:
+            if not self._is_view:
+                owned.give_up()
+            hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
+            kind = RuntimeError if isinstance(error, ActorGoneError) else type(error)
+            raise kind(f"W&B run {self._address.name!r} can't start: {line(error)}{hint}") from None
+
+    @property
+    def _is_view(self) -> bool:
+        return self._host is not self
 
     def __getstate__(self) -> dict[str, Any]:
-        here = dict(_host=None, _sharing=[], _owned=None, _ledger=None, _outbox=None, _finishing=None)
-        return self.__dict__ | here | dict(_copy=True)
+        self._outbox.hand_on()
+        here = dict(_host=None, _owned=None, _views=[], _outbox=None, _ledger=None, _finishing=None)
+        return self.__dict__ | here | dict(_speaks_for=self._outbox.process.speaker)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _finishing=threading.RLock())
-        self._outbox = outbox(self._actor, self._prefix, self.name, copy=id(self))
+        self._outbox = process.outbox(self._address, self._speaks_for)
+        self._outbox.copies += 1
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # one that never started; the interpreter's end
-            self._outbox.release(id(self))
+            self._outbox.let_go()
 
     def __enter__(self) -> WandbRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._copy:
-            self.flush()
-        else:
+        if self._owned:  # a copy leaves it to the owner
             code, failure = exits.how_it_ends(error)
             self.finish(code, failure=failure)
 
-    def log(self, metrics: Mapping[str, Any], step: int, commit: bool = False) -> None:
-        """Reports metrics of one worker for one step; takes microseconds, unless the actor is far behind.
+    def log(self, metrics: Mapping[str, Any], step: int, commit: bool = False, *, label: str = "") -> None:
+        """Logs metrics of one worker for one step. Takes microseconds: it appends them to a file of this process.
+
+        When it has returned, they are with the kernel, and get into a row whatever becomes of the process. It waits
+        only while 4,096 reports of this process are unread.
 
         metrics: key -> number (the worker's measurement), array, tensor or list of numbers (samples), string or W&B
         data type; nested mappings become paths. `reduce_reports` says what becomes of them. A later change of an array
         doesn't change what was logged.
         step: the pipeline's own, from 0. A worker may report it in several calls.
         commit: nothing more comes from this worker for this step. Otherwise its next step says so.
+        label: what the worker wants to be called, "rank 3" for instance.
 
         Raises TypeError or ValueError naming the key of what can't be logged, RunFinishedError after `finish`, and
-        RuntimeError in a forked process and where Ray is not running any more.
+        RuntimeError in a driver whose Ray is not running any more.
         """
-        self._outbox.put(values.as_step(step), values.pack(values.as_report(metrics)), commit)
+        kind = outbox.COMMIT if commit else outbox.REPORT
+        step = values.as_step(step)
+        self._outbox.put(kind, self._pipeline, step, values.pack(values.as_report(metrics)), label)
 
     def flush(self, timeout: float = 60.0) -> bool:
-        """Waits until the pipeline actor has all that this process logged; whether it took it within `timeout` s.
+        """Waits until what this process has logged has left its node; whether it has within `timeout` seconds.
 
-        Dropping the last copy of the run in a process does that as well.
+        On the node of the run that is so at once.
         """
         return self._outbox.flush(timeout)
 
@@ -189,10 +217,9 @@ class WandbRun:
         if self.path is None:
             return
         folder = self.path / "artifacts" / uuid.uuid4().hex
-        here = ray.is_initialized() and get_runtime_context().get_node_id() == self._node and self.path.is_dir()
-        send = None if here else functools.partial(self._ask, self._actor.stage)
+        send = None if self._address.is_here and self.path.is_dir() else functools.partial(self._ask, "stage")
         what |= artifacts.stage(content, folder, send)
-        self._ask(self._actor.log_artifact, self._prefix, folder, what)
+        self._ask("log_artifact", folder, what)
 
     def use_artifact(self, name: str) -> None:
         """Records that this run uses artifact `name`, such as "checkpoint:step-10".
@@ -202,36 +229,36 @@ class WandbRun:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._ask(self._actor.use_artifact, self._prefix, name)
+        self._ask("use_artifact", name)
 
     def expect(self, workers: int) -> None:
-        """From now on so many workers make a step complete: one has died or joined. Raises ValueError for no number."""
+        """From now on so many workers make a step complete: some have left or joined. Raises ValueError for no number."""
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
             raise ValueError(f"workers must be an integer from 0, not {workers!r}")
-        self._ask(self._actor.expect, self._prefix, max(1, workers))
+        self._ask("expect", self._prefix, max(1, workers))
 
     def progress(self) -> tuple[Ledger, dict[str, Any]]:
         """The ledger so far and the numbers of the row of the highest step (keys without prefix)."""
         if self._ledger is not None:
             return self._ledger, {}
-        return self._ask(self._actor.progress, self._prefix) or (Ledger(self.name, self.id), {})
+        return self._ask("progress", self._prefix) or (Ledger(self.name, self.id), {})
 
-    def _ask(self, method: ray.actor.ActorMethod, *arguments: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
         try:
-            if self._ledger is not None:
+            if self._ledger is not None and not self._is_view:
                 raise RunFinishedError
-            return answer(method, *arguments)
+            return process.call(self._address, method, *arguments)
         except RunFinishedError:
             raise run_is_finished(self.name) from None
         except ActorGoneError as error:
-            _warn_once(f"W&B run {self.name}: {method._method_name} failed, training goes on: {line(error)}")
+            _warn_once(f"W&B run {self.name}: {method} failed, training goes on: {line(error)}")
 
     def finish(self, exit_code: int = 0, *, failure: str | None = None) -> Ledger:
-        """Finishes the run, with all that any copy of the handle logged before, and returns its ledger.
+        """Finishes the run, with all that was logged before on any node, and returns its ledger.
 
         Waits for the upload, `finish_timeout` seconds of the settings at most (60 by default). Calling it again returns
-        the same ledger. A pipeline that shares a run only ends itself; its ledger is final when the run is finished.
+        the same ledger. A view (`share=`) only makes rows of its open steps; its ledger is final when the run is.
 
         exit_code: as a process's, 0 for success. failure: what went wrong, for the run's summary.
 
@@ -241,33 +268,39 @@ class WandbRun:
         if not isinstance(exit_code, int):
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
         with (self._host or self)._finishing:
+            if self._ledger is None and self._is_view:
+                return process.call(self._address, "finish", exit_code, failure, self._prefix)[self._prefix]
             if self._ledger is None:
-                _finish(self, exit_code, failure)
+                self._finish(exit_code, failure)
             return self._ledger
 
+    def _finish(self, exit_code: int, failure: str | None) -> None:
+        gone = None
+        try:
+            ledgers = process.call(self._address, "finish", exit_code, failure)
+        except RunFinishedError:
+            if self._ledger is not None:  # a signal handler has finished it meanwhile
+                return
+            raise run_is_finished(self.name) from None
+        except ActorGoneError as error:
+            if not self._owned:
+                raise RuntimeError(f"run {self.name!r} can only be finished by its owner: {line(error)}") from None
+            gone = error
+            self.note_end(exit_code, failure)
+            self._outbox.say_exit()
+            prefixes = [each._prefix for each in (self, *self._views)]
+            ledgers = recover.finish_without_actor(self._owned.letter, error, self._begun, prefixes)
+        for each in (self, *self._views):
+            each._ledger = ledgers[each._prefix]
+            exits.unfinished.remove(each)
+        if self._owned:
+            if not gone:
+                self._owned.actor.leave.remote()  # behind that, because a signal handler may finish the run at any moment
+            self._owned.forget()
 
-def _finish(run: WandbRun, exit_code: int, failure: str | None) -> None:
-    owned, ended = run._owned, (run, *run._sharing)
-    for each in ended:
-        each.flush(5)  # an async actor's first report may not have been sent
-    try:
-        ledgers, reached = answer(run._actor.finish, exit_code, failure, run._prefix if run.shares else None), True
-    except (ActorGoneError, RunFinishedError) as error:
-        if run._ledger is not None:  # a signal handler has finished it meanwhile
-            return
-        if isinstance(error, RunFinishedError):
-            raise
-        host = run._host or run
-        owned, ended = host._owned, (host, *host._sharing)
-        reached = False
-        ledgers = ending.finish_without_actor(owned, exit_code, failure, error, run._begun, host._prefixes)
-    for each in ended:
-        each._ledger = ledgers[each._prefix]
-        exits.unfinished.remove(each)
-    if owned and reached:
-        run._actor.leave.remote()  # behind that, because a signal handler may finish the run at any moment
-    if owned and not owned.letter.ended:
-        owned.forget()
+    def note_end(self, exit_code: int, failure: str | None) -> None:
+        """How the run is to end, if this process has to leave that to others."""
+        self._outbox.exit = exit_code, failure
 
 
 def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, init: Mapping[str, Any]) -> None:
@@ -284,14 +317,15 @@ def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, i
         raise ValueError(f"prefix must be a path that ends with '/', such as 'training/', not {prefix!r}")
     if share is None:
         return
-    if not isinstance(share, WandbRun) or share._copy or share._ledger is not None:
+    if not isinstance(share, WandbRun) or not share._owned or share._ledger is not None:
         raise ValueError(f"share must be a WandbRun of this process that is not finished, not {share!r}")
-    owner = share._host or share
-    if init or project not in (owner.project, owner._owned.letter.init["project"]):  # a server may call it otherwise
-        raise ValueError(f"share= takes the project ({owner.project!r}) and the settings of the run it shares")
-    others = [other for other in owner._prefixes if other]  # one with bare keys may be shared
+    host = share._host
+    if init or project not in (host.project, host._owned.letter.init["project"]):  # a server may call it otherwise
+        raise ValueError(f"share= takes the project ({host.project!r}) and the settings of the run it shares")
+    prefixes = [each._prefix for each in (host, *host._views)]
+    others = [other for other in prefixes if other]  # one with bare keys may be shared
     if not prefix or any(prefix.startswith(other) or other.startswith(prefix) for other in others):
-        raise ValueError(f"prefix {prefix!r} overlaps with {owner._prefixes}: each pipeline needs its own")
+        raise ValueError(f"prefix {prefix!r} overlaps with {prefixes}: each pipeline needs its own")
 
 
 _warn_once = functools.cache(logger.warning)

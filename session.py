@@ -24,8 +24,8 @@ import backbone
 import common
 from arguments import Args, parse_args
 from backbone import exits, wandb_internals
-from backbone.calls import ray_answers
 from backbone.ledger import line
+from backbone.process import ray_answers
 from common import CHECKPOINT_EVERY, Ledger, Metrics, RunFinishedError, WandbRun
 
 import numpy as np
@@ -247,8 +247,8 @@ def _summarise(args: Args, ledgers: Sequence[Ledger]) -> None:
     """Where the runs are, their ledgers, and what to type next."""
     for i, ledger in enumerate(ledgers):
         counts = {"lost": ledger.lost, "values lost": ledger.lost_values, "artifacts lost": ledger.lost_artifacts}
-        counts |= {"silent": ledger.silent, "restarts": ledger.restarts, "repeats": ledger.repeats}
-        more = "".join(f", {n} {what}" for what, n in counts.items() if n) + (", actor gone" if ledger.gone else "")
+        counts |= {"not heard": len(ledger.unheard), "restarts": ledger.restarts}
+        more = "".join(f", {n} {what}" for what, n in counts.items() if n)
         name = f"{ledger.name} {ledger.prefix}" if args.one_run else ledger.name
         print(f"{name}: {ledger.rows} rows from {ledger.reports} reports{more}")
         if ledger.id not in [other.id for other in ledgers[i + 1 :]]:  # else the next pipeline shares the run

@@ -1,31 +1,28 @@
-"""The pipeline actor: owns a W&B run, takes what its workers say, and goes on where it was when it had died."""
+"""The pipeline actor: hosts a run, reads what its workers log, and goes on where it was when it had died."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import queue
 import sqlite3
 import threading
-import uuid
-from collections.abc import Mapping, Sequence, Set
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 from ray.runtime_context import get_runtime_context
 
-from . import artifacts, exits, guest, owner, wandb_internals
-from .events import Events
-from .files import store_path
-from .inbox import Answer, Batch
-from .last_words import hear_out
+from . import artifacts, exits, owner, recover, wandb_internals
 from .ledger import Ledger, Ledgers, RunFinishedError, line, run_is_finished
 from .nodes import with_nodes
+from .process import has_ended, which_ray
+from .reading import Reading, lives
 from .reduction import Reduction
-from .run import GivenUpError, Run, Started, ledger
-from .store import Row
+from .relay import Relays
+from .run import GONE, HOME, GivenUpError, Run, Started
 from .writer import ServiceDiedError
 
 logger = logging.getLogger("wandb_run")
@@ -42,25 +39,21 @@ class PipelineActor:
     job_type: str | None = None
     reduction = Reduction()
 
-    CLOCK: ClassVar = 5.0  # seconds between two looks at the clock
-
-    def __init__(self, letter: Path):
-        self._letter_path, self._letter = letter, guest.read_letter(letter)
-        guest.move_in(self._letter)
-        self._generation = uuid.uuid4().hex
-        self._changed = threading.Condition()  # guards all that follows
+    def __init__(self, folder: Path):
+        self._letter = owner.read_letter(folder)
+        owner.move_in(self._letter)
+        self._lock = threading.RLock()  # guards all that follows
         self._run: Run | None = None
-        self._deaths: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()  # prefix and sender
-        self._events = Events()
+        self._pressed, self._over = False, threading.Event()  # "Stop run"; that, or the end of the run
+        self._relays: Relays | None = None
         if get_runtime_context().was_current_actor_reconstructed:
             self._come_back()
-        threading.Thread(target=self._look_after, daemon=True).start()
-        of_owner = letter, self._letter, self.finish, self._forget
-        threading.Thread(target=owner.watch, args=of_owner, daemon=True).start()
+        threading.Thread(target=self._read_on, daemon=True).start()
+        threading.Thread(target=self._look_for_nodes, daemon=True).start()
 
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline to the run, which the first one starts."""
-        with self._changed:
+        with self._lock:
             if self._run is None:
                 try:
                     self._begin()
@@ -71,84 +64,112 @@ class PipelineActor:
 
     def _begin(self) -> None:
         """Starts the run, or goes on with what a dead actor has left."""
-        init = self._letter.init | dict(settings=with_nodes(self._letter.init["settings"]))
-        run = Run.open(str(self._letter_path), init, self._changed, self._events.stop)
-        run.store.hear = self._hear
+        letter = self._letter
+        init = letter.init | dict(settings=with_nodes(letter.init["settings"]))
+        run = Run.open(init, letter.address, letter.process, self._lock, self._press_stop)
+        run.state.hear = self._hear
         run.start()
-        self._run = run
+        self._run, self._relays = run, Relays(letter.address, run.positions, run.node_is_gone)
 
     def _come_back(self) -> None:
         """What a restarted actor does first. If it can't, it dies, and tries again until it has given up."""
-        folder = Path(self._letter.init["dir"], "wandb")
-        if not store_path(folder, self._letter.init["id"]).exists():  # then it died before or after all
+        if not (self._letter.address.folder / "pipelines").exists():  # then it died before the run began
             return
         try:
             self._begin()
-            self._events.end(prefix for prefix, pipeline in self._run.pipelines.items() if pipeline.ended)
         except GivenUpError:
             raise  # out of a constructor: Ray does not restart it any more
         except Exception as error:
             logger.warning("the pipeline actor can't go on: %s", line(error))
             os._exit(1)
 
-    # Receiving
+    # Reading
 
-    def push(self, batch: Batch, holding: Sequence[ray.ObjectRef]) -> Answer:
-        """Takes a batch. holding: a call of `hold` by the sender, whose fate tells of the sender's death."""
-        sender = batch.prefix, batch.sender
-        for call in holding:  # each stays as long as the run; the batch must not
-            call.future().add_done_callback(lambda end: end.exception() and self._deaths.put(sender))
-        with self._changed:
-            try:
-                self._log(self._running(batch.prefix).pipelines[batch.prefix].push(batch))
-            except RunFinishedError:
-                return Answer(self._generation, finished=True)
-            self._changed.notify_all()
-            return Answer(self._generation, finished=False)
+    def _read_on(self) -> None:
+        """Reads as often as there is something, less often where there is nothing, until the owner has ended."""
+        pause, readings, alive = 0.02, [], time.monotonic()
+        while not self._over.is_set() or self._pressed:
+            began = time.monotonic()
+            with self._lock:
+                if self._run and "ledgers" not in self._run.state.facts:
+                    readings = self._read()
+                    if self._run.owner_end:
+                        return self._end_with_owner()
+                elif lives(self._letter.address.folder, self._letter.process):
+                    alive = began
+                elif began > alive + 5:  # so long `leave` may be on its way
+                    return self._end_with_owner()
+            news = any(not reading.is_empty for _, reading in readings)
+            pause = 0.02 if news else min(0.25, 1.2 * pause)
+            if not any(reading.is_cut for _, reading in readings):
+                time.sleep(max(pause, 4 * (time.monotonic() - began)))
 
-    def _log(self, rows: Sequence[Row]) -> None:
+    def _read(self, look: bool = False) -> list[tuple[str, Reading]]:
+        """One reading, with what relays have brought. A fault ends this process: the next goes on from the state."""
         try:
-            self._run.log(rows)
-        except ServiceDiedError:
-            os._exit(1)  # only a new process gets a new wandb-core
+            self._run.paused = bool(self._relays.silent(5))
+            readings = self._run.read(self._relays.brought(), look)
+        except sqlite3.Error as error:
+            self._run.state.warn("disk", f"{line(error)}: nothing is read until that ends, training goes on")
+            return []
+        except Exception as error:
+            logger.exception("run %s: the pipeline actor starts again: %s", self._letter.init["id"], line(error))
+            os._exit(1)
+        for node, _ in readings:
+            self._relays.go_on(node)
+        return readings
 
-    def _look_after(self) -> None:
-        """Does what nobody pushes: deaths, of wandb-core too, and the clock."""
+    def _look_for_nodes(self) -> None:
+        """Once a second: nodes that have outboxes, which Ray's GCS knows, and whether wandb-core is alive."""
         while True:
-            dead = None
-            with contextlib.suppress(queue.Empty):
-                dead = self._deaths.get(timeout=self.CLOCK)
-            guest.keep_letter(self._letter_path)
+            with contextlib.suppress(Exception):  # a GCS that restarts
+                if self._relays and which_ray():
+                    self._relays.look()
             if self._run and wandb_internals.service_is_dead():
-                os._exit(1)
-            try:
-                with self._changed:
-                    for prefix, pipeline in (self._run.pipelines if self._run else {}).items():
-                        if not pipeline.ended and (not dead or dead[0] == prefix):
-                            self._log(pipeline.died(dead[1]) if dead else pipeline.tick())
-                    self._changed.notify_all()
-            except Exception as error:
-                if not isinstance(error, sqlite3.Error):  # of a full disk `push` tells
-                    logger.warning("W&B run %s: %s", self._letter.init["id"], line(error))
-                if dead:
-                    threading.Timer(self.CLOCK, self._deaths.put, [dead]).start()
+                os._exit(1)  # only a new process gets a new one
+            time.sleep(1)
+
+    def _catch_up(self, deadline: float, closing: bool) -> None:
+        """Reads all that has been logged by now; nothing more is taken if the run is `closing`."""
+        if closing:
+            self._run.reader.close()
+            with contextlib.suppress(Exception):  # all of Ray is gone
+                self._relays.close()
+        waiting = {HOME, *self._relays.nodes}
+        while waiting & {HOME, *self._relays.nodes}:
+            for node, reading in self._read(look=True):
+                done = reading.leaving if closing and node != HOME else reading.is_empty and not reading.is_cut
+                waiting -= {node} if done else set()
+            for node in self._relays.silent(Relays.PATIENCE):
+                self._relays.give_up(node, f"it did not answer within {Relays.PATIENCE:.0f} s")
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.005)
+
+    # Calls
 
     @ray.method(concurrency_group="hold")
-    def hold(self, ended: Set[str], stopped: bool) -> tuple[set[str], bool]:
-        """Returns at the next event of the run: see `Events.beyond`."""
-        return self._events.beyond(ended, stopped)
+    def wait_for_stop(self) -> bool:
+        """Returns when somebody presses "Stop run" on the run's page, or at the end: whether it was pressed."""
+        self._over.wait()
+        return self._pressed
+
+    def _press_stop(self) -> None:
+        self._pressed = True
+        self._over.set()
 
     @ray.method(concurrency_group="control")
     def expect(self, prefix: str, workers: int) -> None:
-        with self._changed:
-            self._log(self._running(prefix).pipelines[prefix].expect(workers))
+        with self._lock:
+            self._running().expect(prefix, workers)
 
     @ray.method(concurrency_group="control")
     def progress(self, prefix: str) -> tuple[Ledger, dict[str, Any]]:
         """The ledger so far, and the numbers of the row of the highest step (keys without prefix)."""
-        with self._changed:
+        with self._lock:
             run = self._running()
-            return ledger(run.store, run.pipelines[prefix]), run.pipelines[prefix].last_row
+            pipeline = run.pipeline(prefix)
+            return run.ledger(pipeline), pipeline.last_row
 
     @ray.method(concurrency_group="control")
     def stage(self, to: Path, offset: int, piece: bytes) -> None:
@@ -156,41 +177,45 @@ class PipelineActor:
         artifacts.put_piece(to, offset, piece)
 
     @ray.method(concurrency_group="control")
-    def log_artifact(self, prefix: str, folder: Path, what: Mapping[str, Any]) -> None:
+    def log_artifact(self, folder: Path, what: Mapping[str, Any]) -> None:
         """Has an artifact logged whose files are in `folder`."""
-        with self._changed:
-            self._running(prefix).artifacts.log(folder, what)
+        with self._lock:
+            self._running().artifacts.log(folder, what)
 
     @ray.method(concurrency_group="control")
-    def use_artifact(self, prefix: str, name: str) -> None:
-        with self._changed:
-            self._running(prefix).artifacts.use(name)
+    def use_artifact(self, name: str) -> None:
+        with self._lock:
+            self._running().artifacts.use(name)
 
-    def _running(self, prefix: str | None = None) -> Run:
-        """The run; with a prefix: in which that pipeline goes on. Raises RunFinishedError where there is none."""
-        pipeline = self._run and self._run.pipelines.get(prefix)
-        if not self._run or (prefix is not None and (not pipeline or pipeline.ended)):
-            raise run_is_finished(self._letter.init.get("name") or self._letter.init["id"])
+    def _running(self) -> Run:
+        if not self._run or "ledgers" in self._run.state.facts:
+            raise run_is_finished(self._letter.address.name)
         return self._run
 
     # Finishing
 
     @ray.method(concurrency_group="control")
-    def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None, wait: float = 5) -> Ledgers:
-        """Finishes the run, or only one pipeline of a run that goes on.
+    def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None) -> Ledgers:
+        """Finishes the run, or closes the steps of one pipeline of a run that goes on.
 
-        wait: so many seconds for a process that says nothing. Raises RunFinishedError where there is no run.
+        Raises RunFinishedError where there is no run.
         """
         try:
-            with self._changed:
-                run = self._running()  # a start that is under way ends first
-                ends = [each for each in run.pipelines.values() if prefix in (None, each.prefix) and not each.ended]
-                self._events.end(pipeline.prefix for pipeline in ends)
-                hear_out(ends, run, self._changed, wait)
-                run.end(ends)
+            with self._lock:  # a start that is under way ends first
+                if not self._run:
+                    raise run_is_finished(self._letter.address.name)
+                run, deadline = self._run, time.monotonic() + (self._run.writer.timeout or float("inf"))
+                ends = [pipeline for pipeline in run.pipelines if prefix in (None, pipeline.prefix)]
+                if "ledgers" not in run.state.facts:
+                    self._catch_up(deadline, closing=prefix is None)
+                    run.end(ends, deadline)
                 if prefix is not None:
-                    return {prefix: ledger(run.store, run.pipelines[prefix])}
-            return run.finish(exits.INTERRUPTED if self._events.stopped and exit_code else exit_code, failure)
+                    return {prefix: run.ledger(run.pipeline(prefix))}
+            ledgers = run.finish(
+                exits.INTERRUPTED if self._pressed and exit_code else exit_code, failure, deadline
+            )
+            recover.write_ledgers(self._letter.address.folder, ledgers)
+            return ledgers
         except ServiceDiedError:
             os._exit(1)  # Ray repeats the call on the next actor
 
@@ -201,14 +226,33 @@ class PipelineActor:
         ray.actor.exit_actor()
 
     def _forget(self) -> None:
-        with self._changed:
+        self._over.set()
+        with self._lock:
             if self._run:
-                self._run.store.remove()
+                self._run.state.remove()
                 self._run = None
-        guest.forget_letter(self._letter_path)
+
+    def _end_with_owner(self) -> None:
+        """Finishes the run as its owner has ended. Where Ray is gone with the owner, it leaves this two seconds at most."""
+        letter, raylet = self._letter, os.getppid()
+        try:
+            if self._run:
+                end = self._run.owner_end
+                if end == GONE and letter.job and has_ended(letter.job):
+                    end = 0, None
+                recover.start(letter.address.folder, orphan=True)  # in case that this process is killed first
+                with contextlib.suppress(RunFinishedError):
+                    self.finish(*end)
+                self._forget()
+            recover.clean(letter)
+        except Exception as error:
+            logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))
+        if os.getppid() != raylet:
+            os._exit(0)
+        ray.kill(get_runtime_context().current_actor)
 
     def _hear(self, warning: str) -> None:
-        logger.warning("W&B run %s: %s", self._letter.init.get("name") or self._letter.init["id"], warning)
+        logger.warning("W&B run %s: %s", self._letter.address.name, warning)
         with contextlib.suppress(Exception):
             self._run.writer.run.write_logs(warning)
 
@@ -218,6 +262,6 @@ def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
     if not issubclass(cls, PipelineActor):
         raise TypeError(f"{cls.__name__} must be derived from PipelineActor")
     lives = dict(max_restarts=-1, max_task_retries=-1, lifetime="detached")
-    threads = {"hold": 1, "control": 8}  # next to the one that takes the reports, in their order
+    threads = {"hold": 1, "control": 8}  # next to the one that starts the run
     # pyrefly: ignore[unexpected-keyword] - Ray's own types lack some of its options
     return ray.remote(concurrency_groups=threads, num_cpus=0, **lives)(cls)

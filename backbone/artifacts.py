@@ -6,6 +6,7 @@ wandb blocks when the server is away, and an artifact that is used may still be 
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 import shutil
 import sqlite3
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import transaction_log, values, wandb_internals
 from .ledger import line
-from .store import Store
+from .state import State
 
 if TYPE_CHECKING:
     from .writer import Writer
@@ -29,17 +30,17 @@ PIECE = 8 << 20  # bytes of a file that travel at once between nodes
 class Artifacts:
     """What is to be logged or used, in order; over a restart of the actor each once.
 
-    lock: whoever has it may use the store.
+    lock: whoever has it may use the state.
     """
 
-    def __init__(self, store: Store, writer: Writer, lock: threading.Condition | threading.RLock):
-        self._store, self._writer, self._lock = store, writer, lock
+    def __init__(self, state: State, writer: Writer, lock: threading.Condition | threading.RLock):
+        self._state, self._writer, self._lock = state, writer, lock
         self._threads = {"log": ThreadPoolExecutor(1), "use": ThreadPoolExecutor(1)}
         self._futures: list[Future] = []
         self._finishing = threading.Lock()
-        on_disk = set().union(*(transaction_log.artifacts(Path(path)) for path in store.facts.get("paths", ())))
-        for id_, task, client, done in store.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall():
-            finished = done or "ledgers" in store.facts or (client in on_disk and store.facts["mode"] == "offline")
+        on_disk = set().union(*(transaction_log.artifacts(Path(path)) for path in state.facts.get("paths", ())))
+        for id_, task, client, done in state.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall():
+            finished = done or "ledgers" in state.facts or (client in on_disk and state.facts["mode"] == "offline")
             if not finished:
                 self._submit(id_, *pickle.loads(task))
 
@@ -51,21 +52,21 @@ class Artifacts:
         self._add("use", {"name": name})
 
     def _add(self, kind: str, what: Mapping[str, Any]) -> None:
-        if self._store.facts["mode"] == "disabled":
+        if self._state.facts["mode"] == "disabled":
             return
         task = pickle.dumps((kind, what))
         try:
             same = "SELECT 1 FROM artifacts WHERE length(task) = ? AND task = ?"  # reads the lengths only, mostly
-            if kind == "log" and self._store.db.execute(same, (len(task), task)).fetchone():
+            if kind == "log" and self._state.db.execute(same, (len(task), task)).fetchone():
                 return  # Ray repeats a call whose answer an actor's death has swallowed; its folder is its own
-            added = self._store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))
+            added = self._state.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))
         except sqlite3.Error as error:  # the disk is full
             return self._lose(what["name"], error)
         self._submit(added.lastrowid, kind, what)
 
     def _lose(self, name: str, error: Exception) -> None:
-        self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + 1)
-        self._store.warn("artifact", f"artifact {name!r} is lost: {line(error)}")
+        self._state.note(lost_artifacts=self._state.facts.get("lost_artifacts", 0) + 1)
+        self._state.warn("artifact", f"artifact {name!r} is lost: {line(error)}")
 
     def _submit(self, id_: int, kind: str, what: Mapping[str, Any]) -> None:
         work = {"log": self._log, "use": self._use}[kind]
@@ -85,19 +86,19 @@ class Artifacts:
             artifact.add(value, file)
         self._note("client = ?", wandb_internals.client_id(artifact), id_)
         logged = self._writer.run.log_artifact(artifact, aliases=aliases)
-        if self._store.facts["mode"] == "online":
+        if self._state.facts["mode"] == "online":
             logged.wait()  # else a restart could bring it a second time, and its aliases back
             self._note("done = ?", 1, id_)
 
     def _use(self, id_: int, *, name: str) -> None:
         run = self._writer.run
         with self._lock:
-            tasks = self._store.db.execute("SELECT task FROM artifacts WHERE id <= ? ORDER BY id", (id_,)).fetchall()
+            tasks = self._state.db.execute("SELECT task FROM artifacts WHERE id <= ? ORDER BY id", (id_,)).fetchall()
         names = [what["name"] for kind, what in map(pickle.loads, (task for (task,) in tasks)) if kind == "use"]
         used = dict.fromkeys([*run.config.get("used_artifacts", []), *names])  # offline a restart forgets the config
         run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
         deadline = time.monotonic() + self._writer.timeout
-        while self._store.facts["mode"] == "online":
+        while self._state.facts["mode"] == "online":
             try:
                 run.use_artifact(name)
                 break
@@ -109,19 +110,20 @@ class Artifacts:
 
     def _note(self, change: str, value: Any, id_: int) -> None:
         with self._lock, contextlib.suppress(sqlite3.Error):
-            self._store.db.execute(f"UPDATE artifacts SET {change} WHERE id = ?", (value, id_))
+            self._state.db.execute(f"UPDATE artifacts SET {change} WHERE id = ?", (value, id_))
 
-    def finish(self, timeout: float) -> None:
+    def finish(self, deadline: float) -> None:
         """Waits for all of them; counts those that were not possible."""
+        timeout = max(0.0, deadline - time.monotonic())
         with self._finishing:  # whoever finishes as well waits, too
             futures, self._futures = self._futures, []
-            done, late = wait(futures, timeout)
+            done, late = wait(futures, None if math.isinf(timeout) else timeout)
             errors = [future.exception() for future in done if future.exception()]
             if failed := len(errors) + len(late):
-                self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + failed)
+                self._state.note(lost_artifacts=self._state.facts.get("lost_artifacts", 0) + failed)
                 why = line(errors[0]) if errors else f"not possible within {timeout:.0f} s"
-                where = f"{self._store.facts['paths'][-1]}/artifacts"
-                self._store.warn("artifacts", f"{failed} artifacts were not logged or used: {why}; see {where}")
+                where = f"{self._state.facts['paths'][-1]}/artifacts"
+                self._state.warn("artifacts", f"{failed} artifacts were not logged or used: {why}; see {where}")
 
 
 # In the worker

@@ -77,7 +77,7 @@ class Unfinished:
 
         with self._lock:
             ends = {run: own if exit_code is None else (exit_code, failure) for run, own in self._runs.items()}
-        threads = [threading.Thread(target=finish, args=(run, *end)) for run, end in ends.items() if not run.shares]
+        threads = [threading.Thread(target=finish, args=(run, *end)) for run, end in ends.items()]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -85,6 +85,8 @@ class Unfinished:
 
     def _at_exit(self) -> None:
         if self._pid == os.getpid():  # and no fork of it
+            for run, end in self._runs.items():
+                run.note_end(*end)  # in case that it can't be finished here
             self.finish()
 
 

@@ -1,16 +1,19 @@
-"""The files that a run keeps outside of its folder: they are private, and one process at a time has them."""
+"""The files that a run keeps outside of its folder: they are private. One process at a time has the state."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import stat
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -20,12 +23,75 @@ except ImportError:  # Windows
 logger = logging.getLogger("wandb_run")
 
 
-def store_path(folder: Path, run_id: str) -> Path:
-    """Where the store of a run below `folder` is: in `folder`, or on this node where that has no locks (Lustre)."""
+OUTBOXES, CLOSED = "outboxes", "closed"  # folder of a run's outboxes in a private folder, and its name in the end
+
+
+class Address(NamedTuple):
+    """Where a run's private folder is: all that a process needs in order to log to it."""
+
+    name: str  # of the run
+    nonce: str  # of this life of the run, since an id can be used again
+    folder: Path  # on the owner's node
+    machine: str  # that node's, see `this_machine`
+    node: str  # its name in Ray
+
+    def key(self, kind: str, node: str = "") -> bytes:
+        """In the key-value store of Ray's GCS."""
+        return f"{kind}/{self.nonce}/{node}".encode()
+
+    @property
+    def actor(self) -> str:
+        """The name of the pipeline actor."""
+        return f"wandb-run-{self.nonce}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process is on that node and sees the folder. A temporary folder may be on a shared disk."""
+        return self.machine == this_machine() and is_private_folder(self.folder)
+
+    @property
+    def elsewhere(self) -> Path:
+        """The private folder of another node."""
+        return Path(tempfile.gettempdir(), f"wandb-run-{self.nonce}-{this_machine()[:13]}")
+
+
+@functools.cache
+def this_machine() -> str:
+    """What tells machines apart, and lives of one machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # no Linux
+        return ""
+
+
+def make_private_folder(path: Path) -> None:
+    """Makes it, unless it is there. Raises OSError where it is somebody else's."""
+    path.mkdir(0o700, parents=True, exist_ok=True)
+    if not is_private_folder(path):
+        raise OSError(f"{path} is no private folder of this user")
+
+
+def is_private_folder(path: Path) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    owned = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700)
+    return stat.S_ISDIR(found.st_mode) and owned
+
+
+def disk_is_full(path: Path) -> bool:
+    """Nearly: nobody wants the last of a disk to be taken by a backlog."""
+    found = shutil.disk_usage(path)
+    return found.free < found.total / 10
+
+
+def state_path(folder: Path, run_id: str) -> Path:
+    """Where the state of a run below `folder` is: in `folder`, or on this node where that has no locks (Lustre)."""
     if has_locks(folder):
-        return folder / f".{run_id}.store"
+        return folder / f".{run_id}.state"
     name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:12]
-    return Path(tempfile.gettempdir(), f"wandb-run-{name}-{run_id}.store")
+    return Path(tempfile.gettempdir(), f"wandb-run-{name}-{run_id}.state")
 
 
 def has_locks(folder: Path) -> bool:

@@ -26,17 +26,15 @@ class Ledger:
     restarts: int = 0  # of the pipeline actor, after it died
     uploaded: bool = False  # online: the server has it all
     lost_artifacts: int = 0
-    gone: bool = False  # the pipeline actor, for good; what workers said after that is counted nowhere
+    unheard: list[str] = dataclasses.field(default_factory=list)  # places that may hold reports which nobody could read
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     prefix: str = ""
-    reports: int = 0  # calls of `log` that the pipeline has heard of
+    reports: int = 0  # calls of `log`
     rows: int = 0  # that are in a transaction log or on the server
     partial: int = 0  # of the rows: on fewer workers than the pipeline has
-    repeats: int = 0  # batches that came again after a restart, and were recognised
     lost: int = 0  # reports that are in no row
-    lost_values: int = 0  # values that W&B refused; the rest of their rows is there
-    silent: int = 0  # processes that may have had more to say, and did not answer at the end
+    lost_values: int = 0  # values that W&B refused, or that could not be reduced; the rest of their rows is there
 
     def __str__(self) -> str:
         """For the end of a program: the account, where the run is, and each warning on a line of its own."""
@@ -50,8 +48,8 @@ class Ledger:
 
     @property
     def ok(self) -> bool:
-        """Whether all that was logged is where it should be, and nobody's word is missing."""
-        missing = self.lost or self.lost_values or self.lost_artifacts or self.silent or self.gone
+        """Whether all that was logged is where it should be, and every process could be heard."""
+        missing = self.lost or self.lost_values or self.lost_artifacts or self.unheard
         return not missing and (self.uploaded or self.mode != "online")
 
 

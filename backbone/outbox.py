@@ -1,130 +1,274 @@
-"""A process's outbox: takes what its workers say, and lets go of it when the pipeline actor has it.
+"""A process's outbox: files to which it only appends what is logged in it. Free of Ray.
 
-What waits here waits in Python, and not for ever.
+When `put` has returned, the kernel has the record, so it outlives the process, however that ends. There is no thread,
+no callback and nothing to flush. Who reads the files is in relay.py.
+
+An outbox has a *page* and *segments*. The page says who logs there, and is locked as long as the process lives. It also
+has what was lost, and, written by the reader, how far it has read. The segments hold the records, one after the other.
 """
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import errno
+import json
+import logging
+import mmap
+import os
+import pickle
+import struct
 import threading
 import time
-from collections.abc import Callable
-from typing import ClassVar
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import ray
+from .files import CLOSED as CLOSED_FOLDER
+from .files import Address, disk_is_full, fcntl
+from .ledger import run_is_finished
 
-from . import process
-from .wire import Wire
+if TYPE_CHECKING:  # it knows of Ray
+    from .process import Process
 
-_outboxes: dict[tuple[object, ray.ActorID, str], Outbox] = {}  # this process's, by Ray, actor and prefix
+logger = logging.getLogger("wandb_run")
+
+# A record: length of its content, kind, number of the pipeline, step, when it was logged (monotonic, and wall clock).
+RECORD = struct.Struct("<IBB2xqdd")
+REPORT, COMMIT = 0, 1  # metrics; COMMIT: and the worker is done with the step
+WHO = 2  # who logs from here on
+GOODBYE = 3  # that worker will log nothing more
+EXIT = 4  # the process ends by itself; an owner's has exit code and failure
+
+# The page: what the reader writes, whether the reader should stay, the lost reports of each pipeline, who it is (JSON).
+PAGE, STAYS_AT, LOST_AT, ABOUT_AT = 4096, 56, 64, 64 + 8 * 256
+READ = struct.Struct("<B7xQQQQ")  # state; segment and offset to which it has been read; records and bytes so far
+NOBODY_READS, IS_READ, CLOSED = 0, 1, 2
+SEGMENT = 1 << 20  # bytes, after which the next one begins
 
 
-def outbox(actor: ray.actor.ActorHandle, prefix: str, name: str, copy: int) -> Outbox:
-    """This process's outbox for a pipeline of the run called `name`, of which there is a copy more."""
-    found = _outboxes.setdefault((process.which_ray(), actor._actor_id, prefix), Outbox(actor, prefix, name))
-    found.add(copy)
-    return found
+own: set[str] = set()  # outboxes of this process
 
 
 class Outbox:
-    """What this process has for one pipeline; all copies of the run in the process share one."""
+    """What a process has for one run. All copies of the handle in the process share it."""
 
-    MINUTE: ClassVar = 60.0
+    LIMIT, LIMIT_BYTES = 4096, 32 << 20  # unread records and bytes with which `put` waits for the reader
+    BACKLOG: ClassVar = 1 << 30  # unread bytes where the reader doesn't get on
+    PATIENCE: ClassVar = 5.0  # seconds for a reader that doesn't get on
 
-    def __init__(self, actor: ray.actor.ActorHandle, prefix: str, name: str):
-        self._where = actor, prefix, name
-        self._copies: set[int] = set()  # of the run in this process
-        self._changed = threading.Condition()
-        self._task = ""  # the last one that had a copy
-        self._wire: Wire | None = None
+    def __init__(self, address: Address, process: Process):
+        self.address, self.process, self.copies = address, process, 0
+        self.exit: tuple[int, str | None] | None = None  # what an owner's end is to be taken for
+        self.is_finished = False
+        self._lock = threading.RLock()  # a signal handler or a destructor may log in the middle of `put`
+        self._lost: dict[int, int] = {}  # pipeline -> reports
+        self._begin()
 
-    def add(self, copy: int) -> None:
-        """Notes a copy of the run in this process."""
-        self._copies.add(copy)
-        self._task = process.current_task() or self._task
+    def _begin(self) -> None:
+        self._page, self._page_file, self._segment_file, self._segment = None, -1, -1, 0
+        self._who = ("", "")
+        self._unsure: int | None = None  # where a write began that may not have come to its end
+        self._records = self._bytes = 0  # written
+        self._room, self._room_bytes, self._next_look = self.LIMIT, self.LIMIT_BYTES, 0.0
+        self._stuck: tuple[int, int] | None = None  # how far the reader was when it was waited for in vain
 
-    def open(self, stop: Callable[[], None] | None = None) -> Wire:
-        """Makes itself known. stop: is called once if somebody presses "Stop run" on the run's page."""
-        with self._changed:
-            if not self._wire:
-                self._wire = Wire(*self._where, self._copies, self._changed, stop)
-            return self._wire
+    @property
+    def is_closed(self) -> bool:
+        return self._page is not None and self._page[0] == CLOSED
 
-    def put(self, step: int, metrics: bytes, commit: bool) -> None:
-        """Takes a report. Waits while the outbox is full, a minute at most; then the report is lost, and counted."""
-        if process.forked_from:
-            parent = process.forked_from[0]
-            raise RuntimeError(f"log was called in a fork of process {parent}, which can't reach Ray: log there")
-        wire = self._wire or self.open()
-        if wire.is_cut:
-            wire.raise_if_closed()
-        backlog, in_task = wire.backlog, wire.me.in_task
-        with self._changed:
-            if (wire.closed or wire.error or not backlog.has_room(len(metrics))) and not self._finds_room(metrics):
-                return
-            if in_task:
-                self._task = process.current_task() or self._task
-                backlog.begin_task(self._task)
-            backlog.put(step, commit, metrics)
-            if len(backlog.waiting) == 1 and not in_task:
-                self._changed.notify_all()
-        if in_task:
-            wire.submit()
-        if not (wire.generation or wire.me.in_async_actor or _must_not_wait()):
-            with self._changed:  # the first time, until the actor knows of this process
-                known = lambda: wire.generation or wire.closed or wire.error or not backlog.reports  # noqa: E731
-                self._changed.wait_for(known, backlog.patience)
-                if not wire.generation:
-                    wire.raise_if_closed()
+    def put(self, kind: int, pipeline: int, step: int, content: bytes, label: str = "") -> None:
+        """Takes a record. It waits where many are unread; a report that there is no room for is lost, and counted.
 
-    def _finds_room(self, metrics: bytes) -> bool:
-        wire, size = self._wire, len(metrics)
-        patience = 0.0 if _must_not_wait() else wire.backlog.patience
-        self._changed.wait_for(lambda: wire.closed or wire.error or wire.backlog.has_room(size), patience)
-        wire.raise_if_closed()
-        if wire.error or not wire.backlog.has_room(size):
-            wire.backlog.said += 1
-            wire.lose(1, wire.error or TimeoutError("the pipeline actor does not answer"))
-            return False
+        Raises RunFinishedError, and RuntimeError where the run can't be reached from this process.
+        """
+        room = self._page is not None or self.open()
+        if room and (self._records >= self._room or self._bytes + len(content) > self._room_bytes):
+            room = self._waits_for_room(len(content))
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._next_look:
+                self._look(now, pipeline)
+            if not (room and self._write(kind, pipeline, step, content, now, label)) and kind <= COMMIT:
+                self._lose(pipeline, 1)
+        if self.is_closed:
+            raise run_is_finished(self.address.name)
+
+    def _write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
+        who = self.process.who(), label
+        if who != self._who:
+            about = json.dumps(dict(name=who[0], label=label, task=self.process.in_task)).encode()
+            if not self._append(RECORD.pack(len(about), WHO, 0, 0, now, time.time()) + about):
+                return False
+            self._who = who  # not before: an interrupt would leave reports that are taken for somebody else's
+        done = self._append(RECORD.pack(len(content), kind, pipeline, step, now, time.time()) + content)
+        self._records += done
+        return done
+
+    def _append(self, record: bytes) -> bool:
+        """Writes a record whole or not at all; whether there was room."""
+        if self._unsure is not None:  # an exception came out of the middle of this
+            self._settle(self._unsure)
+        start = self._unsure = os.lseek(self._segment_file, 0, os.SEEK_END)
+        try:
+            if start >= SEGMENT:
+                self._open_segment(self._segment + 1)
+                start = self._unsure = 0
+            written = os.write(self._segment_file, record)
+        except OSError:
+            written = 0
+        if written == len(record):
+            self._unsure = None
+            self._bytes += written
+            return True
+        self._settle(start)
+        return False
+
+    def _settle(self, start: int) -> None:
+        """Takes back what is no whole record behind `start`: nobody could read beyond it."""
+        with contextlib.suppress(OSError):
+            content = self._path(self._segment).read_bytes()
+            while start + RECORD.size <= len(content):
+                end = start + RECORD.size + RECORD.unpack_from(content, start)[0]
+                if end > len(content):
+                    break
+                start = end
+            if start < len(content):
+                os.ftruncate(self._segment_file, start)
+        self._unsure = None
+
+    def _waits_for_room(self, size: int) -> bool:
+        """Whether there is room for so many bytes, maybe when the reader has got on."""
+        before, deadline = None, 0.0
+        while not self.is_closed:
+            read = READ.unpack_from(self._page)[3:]
+            unread, now = self._bytes - read[1], time.monotonic()
+            if self._records - read[0] < self.LIMIT and (not unread or unread + size <= self.LIMIT_BYTES):
+                self._room, self._room_bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
+                return True
+            if read == self._stuck:
+                return unread + size <= self.BACKLOG and not disk_is_full(self._folder)
+            if read != before:
+                before, deadline = read, now + self.PATIENCE
+            elif now > deadline:
+                self._stuck = read
+            if now >= self._next_look:
+                self._look(now)
+            time.sleep(0.002)
         return True
 
-    def flush(self, timeout: float) -> bool:
-        """Whether the actor has taken all that was put here, within so many seconds."""
-        wire = self._wire
-        if not wire:
-            return True
-        with self._changed:
-            wire.flushing = True
-            self._changed.notify_all()
-            done = self._changed.wait_for(lambda: wire.error or not wire.backlog.reports, timeout)
-            wire.flushing = False
-            return bool(done) and not wire.error and not wire.lost
-
-    def release(self, copy: int) -> None:
-        """Lets go of a copy of the run. Behind the last one it waits until the actor has all.
-
-        Called by `__del__`, maybe by the collector in any thread: takes no lock that it would have to wait for, calls
-        nothing of Ray, and doesn't wait where an answer would have to come by this very thread. In an async actor
-        other methods would stand still meanwhile.
-        """
-        self._copies.discard(copy)
-        wire = self._wire
-        if self._copies or process.forked_from or not wire or sys.is_finalizing():
+    def _look(self, now: float, pipeline: int = 0) -> None:
+        """Once a second, while something is logged: whether anybody can read it."""
+        self._next_look = now + 1
+        if self._page is None:
             return
-        patience = self.MINUTE if wire.me.in_task else 5.0
-        inside = any(box._changed._is_owned() for box in [*_outboxes.values()])  # this thread is in one of them
-        if inside or _must_not_wait() or wire.me.in_async_actor:
-            patience = 0.0
-        began = time.monotonic()
-        while not wire.is_done and not self._copies:
-            if self._changed.acquire(blocking=False):
-                self._changed.notify_all()
-                self._changed.release()
-            if time.monotonic() >= max(began, wire.backlog.moved) + patience:  # no answer came for so long
-                break
-            time.sleep(0.0005)
+        if os.fstat(self._page_file).st_nlink == 0:  # somebody has cleaned the temporary folder
+            lost = self._records - READ.unpack_from(self._page)[3]
+            self.close()
+            self._lost = {}
+            self.open()
+            self._lose(pipeline, lost)
+        elif self._page[0] == NOBODY_READS:
+            self.process.find_folder(self.address)
 
+    def _lose(self, pipeline: int, reports: int) -> None:
+        if reports and not self._lost:
+            why = "no room on the disk, or nobody reads them"
+            logger.warning("run %s: reports are lost, training goes on: %s", self.address.name, why)
+        self._lost[pipeline] = self._lost.get(pipeline, 0) + reports
+        if self._page is not None:
+            os.pwrite(self._page_file, struct.pack("<Q", self._lost[pipeline]), LOST_AT + 8 * pipeline)
 
-def _must_not_wait() -> bool:
-    """In a thread in which the answers come."""
-    return (process.which_ray(), threading.get_ident()) in process.callback_threads
+    def flush(self, timeout: float) -> bool:
+        """Waits until all records have left this node; whether they have within so many seconds."""
+        deadline = time.monotonic() + timeout
+        while self._page is not None and self._folder.parent != Path(self.address.folder) and not self.is_closed:
+            if READ.unpack_from(self._page)[4] >= self._bytes:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            self._look(time.monotonic())
+            time.sleep(0.01)
+        return True
+
+    def hand_on(self) -> None:
+        """Before a copy of the handle goes to another process, which may have no Ray to tell the run where it is."""
+        with contextlib.suppress(RuntimeError):  # it is finished
+            if self.process.ray and not self.address.is_here and self.open():
+                os.pwrite(self._page_file, b"\1", STAYS_AT)
+
+    def let_go(self) -> None:
+        """A copy of the handle is gone. When it was the last one, a task will log nothing more."""
+        self.copies -= 1
+        if not self.copies and self.process.in_task and self._who[0] and self._page and not self.is_closed:
+            with self._lock:
+                self._append(RECORD.pack(0, GOODBYE, 0, 0, time.monotonic(), time.time()))
+                self._who = ("", "")
+
+    def say_exit(self) -> None:
+        if self._page is not None and not self.is_closed:
+            with self._lock, contextlib.suppress(Exception):
+                content = pickle.dumps(self.exit) if self.exit else b""
+                self._append(RECORD.pack(len(content), EXIT, 0, 0, time.monotonic(), time.time()) + content)
+
+    # Opening
+
+    def open(self) -> bool:
+        """Opens it, unless that has been tried in vain within a second; whether it is open."""
+        if self.is_finished:
+            raise run_is_finished(self.address.name)
+        with self._lock:
+            if self._page is None and time.monotonic() >= self._next_look:
+                self._next_look = time.monotonic() + 1
+                with contextlib.suppress(OSError):  # the disk is full
+                    try:
+                        self._open(self.process.find_folder(self.address), uuid.uuid4().hex)
+                    except FileNotFoundError:  # it has just been removed, or the run is finished
+                        self._open(self.process.find_folder(self.address), uuid.uuid4().hex)
+            return self._page is not None
+
+    def _open(self, folder: Path, name: str) -> None:
+        self._folder, self._name, hidden = folder, name, folder / f".{name}"
+        file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            about = json.dumps(self.process.about()).encode().ljust(PAGE - ABOUT_AT)
+            lost = b"".join(struct.pack("<Q", self._lost.get(pipeline, 0)) for pipeline in range(256))
+            if os.write(file, READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(LOST_AT, b"\0") + lost + about) != PAGE:
+                raise OSError(errno.ENOSPC, "no room for a page")
+            page = mmap.mmap(file, PAGE, access=mmap.ACCESS_READ)  # all of it has been written: a gap could be a SIGBUS
+            if fcntl:  # before others see it, or a reader could take this process for dead
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            own.add(name)
+            hidden.rename(self._path("page"))
+            self._open_segment(0)
+            if (folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
+                raise run_is_finished(self.address.name)
+        except BaseException:
+            os.close(file)
+            hidden.unlink(missing_ok=True)
+            raise
+        self._page_file, self._page = file, page
+
+    def _open_segment(self, number: int) -> None:
+        try:
+            file = os.open(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except FileNotFoundError:
+            self.process.find_folder(self.address)  # raises if the run is finished
+            raise
+        before, self._segment_file, self._segment = self._segment_file, file, number
+        if before >= 0:
+            os.close(before)
+
+    def _path(self, end: str | int) -> Path:
+        return self._folder / f"{self._name}.{end}"
+
+    def begin_in_fork(self, process: Process) -> None:
+        """In a fork of the process that had it: the fork is another one, with an outbox of its own."""
+        self.process, self._lost, self._lock = process, {}, threading.RLock()
+        self.close()
+
+    def close(self, finished: bool = False) -> None:
+        for file in (self._page_file, self._segment_file):
+            if file >= 0:
+                os.close(file)
+        self.is_finished = finished
+        self._begin()

@@ -1,67 +1,272 @@
-"""The process that a run belongs to, as the pipeline actor sees it: whether it is there, and how it ended."""
+"""The process that makes a run, its owner: what of it must be known in order to run as if it had called `wandb.init`.
+
+The pipeline actor is another process, maybe started by somebody else's Ray. All that a W&B user expects to count there
+comes to it in a letter, a private file on the owner's node. Ray is imported where it is needed, because `recover` does
+without.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import logging
 import os
-import time
-from collections.abc import Callable
+import pickle
+import shutil
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import ray
-from ray._private import state
-from ray.core.generated import common_pb2, gcs_pb2
-from ray.runtime_context import get_runtime_context
-
-from . import guest
-from .calls import ray_answers
-from .ending import appoint_heir
-from .files import fcntl
-from .ledger import RunFinishedError, line
+from . import exits
+from .files import OUTBOXES, Address, check_run_id, is_private, this_machine
+from .ledger import line
 
 logger = logging.getLogger("wandb_run")
 
+# What wandb needs to reach its server, and to find a login.
+NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
+NETWORK += ("CURL_CA_BUNDLE", "NETRC", "HOME")
+NO_PROGRAM = "<python with no main file>"  # as wandb says
+# What belongs to one run: the first that is made without an id of its own since the value appeared.
+ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 
-def watch(path: Path, letter: guest.Letter, finish: Callable[..., object], forget: Callable[[], None]) -> None:
-    """Finishes the run of a letter, which is at `path`, when its owner is gone; then ends this actor.
 
-    Where Ray is gone with the owner, it leaves an actor two seconds at most; then its heir does it.
+@dataclasses.dataclass
+class Letter:
+    """What the pipeline actor is told. Not by its constructor's arguments, which Ray's GCS keeps and shows."""
+
+    address: Address
+    process: str  # the owner's name
+    job: str  # the owner's Ray job, if it is a worker of Ray's; empty for a driver
+    init: dict[str, Any]  # for `wandb.init`
+    environ: dict[str, str]
+    directory: str  # where the owner is: wandb's settings and the repository are found from there
+    argv: list[str]
+
+
+_claimed: set[tuple] = set()  # ids in the environment that a run of this process has got
+
+
+def travelling(own_id: str | None) -> tuple[dict[str, str], Claim, str]:
+    """The variables that a run's actor gets, with an id that it has claimed, or a line to say why it has not.
+
+    own_id: the run's id, if the code says so.
     """
-    raylet = os.getppid()
-    if not fcntl:  # Windows: it is not watched
-        return
-    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)  # waits until the owner is gone, or lets go of the letter
-    # Without a letter the run is finished, and this actor told to leave; unless that got lost, or somebody cleaned up.
-    deadline = time.monotonic() + 10
-    while not path.exists() and os.getppid() == raylet and time.monotonic() < deadline:
-        time.sleep(0.1)
+    environ = job_environment() | dict(os.environ)
+    environ = {k: v for k, v in environ.items() if k.startswith("WANDB_") or k.upper() in NETWORK}
+    environ.pop("WANDB_SERVICE", None)  # of wandb in this process
+    run, sweep = environ.get("WANDB_RUN_ID"), environ.get("WANDB_SWEEP_ID")
+    claim = Claim(run, sweep)
+    if not (run or sweep) or (own_id in (None, run) and claim.take()):
+        return environ, claim, ""
+    for name in ONE_RUN:
+        environ.pop(name, None)
+    what = f"the sweep {sweep}" if sweep else f"WANDB_RUN_ID={run}"
+    return environ, Claim(None, None), f"stays outside {what}, which is for one run"
+
+
+class Claim(NamedTuple):
+    """Of ids in the environment, which Ray's workers have as well, by one run of a job."""
+
+    run: str | None
+    sweep: str | None
+
+    @property
+    def key(self) -> bytes:
+        from ray.runtime_context import get_runtime_context
+
+        return f"wandb-run {get_runtime_context().get_job_id()} {self.run} {self.sweep}".encode()
+
+    def take(self) -> bool:
+        """Whether it could be taken."""
+        from ray.experimental import internal_kv
+
+        taken = self in _claimed or internal_kv._internal_kv_put(self.key, b"", overwrite=False)
+        _claimed.add(self)
+        return not taken
+
+    def give_back(self) -> None:
+        """The run could not start."""
+        from ray.experimental import internal_kv
+
+        if self.run or self.sweep:
+            _claimed.discard(self)
+            internal_kv._internal_kv_del(self.key)
+
+
+def job_environment() -> dict[str, str]:
+    """What `ray.init(runtime_env={"env_vars": …})` says, which the driver's own environment has not."""
+    from ray.runtime_context import get_runtime_context
+
+    return dict(get_runtime_context().runtime_env.get("env_vars") or {})
+
+
+def make_private_folder(name: str, node: str) -> Address:
+    """Of a new run: the letter and the outboxes are in it."""
+    folder = Path(tempfile.mkdtemp(prefix="wandb-run-"))  # with mode 0700
+    (folder / OUTBOXES).mkdir(0o700)
+    return Address(name, uuid.uuid4().hex, folder, this_machine(), node)
+
+
+def write_letter(letter: Letter) -> None:
+    """Raises TypeError for an argument that can't be sent."""
+    from ray import cloudpickle  # a config may have objects of the user's `__main__`
+
     try:
-        letter = guest.read_letter(path) if path.exists() else letter
-        ended = letter.ended or (1, "the process that the run belonged to is gone")
-        if letter.ray_worker and not letter.ended and _has_returned(letter.ray_worker):
-            ended = 0, None
-        with contextlib.suppress(Exception):  # without an heir it goes on, too
-            _heir = path.exists() and appoint_heir(path, letter, *ended)  # which waits as long as this is kept
-        with contextlib.suppress(RunFinishedError):  # or it has never begun
-            finish(*ended, wait=5 if letter.ray_worker else 0.5)
-        forget()
-    except Exception as error:  # the heir tries once more; else the store stays, for the next run of that id
-        logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))
-    if os.getppid() != raylet:  # all of Ray is gone
-        os._exit(0)
-    ray.kill(get_runtime_context().current_actor)
+        content = cloudpickle.dumps(letter)
+    except Exception:
+        for name, value in letter.init.items():
+            try:
+                cloudpickle.dumps(value)
+            except Exception as error:
+                raise TypeError(f"{name}={value!r:.80} can't be sent to the pipeline actor: {line(error)}") from None
+        raise
+    with os.fdopen(os.open(letter.address.folder / "letter", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        file.write(content)
 
 
-def _has_returned(ray_worker: str) -> bool:
-    """Whether an ended worker of Ray's was meant to end, as Ray's GCS tells when it has heard of it."""
-    deadline = time.monotonic() + 2
-    while ray_answers() and time.monotonic() < deadline:
-        for raw in state.state._connect_and_get_accessor().get_worker_table():
-            data = gcs_pb2.WorkerTableData.FromString(raw)
-            if data.worker_address.worker_id.hex() == ray_worker and not data.is_alive:
-                intended = common_pb2.INTENDED_SYSTEM_EXIT, common_pb2.INTENDED_USER_EXIT
-                return data.exit_type in intended
-        time.sleep(0.1)
-    return False
+def read_letter(folder: Path) -> Letter:
+    """Raises OSError where there is none that can be trusted."""
+    path = folder / "letter"
+    if not is_private(path):
+        raise OSError(f"{path} is no private file of this user")
+    with path.open("rb") as file:
+        return pickle.load(file)
+
+
+def move_in(letter: Letter) -> None:
+    """Makes this process look to wandb as its owner does."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.upper() in NETWORK]:
+        del os.environ[name]
+    os.environ.update(letter.environ)
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it takes a third of the time of `run.log`
+    os.environ.setdefault("WANDB_PROGRAM", letter.argv[0])
+    sys.argv = letter.argv  # wandb records it; that of a Ray worker is Ray's own, addresses and all
+    if os.path.isdir(letter.directory):
+        os.chdir(letter.directory)
+
+
+def command_line() -> list[str]:
+    """Program and arguments of this process; in a worker of Ray's those of its job's driver."""
+    import ray
+    from ray._private import state
+    from ray.runtime_context import get_runtime_context
+
+    if get_runtime_context().worker.mode != ray.WORKER_MODE:
+        main = sys.modules["__main__"]
+        module = getattr(main, "__spec__", None)  # of `python -m`
+        return [f"-m {module.name}" if module else getattr(main, "__file__", NO_PROGRAM), *sys.argv[1:]]
+    job = get_runtime_context().get_job_id()
+    words = next((found.get("Entrypoint", "") for found in state.jobs() if found["JobID"] == job), "").split()
+    words = words[1:] if words[:1] == [sys.executable] else words
+    if words[:1] == ["-m"]:
+        return [" ".join(words[:2]), *words[2:]]
+    return [NO_PROGRAM] if words[:1] in ([], ["-c"]) else words
+
+
+def arguments(init: Mapping[str, Any]) -> dict[str, Any]:
+    """What the code says to `wandb.init`; settings are a dict, without those that are arguments as well."""
+    init = {key: value for key, value in init.items() if value is not None}
+    settings = init.get("settings") or {}
+    if not isinstance(settings, Mapping):  # wandb.Settings
+        settings = {key: getattr(settings, key) for key in settings.model_fields_set}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    same = {"run_id": "id", "root_dir": "dir", "run_job_type": "job_type"}
+    return {same[key]: settings.pop(key) for key in same if key in settings} | init | dict(settings=settings)
+
+
+def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """What goes to `wandb.init`, with an absolute `dir`. `own`: what holds unless `init` or the environment say else.
+
+    Raises ValueError for what can't work.
+    """
+    variables = {name.removeprefix("WANDB_").lower(): value for name, value in environ.items()}
+    said = dict(id=variables.get("run_id"), dir=variables.get("dir"), job_type=variables.get("job_type"))
+    said = {key: value for key, value in said.items() if value}
+
+    def given(name: str) -> Any:
+        found = next((place[name] for place in (init, init["settings"], variables) if name in place), None)
+        return None if str(found).lower() in ("false", "0", "") else found
+
+    if given("sync_tensorboard") or given("mode") == "shared":
+        raise ValueError("sync_tensorboard and mode='shared' make wandb ignore the numbers of rows: use neither here")
+    if name := next((name for name in ("resume_from", "fork_from") if given(name)), None):
+        raise ValueError(f"{name} counts in W&B's own steps, which are rows here: use id= and resume='allow'")
+    if given("resume") in (True, "auto") and "id" not in said | init:
+        raise ValueError(
+            "resume='auto' goes on with the last run of a folder, whichever it was: use id= and resume='allow'"
+        )
+    init = own | said | init
+    return init | dict(dir=os.path.abspath(os.path.expanduser(init["dir"])))
+
+
+# The start
+
+
+class Owned(NamedTuple):
+    """What the process that makes a run has of it."""
+
+    actor: Any  # Ray's handle
+    letter: Letter
+    claim: Claim
+    stop: Callable[[], None]  # what "Stop run" does
+
+    def watch_for_stop(self, process: Any) -> None:
+        """Calls `stop` when somebody presses "Stop run". Not in a plain task, whose process could not end before that."""
+
+        def stopped(call: Any) -> None:
+            if not call.exception() and call.result():
+                threading.Thread(target=self.stop, daemon=True).start()  # it may call what waits for an answer
+
+        if not process.in_task:
+            self.actor.wait_for_stop.remote().future().add_done_callback(stopped)
+
+    def give_up(self) -> None:
+        """The run could not start."""
+        import ray
+
+        ray.kill(self.actor)
+        self.claim.give_back()
+        self.forget()
+
+    def forget(self) -> None:
+        """The run is finished."""
+        from . import process
+
+        process.forget(self.letter.address)
+        shutil.rmtree(self.letter.address.folder, ignore_errors=True)
+
+
+def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
+    """Starts the pipeline actor on this node, where the run's folder and the login are.
+
+    pipeline: the actor class. init: for `wandb.init`. Raises ValueError for what can't work.
+    """
+    import ray
+    from ray.experimental import internal_kv
+    from ray.runtime_context import get_runtime_context
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from . import process
+
+    context, init = get_runtime_context(), arguments(init)
+    environ, claim, aside = travelling(init.get("id"))
+    own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
+    init = complete(init, own, environ)
+    check_run_id(init["id"])
+    if aside:
+        logger.warning("run %s %s", init.get("name") or init["id"], aside)
+    stop = init["settings"].pop("stop_fn", None) or exits.interrupt
+    address = make_private_folder(init.get("name") or init["id"], context.get_node_id())
+    box = process.outbox(address)
+    box.open()
+    job = context.get_job_id() if context.worker.mode == ray.WORKER_MODE else ""
+    letter = Letter(address, box.process.name, job, init, environ, os.getcwd(), command_line())
+    write_letter(letter)
+    internal_kv._internal_kv_put(address.key("open"), b"", namespace=process.KV)
+    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+    options = dict(name=address.actor, namespace=process.NAMESPACE, scheduling_strategy=here)
+    return Owned(pipeline.options(**options).remote(address.folder), letter, claim, stop)

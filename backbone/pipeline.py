@@ -1,203 +1,139 @@
-"""A pipeline of a run: what comes in from its workers is closed by step, reduced and given a number."""
+"""A pipeline of a run: reports in, numbered rows out."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pickle
-import sqlite3
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from . import values
-from .inbox import Batch, Inbox
 from .ledger import line
 from .reduction import REFUSED, Reduction, reduce_reports
-from .steps import Pace, Place, Steps
-from .store import Row, Store
+from .state import Row, State
+from .steps import OpenStep, Steps
+
+
+class Report(NamedTuple):
+    """A report that waits for its step to be over."""
+
+    wall_time: float
+    who: str
+    metrics: bytes
 
 
 class Pipeline:
-    """One pipeline of a run. Methods that may make rows return them.
+    """Takes what the workers of a pipeline report. What has changed is in the queue of the state after `save`."""
 
-    A method that raises sqlite3.Error (the disk is full) has changed nothing, neither on the disk nor here.
-    """
-
-    def __init__(self, store: Store, prefix: str, reduction: Reduction):
-        self._store, self.prefix, self.reduction = store, prefix, reduction
-        self.inbox = Inbox(store, prefix)
-        new = pickle.dumps((1, Pace(), {}, Counter(), {}, False))
-        row = (prefix, pickle.dumps(reduction), new)
-        store.db.execute("INSERT OR IGNORE INTO pipelines VALUES (?, ?, ?)", row)
-        self._load()
+    def __init__(self, state: State, number: int, prefix: str, reduction: Reduction, workers: int):
+        self._state, self.number, self.prefix, self.reduction = state, number, prefix, reduction
+        self.steps, self.counts = Steps(workers), Counter()
+        self.totals: dict[str, float] = {}
+        self.last_row: dict[str, float] = {}  # numbers of the row of the highest step, keys without prefix
+        self._last_id = 0
+        self._fresh: dict[int, Report] = {}  # reports that wait and are not on the disk
+        self._queued: set[int] = set()  # those of them that will be with the next commit
+        state.do("INSERT OR IGNORE INTO pipelines VALUES (?, ?, ?, NULL)", number, prefix, pickle.dumps(reduction))
 
     @classmethod
-    def all(cls, store: Store) -> dict[str, Pipeline]:
-        """Those that are in a store, by prefix."""
-        found = store.db.execute("SELECT prefix, reduction FROM pipelines ORDER BY rowid").fetchall()
-        return {prefix: cls(store, prefix, pickle.loads(reduction)) for prefix, reduction in found}
+    def all(cls, state: State) -> list[Pipeline]:
+        """Those that are in a state, in the order in which they joined the run."""
+        found = state.db.execute("SELECT * FROM pipelines ORDER BY number").fetchall()
+        pipelines = []
+        for number, prefix, reduction, saved in found:
+            pipeline = cls(state, number, prefix, pickle.loads(reduction), 1)
+            if saved:
+                (pipeline.steps, pipeline.counts, pipeline.totals, pipeline.last_row, pipeline._last_id) = pickle.loads(
+                    saved
+                )
+            pipelines.append(pipeline)
+        return pipelines
 
-    def begin(self, reduction: Reduction, workers: int, totals: dict[str, float]) -> None:
-        """Takes reports from now on. `totals`: the running sums of the run that is resumed."""
-        with self._change():
-            self.reduction, self.steps.workers, self.ended = reduction, workers, False
-            update = "UPDATE pipelines SET reduction = ? WHERE prefix = ?"
-            self._store.db.execute(update, (pickle.dumps(reduction), self.prefix))
-            self.totals = {key: value for key, value in totals.items() if self.reduction.rule(key).total} | self.totals
+    def begin(self, reduction: Reduction, workers: int, totals: Mapping[str, float]) -> None:
+        """Takes reports from now on. totals: the running sums of the run that is resumed."""
+        self.reduction, self.steps.workers = reduction, workers
+        self.totals = {key: value for key, value in totals.items() if reduction.rule(key).total} | self.totals
+        self._state.do("UPDATE pipelines SET reduction = ? WHERE number = ?", pickle.dumps(reduction), self.number)
 
-    def push(self, batch: Batch) -> list[Row]:
-        """Takes a batch, unless it came before."""
-        try:
-            with self._change() as rows:
-                ready = self.inbox.put(batch)
-                self.counts["repeats"] += ready is None
-                self._take(ready or ())
-            return rows
-        except sqlite3.Error as error:  # the batch is lost: what was said and not received is counted at the end
-            self.inbox.miss(batch)
-            self._warn_of_the_disk(error)
-            return []
-
-    def died(self, sender_id: str) -> list[Row]:
-        """The process of a sender is dead; what it had not sent is lost."""
-        with self._change() as rows:
-            self._take(self.inbox.dead(sender_id))
-            worker = self.inbox.senders[sender_id].worker
-            others = [sender for id_, sender in self.inbox.senders.items() if id_ != sender_id]
-            if not any(sender.worker == worker and not sender.ended for sender in others):  # an actor may be back
-                self._touched.add(worker)
-                self.steps.gone(worker, time.time(), dead=True)
-        return rows
-
-    def expect(self, workers: int) -> list[Row]:
-        try:
-            with self._change() as rows:
-                self.steps.expect(workers)
-            return rows
-        except sqlite3.Error as error:
-            self.steps.workers = workers
-            self._warn_of_the_disk(error)
-            return []
-
-    def tick(self) -> list[Row]:
-        """To be called now and then: closes steps by the clock."""
-        with self._change() as rows:
-            self.steps.tick(time.time())
-        return rows
-
-    def end(self) -> list[Row]:
-        """Closes all steps with the reports that came. What a full disk has no room for is lost."""
-        try:
-            with self._change() as rows:
-                silent = [id_ for id_, sender in self.inbox.senders.items() if not sender.ended]
-                for id_ in [*silent, *(id_ for id_, sender in self.inbox.senders.items() if sender.early)]:
-                    self._take(self.inbox.dead(id_))
-                self.counts["silent"] += len(silent)
-                self.steps.finish()
-                self._store.db.execute("DELETE FROM workers WHERE prefix = ?", (self.prefix,))
-                self.ended = True
-            return rows
-        except sqlite3.Error as error:
-            self.ended = True
-            self._warn_of_the_disk(error)
-            return []
-
-    def _warn_of_the_disk(self, error: sqlite3.Error) -> None:
-        self._warn("disk", f"{line(error)}: reports get lost until that ends, training goes on")
-
-    def _take(self, batches: Sequence[Batch]) -> None:
-        for worker, step, commit, metrics in (item for batch in batches for item in batch.items):
-            self._touched.add(worker)
-            if step is None:
-                self.steps.gone(worker, time.time())
-            else:
-                self.counts["reports"] += 1
-                self._next_id += 1
-                self._fresh[self._next_id] = worker, step, metrics
-                self.steps.log(worker, step, self._next_id, commit, time.time())
+    def log(self, report: Report, worker: str, step: int, commit: bool, now: float, parent: str, task: bool) -> None:
+        """Takes a report. For all else that happens to a step there is `steps`; see there for the arguments."""
+        self.counts["reports"] += 1
+        self._last_id += 1
+        self._fresh[self._last_id] = report
+        self.steps.log(worker, step, self._last_id, commit, now, parent, task)
 
     # Rows
 
-    def _row(self, step: int, reports: dict[str, list[int]]) -> None:
-        """Called by `steps`: all reports of a step become a row."""
-        ids = [id_ for each in reports.values() for id_ in each]
-        packed = [self._fresh.pop(id_)[2] for id_ in ids if id_ in self._fresh]
-        if len(packed) < len(ids):
-            where, these = "FROM reports WHERE prefix = ? AND step = ?", (self.prefix, step)
-            packed += [metrics for (metrics,) in self._store.db.execute(f"SELECT metrics {where}", these)]
-            self._store.db.execute(f"DELETE {where}", these)
-        unpacked = map(self._unpack, sorted(packed))  # the order they came in has no effect
-        metrics = [report for report in unpacked if report is not None]
-        if not metrics:
-            return
-        row = reduce_reports(metrics, self.reduction, self._warn)
-        row |= _add(row, self.totals, self.reduction) | {"step": step, "workers": len(reports)}
-        self.counts.update(rows=1, partial=len(reports) < self.steps.workers)
+    def rows(self) -> list[Row]:
+        """Of the steps that are over."""
+        closed, self.steps.rows = self.steps.rows, []
+        warnings, self.steps.warnings = self.steps.warnings, []
+        for kind, what in warnings:
+            self._warn(kind, what)
+        return [row for step, open_step in closed for row in self._row(step, open_step)]
+
+    def _row(self, step: int, closed: OpenStep) -> list[Row]:
+        """All reports of a step as a row; as none if none of them can be read."""
+        reports = sorted((self._take(id_) for ids in closed.reports.values() for id_ in ids), key=lambda it: it.metrics)
+        read = [
+            report for report in map(self._unpack, reports) if report is not None
+        ]  # in an order that is always the same
+        if not read:
+            return []
+        row = reduce_reports(read, self.reduction, self._warn)
+        row |= _add(row, self.totals, self.reduction) | {"step": step, "workers": len(closed.speakers)}
+        self.counts.update(rows=1, partial=len(closed.speakers) < self.steps.workers)
         if step >= self.last_row.get("step", 0):
             self.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        prefixed = {self.prefix + key: value for key, value in row.items()}
-        self._rows.append(self._store.add_row(self.prefix, len(metrics), prefixed))
+        metrics, packed = self._fit({self.prefix + key: value for key, value in row.items()})
+        return [self._state.add_row(self.number, len(read), metrics, packed, max(it.wall_time for it in reports))]
 
-    def _unpack(self, packed: bytes) -> dict[str, Any] | None:
+    def _take(self, id_: int) -> Report:
+        report = self._fresh.pop(id_, None)
+        if report is None or id_ in self._queued:
+            key = self.number, id_
+            if report is None:
+                query = "SELECT wall_time, who, metrics FROM reports WHERE pipeline = ? AND id = ?"
+                report = Report(*self._state.db.execute(query, key).fetchone())
+            self._state.do("DELETE FROM reports WHERE pipeline = ? AND id = ?", *key)
+        return report
+
+    def _unpack(self, report: Report) -> dict[str, Any] | None:
         try:
-            return values.unpack(packed)
+            return values.unpack(report.metrics)
         except Exception as error:  # a class of the user's that this process can't import
             self._warn("unreadable", f"the pipeline actor can't read a report: {line(error)}")
             return None
 
+    def _fit(self, metrics: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """A row without those values that make it too large for the state, and packed."""
+        packed = values.pack(metrics)
+        while len(packed) > State.LARGEST:
+            largest = max(metrics, key=lambda key: len(values.pack({key: metrics[key]})))
+            self._warn(REFUSED, f"a row has {len(packed) >> 20} MB, so {largest!r}, its largest value, is left out")
+            metrics = {key: value for key, value in metrics.items() if key != largest}
+            packed = values.pack(metrics)
+        return metrics, packed
+
     def _warn(self, kind: str, what: str) -> None:
         self.counts["lost_values"] += kind == REFUSED
-        self._store.warn(f"{self.prefix}{kind}", f"{self.prefix}: {what}" if self.prefix else what)
+        self._state.warn(f"{self.prefix}{kind}", f"{self.prefix}: {what}" if self.prefix else what)
 
     # State
 
-    @contextlib.contextmanager
-    def _change(self) -> Iterator[list[Row]]:
-        """One transaction, on the disk and here."""
-        self._rows: list[Row] = []
-        try:
-            with self._store.transaction():
-                yield self._rows
-                self._save()
-        except BaseException:
-            self._load()
-            raise
+    def save(self) -> None:
+        """What is here is on the disk with the next commit."""
+        for id_ in self._fresh.keys() - self._queued:
+            self._state.do("INSERT INTO reports VALUES (?, ?, ?, ?, ?)", self.number, id_, *self._fresh[id_])
+            self._queued.add(id_)
+        state = pickle.dumps((self.steps, self.counts, self.totals, self.last_row, self._last_id))
+        self._state.do("UPDATE pipelines SET state = ? WHERE number = ?", state, self.number)
 
-    def _save(self) -> None:
-        db, now = self._store.db, time.time()
-        new = [(self.prefix, id_, step, worker, now, packed) for id_, (worker, step, packed) in self._fresh.items()]
-        db.executemany("INSERT INTO reports VALUES (?, ?, ?, ?, ?, ?)", new)
-        self._fresh.clear()
-        for worker in self._touched:
-            place = self.steps.places.get(worker)
-            if place or worker in self.steps.dead:
-                row = (self.prefix, worker, *(place or Place(0, False, 0.0)), place is None)
-                db.execute("INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?, ?)", row)
-            else:
-                db.execute("DELETE FROM workers WHERE prefix = ? AND worker = ?", (self.prefix, worker))
-        self._touched.clear()
-        self.inbox.save()
-        of_steps = self.steps.workers, self.steps.pace
-        state = pickle.dumps((*of_steps, self.totals, self.counts, self.last_row, self.ended))
-        db.execute("UPDATE pipelines SET state = ? WHERE prefix = ?", (state, self.prefix))
-
-    def _load(self) -> None:
-        db, mine = self._store.db, (self.prefix,)
-        (state,) = db.execute("SELECT state FROM pipelines WHERE prefix = ?", mine).fetchone()
-        workers, pace, self.totals, self.counts, self.last_row, self.ended = pickle.loads(state)
-        self.inbox.load()
-        self._fresh: dict[int, tuple[str, int, bytes]] = {}  # reports of this change that have no row: id -> report
-        self._touched: set[str] = set()  # workers that this change moves
-        (self._next_id,) = db.execute("SELECT coalesce(max(id), 0) FROM reports WHERE prefix = ?", mine).fetchone()
-        self.steps = Steps(workers, self._row, self._warn)
-        self.steps.pace = pace
-        for _, worker, step, committed, heard, dead in db.execute("SELECT * FROM workers WHERE prefix = ?", mine):
-            self.steps.dead.update([worker] if dead else [])
-            self.steps.places.update({} if dead else {worker: Place(step, bool(committed), heard)})
-        for _, id_, step, worker, heard, _ in db.execute("SELECT * FROM reports WHERE prefix = ? ORDER BY id", mine):
-            self.steps.restore(worker, step, id_, heard)
+    def saved(self) -> None:
+        """A commit has succeeded."""
+        self._fresh = {id_: report for id_, report in self._fresh.items() if id_ not in self._queued}
+        self._queued.clear()
 
 
 def _add(row: Mapping[str, Any], totals: dict[str, float], reduction: Reduction) -> dict[str, float]:

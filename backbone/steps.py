@@ -1,15 +1,19 @@
 """When a step becomes a row. The rule, free of Ray, wandb and SQL.
 
-A *worker* is who logs: an actor, a task, or else a process. It is *done* with a step once it has reported it and then
-another one, or has said so (`commit=True`), or is gone. An open step becomes a row
+A *worker* is one life of somebody who logs: a process of an actor, an attempt of a task, else a process. It is *done*
+with a step once it has reported it and then another one, or has said so (`commit=True`), or has ended. An open step
+becomes a row
 
-1. when `workers` workers have reported it and are done with it;
-2. before a report is taken that shows that it is over: (a) one by a worker that was done with this step (the next
-   epoch, a rewind); (b) the first one of an actor or process, for the steps that a dead worker had reported and those
-   that `workers` workers have reported (a restart's new processes);
-3. by the clock: when nothing has come for it for a minute (if `workers` have reported it), or for ten times the usual
-   time between rows, and nobody at a lower step can be expected to report it;
-4. at `finish`, and the oldest one while too many reports wait.
+1. when all who have reported it are done with it, and they are `workers`. An actor or process that ended ten seconds
+   ago or longer without having reported the step is not waited for, but only as far as `workers` exceeds the living
+   who have logged, only while one who has reported this step lives and logged before that end, and not where tasks
+   report it: a restart, and actors that are made anew for each step, are waited for;
+2. before a report is taken that is a second attempt: by a worker that was done with the step (the next epoch, a
+   rewind), or by one that first logged after a worker of that step had died (a restart, a task's retry);
+3. by the clock: a step that `workers` have reported, when nothing has come for it for a minute; any other, after ten
+   times the usual time between two rows, a minute at least, unless a worker that was heard of within that time stands
+   at a lower step;
+4. at `finish`, at `expect` where that makes it complete, and the oldest one while too many reports wait.
 
 Only the clock compares step numbers: epochs that count from 0 again are as good as steps that go on.
 """
@@ -17,167 +21,206 @@ Only the clock compares step numbers: epochs that count from 0 again are as good
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+import math
+from typing import ClassVar
 
 
-class Place(NamedTuple):
-    """Where a worker stands."""
+@dataclasses.dataclass
+class Worker:
+    """One life of somebody who logs."""
 
-    step: int
-    committed: bool  # it is done with that step
-    heard: float  # when, in seconds
+    name: str
+    speaks_for: str  # whom it is counted as: itself, or, for a child process, its parent
+    is_task: bool
+    born: int  # births and ends are counted together, so that it is known which came first
+    step: int = -1  # the last one that it has reported
+    committed: bool = False  # it is done with that step
+    regular: bool = False  # it has reported more than one
+    heard: float = 0.0  # when it last reported, in seconds of the pipeline's clock
+    end: int = 0  # where its end comes among births and ends; 0 as long as it lives
+    end_time: float = 0.0
+    death: float = math.inf  # the same as `end`, if it did not end by itself
+    steps: set[int] = dataclasses.field(default_factory=set)  # open ones that it has reported
 
-
-class Pace(NamedTuple):
-    """How fast rows of rule 1 come, in seconds."""
-
-    usual: float = 0.0  # between two of them
-    last: float = 0.0  # when the last one was made
+    @property
+    def busy_with(self) -> int | None:
+        return None if self.committed or self.end else self.step
 
 
 @dataclasses.dataclass
 class OpenStep:
     """A step that has no row yet."""
 
-    reports: dict[str, list[int]]  # worker -> what stands for its reports
-    done: int = 0  # how many of these workers are done with it
+    reports: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # worker -> what stands for its reports
+    speakers: set[str] = dataclasses.field(default_factory=set)  # whom these workers are counted as
+    busy: int = 0  # how many of these workers are not done with it
     heard: float = 0.0
-
-
-def is_task(worker: str) -> bool:
-    return worker.startswith("task")
+    death: float = math.inf  # the first death among its workers, as `Worker.end`
+    of_tasks: bool = False
 
 
 class Steps:
-    """The open steps of a pipeline and where its workers stand.
+    """The open steps of a pipeline and where its workers stand. Times are in seconds of one clock.
 
-    close: called with a step and its reports by worker, when it becomes a row.
-    warn: called with a kind and a sentence.
+    workers: so many make a step complete. Whoever calls the methods takes what has come to be: `rows`, each a step and
+    what was reported of it, and `warnings`, each a kind and a sentence. All of it can be pickled.
     """
 
     MINUTE: ClassVar = 60.0
+    GRACE: ClassVar = 10.0  # in which somebody may take the place of one who has ended
     MAX_WAITING: ClassVar = 100_000  # reports in open steps
 
-    def __init__(
-        self, workers: int, close: Callable[[int, dict[str, list[int]]], None], warn: Callable[[str, str], None]
-    ):
-        self.workers, self._close, self._warn = workers, close, warn
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.rows: list[tuple[int, OpenStep]] = []
+        self.warnings: list[tuple[str, str]] = []
         self.open: dict[int, OpenStep] = {}  # oldest first
-        self.places: dict[str, Place] = {}
-        self.dead: set[str] = set()
-        self.pace = Pace()
-        self._waiting = 0
-        self._newest = -1  # the highest step that all workers have reported
-        self._together: set[str] = set()  # who has logged since the last newcomer did
-        self._most = 0  # so many workers have been warned of
+        self.known: dict[str, Worker] = {}  # the living, and those of the ended that still matter
+        self._ended: dict[str, Worker] = {}  # the last that have ended; without tasks and children
+        self._order, self._newest = 0, -1  # of births and ends; the highest step that was complete
+        self._usual, self._last = 0.0, math.nan  # time between two rows of rule 1; when the last one was made
+        self._waiting = self._most = 0  # reports; workers that have been warned of
 
-    def log(self, worker: str, step: int, report: int, commit: bool, now: float) -> None:
-        place, open_step = self.places.get(worker), self.open.get(step)
-        stood = None if place is None or place.committed else place.step
-        if open_step and worker in open_step.reports and stood != step:
-            self._row(step)  # 2a
-        if place is None and not is_task(worker):
-            for other, being in list(self.open.items()):
-                if self.dead & being.reports.keys() or len(being.reports) >= self.workers:
-                    self._row(other)  # 2b
-            self.dead.discard(worker)
-            self._together.clear()
+    def log(self, name: str, step: int, report: int, commit: bool, now: float, parent: str = "", task: bool = False):
+        """Takes a report of a worker. parent: the worker that a child process is counted as."""
+        if not (worker := self.known.get(name)):
+            self._order += 1
+            worker = self.known[name] = Worker(name, parent or name, task, self._order)
+        stood, being, worker.end = worker.busy_with, self.open.get(step), 0
+        if being and ((name in being.reports and stood != step) or being.death < worker.born):
+            self._row(step)  # 2
+        before = self._newest if worker.step < 0 else worker.step
+        if step < before and not task:
+            back = f"steps went back from {before} to {step}: each attempt gets rows of its own"
+            self.warnings.append(("went back", back))
+        if stood != step:
+            self._done(stood, name)
+        worker.regular |= worker.step not in (-1, step)
+        worker.step, worker.committed, worker.heard = step, False, now
         self._add(worker, step, report, now)
-        self._look_back(worker, step, place)
-        self.places[worker] = Place(step, commit, now)
-        if stood not in (None, step):
-            self._done(stood, worker, now)
         if commit:
-            self._done(step, worker, now)
+            self._done(step, name)
+            worker.committed = True
+        for each in {stood, step}:
+            self._check(each, now)
         while self._waiting > self.MAX_WAITING:
             self._row(next(iter(self.open)))  # 4
 
-    def gone(self, worker: str, now: float, dead: bool = False) -> None:
-        """It will report nothing more: it has said so, or has died."""
-        place = self.places.pop(worker, None)
-        self._together.discard(worker)
-        if dead and place:  # a task that has said goodbye does not die any more
-            in_open_steps = {each for being in self.open.values() for each in being.reports}
-            self.dead = (self.dead | {worker}) & in_open_steps
-        if place and not place.committed:
-            self._done(place.step, worker, now)
+    def end(self, name: str, now: float, died: bool = False) -> None:
+        """A worker will report nothing more: it has said so, or has died."""
+        worker = self.known.get(name)
+        if not worker or worker.end:
+            return
+        self._done(worker.busy_with, name)
+        self._order += 1
+        worker.end, worker.end_time = self._order, now
+        worker.death = self._order if died and worker.speaks_for == name else math.inf
+        if not worker.is_task and worker.speaks_for == name:
+            self._ended[name] = worker
+        if len(self._ended) > 100 + 2 * self.workers:
+            self._forget(self._ended.pop(next(iter(self._ended))))
+        for step in [*worker.steps]:
+            self.open[step].death = min(self.open[step].death, worker.death)
+            self._check(step, now)
+        self._forget(worker)
 
-    def expect(self, workers: int) -> None:
+    def expect(self, workers: int, now: float) -> None:
         self.workers = workers
-        self._together.clear()
-        for step in [step for step, being in self.open.items() if being.done >= workers]:
-            self._row(step)
+        for name in [*self._ended]:
+            self._forget(self._ended.pop(name))
+        for step in [*self.open]:
+            self._check(step, now)
 
     def tick(self, now: float) -> None:
-        """Rule 3."""
-        for step, being in list(self.open.items()):
-            whole = len(being.reports) >= self.workers
-            patience = self.MINUTE if whole else max(self.MINUTE, 10 * self.pace.usual)
-            if now - being.heard < patience:
-                continue
-            if whole or not any(
-                place.step < step and not place.committed and now - place.heard < patience
-                for worker, place in self.places.items()
-                if worker not in being.reports
-            ):
-                if not whole:
-                    self._warn(
-                        "few workers",
-                        f"step {step} stands on {len(being.reports)} of {self.workers} workers; pass workers="
-                        f"{len(being.reports)} if no more log, call expect() if some have died",
-                    )
-                self._row(step)
+        """To be called about once a second: rule 3, and rule 1 where somebody's ten seconds are over."""
+        self._warn_of_many(len(living(self.known, regular=True)))
+        for step in [*self.open]:
+            self._check(step, now)
+        slow = max(self.MINUTE, 10 * self._usual)
+        heard = [worker for worker in self.known.values() if not worker.end and now - worker.heard < slow]
+        heard.sort(key=lambda worker: worker.step)
+        for step, being in [*self.open.items()]:
+            if len(being.speakers) >= self.workers:
+                if now - being.heard >= self.MINUTE:
+                    self._row(step)
+            elif now - being.heard >= slow:
+                lowest = next((worker for worker in heard if worker.name not in being.reports), None)
+                if not lowest or lowest.step >= step:
+                    self.warnings.append(("few workers", few(step, being, self)))
+                    self._row(step)
 
     def finish(self) -> None:
         for step in sorted(self.open):
             self._row(step)
-        self.places.clear()
-        self.dead.clear()
 
-    def restore(self, worker: str, step: int, report: int, heard: float) -> None:
-        """A report that was taken before the pipeline actor died. `places` must be there."""
-        self._add(worker, step, report, heard)
-        place = self.places.get(worker)
-        if self.open[step].reports[worker] == [report] and (not place or place.committed or place.step != step):
-            self.open[step].done += 1
-
-    def _add(self, worker: str, step: int, report: int, now: float) -> None:
-        being = self.open.setdefault(step, OpenStep({}))
-        being.reports.setdefault(worker, []).append(report)
+    def _add(self, worker: Worker, step: int, report: int, now: float) -> None:
+        being = self.open.setdefault(step, OpenStep())
+        if worker.name not in being.reports:
+            being.reports[worker.name] = []
+            being.speakers.add(worker.speaks_for)
+            being.busy += worker.busy_with == step
+            being.of_tasks |= worker.is_task
+            being.death = min(being.death, worker.death)
+            worker.steps.add(step)
+        being.reports[worker.name].append(report)
         being.heard = now
         self._waiting += 1
 
-    def _done(self, step: int, worker: str, now: float) -> None:
+    def _done(self, step: int | None, name: str) -> None:
+        if (being := self.open.get(step)) and name in being.reports:
+            being.busy -= 1
+
+    def _check(self, step: int | None, now: float) -> None:
+        """Rule 1."""
         being = self.open.get(step)
-        if being and worker in being.reports:
-            being.done += 1
-            if being.done >= self.workers:  # 1
-                since = now - (self.pace.last or now)
-                self.pace = Pace(0.8 * self.pace.usual + 0.2 * since, now)
-                self._newest = max(self._newest, step)
-                self._row(step)
+        if not being or being.busy:
+            return
+        missing = self.workers - len(being.speakers)
+        if missing <= 0 or (missing <= len(self._ended) and missing <= self._excused(being, now)):
+            since = 0.0 if math.isnan(self._last) else now - self._last
+            self._usual, self._last = 0.8 * self._usual + 0.2 * since, now
+            self._newest = max(self._newest, step)
+            self._row(step)
 
     def _row(self, step: int) -> None:
-        reports = self.open.pop(step).reports
-        self._waiting -= sum(map(len, reports.values()))
-        self._close(step, reports)
+        being = self.open.pop(step)
+        self._waiting -= sum(map(len, being.reports.values()))
+        if being.of_tasks:
+            self._warn_of_many(len(being.speakers))
+        self.rows.append((step, being))
+        for name in being.reports:
+            self.known[name].steps.discard(step)
+            self._forget(self.known[name])
 
-    def _look_back(self, worker: str, step: int, place: Place | None) -> None:
-        """Warns of what people do without knowing."""
-        many = 0
-        if is_task(worker):
-            many = sum(map(is_task, self.open[step].reports))
-        elif worker not in self._together:
-            self._together.add(worker)
-        elif step != place.step:  # all have had their turn
-            many = len(self._together)
-        if many > max(self.workers, self._most):
-            self._most = many
-            self._warn(
-                "many workers",
-                f"{many} workers log to a pipeline that was told of {self.workers}: pass workers={many}",
-            )
-        before = place.step if place else self._newest
-        if step < before and not is_task(worker):
-            self._warn("went back", f"steps went back from {before} to {step}: each attempt gets rows of its own")
+    def _forget(self, worker: Worker) -> None:
+        """Whoever has ended, and is of no further use."""
+        if worker.end and not worker.steps and worker.name not in self._ended:
+            self.known.pop(worker.name, None)
+
+    def _excused(self, being: OpenStep, now: float) -> int:
+        """How many of those who have ended need not report a step."""
+        if being.of_tasks:
+            return 0
+        oldest = min((self.known[name].born for name in being.reports if not self.known[name].end), default=math.inf)
+        ended = [each for name, each in self._ended.items() if each.end > oldest and name not in being.reports]
+        gone = sum(now - each.end_time >= self.GRACE for each in ended)
+        return min(gone, self.workers - len(living(self.known)))
+
+    def _warn_of_many(self, n: int) -> None:
+        if n > max(self.workers, self._most):
+            self._most = n
+            told = f"{n} workers log to a pipeline that was told of {self.workers}: pass workers={n}"
+            self.warnings.append(("many workers", told))
+
+
+def few(step: int, being: OpenStep, steps: Steps) -> str:
+    """What is said of a row that the clock has made."""
+    n, silent = len(being.speakers), [name for name in steps.known if name not in being.reports]
+    of = f"; nothing was heard of {', '.join(silent[:3])}{' and others' if silent[3:] else ''}" if silent else ""
+    return f"step {step} stands on {n} of {steps.workers} workers{of}: pass workers={n} if no more log"
+
+
+def living(known: dict[str, Worker], regular: bool = False) -> set[str]:
+    """Whom those are counted as that have logged, more than one step if `regular`, and live; without tasks."""
+    living = (worker for worker in known.values() if not worker.end and not worker.is_task)
+    return {worker.speaks_for for worker in living if worker.regular or not regular}

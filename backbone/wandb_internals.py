@@ -70,6 +70,15 @@ def add_reference(artifact: wandb.Artifact, file: str, reference: str) -> None:
     artifact.manifest.add_entry(ArtifactManifestEntry(path=file, ref=reference, digest=reference))
 
 
+def define_by_name(run: wandb.Run, key: str, axis: str) -> None:
+    """Gives one key its step axis, whatever is in its name: `define_metric` takes `*` for a pattern, `.` for nesting."""
+    from wandb.proto.wandb_internal_pb2 import MetricRecord
+
+    record = MetricRecord(name=key.replace("\\", "\\\\").replace(".", "\\."), step_metric=axis)
+    record.options.defined = True
+    run._metric_callback(record)
+
+
 def agent_is_running() -> bool:
     """Whether `wandb.agent(function=…)` runs trials in this process, which it stops itself."""
     return bool((agent := sys.modules.get("wandb.agents.pyagent")) and agent.is_running())

@@ -4,13 +4,14 @@ import threading
 from pathlib import Path
 
 from backbone import wandb_internals
-from backbone.inbox import Batch
 from backbone.ledger import Ledger
 from backbone.pipeline import Pipeline
 from backbone.reduction import Reduction
 from backbone.run import Run
-from backbone.store import Row, Store
 from backbone.values import pack
+
+from backbone.inbox import Batch
+from backbone.store import Row, Store
 
 QUIET = dict(x_disable_stats=True, x_disable_meta=True)
 

@@ -11,11 +11,11 @@ import threading
 import time
 from pathlib import Path
 
-from backbone.backlog import Backlog
 from common import Ledger, PipelineActor, RunFinishedError, WandbRun, pipeline_actor
 
 import pytest
 import ray
+from backbone.backlog import Backlog
 from conftest import Log, wait_for
 from processes import pipeline_process, session
 

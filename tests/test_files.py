@@ -10,9 +10,9 @@ from pathlib import Path
 
 from backbone import disk
 from backbone.files import check_run_id, has_locks, remove_database, store_path
-from backbone.store import Store
 
 import pytest
+from backbone.store import Store
 from conftest import ROOT
 
 

@@ -11,17 +11,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from backbone.inbox import Batch
 from backbone.pipeline import Pipeline
 from backbone.reduction import Reduction
 from backbone.run import ledger
-from backbone.store import Row, Store
 from backbone.values import pack
 from common import TrainingPipelineActor
 
 import numpy as np
 import pytest
 import wandb
+from backbone.inbox import Batch
+from backbone.store import Row, Store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

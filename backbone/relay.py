@@ -1,0 +1,155 @@
+"""Brings the outboxes of other nodes to the pipeline actor: by a relay, a small actor on each node that has some.
+
+A relay reads, and keeps nothing: what it has brought stays where it was until it is told that it is safe. So either of
+them may die at any moment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from . import outbox
+from .files import Address, is_private_folder
+from .process import KV
+from .reading import Position, Reader, Reading
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Relay:
+    """Reads a run's outboxes below `folder` on its node. Raises FileNotFoundError if it doesn't see that folder.
+
+    key: of the place in Ray's key-value store. positions: of the outboxes that have been read before.
+    """
+
+    IDLE = 60.0  # seconds without news after which it goes: nodes must get free for the autoscaler
+
+    def __init__(self, key: bytes, folder: Path, positions: dict[str, Position]):
+        if not is_private_folder(folder):
+            raise FileNotFoundError(f"{folder} is not there for Ray: a container with a temporary folder of its own?")
+        self._key, self._folder, self._reader = key, folder, Reader(folder, positions)
+        self._last, self._heard, self._closed = Reading(), time.monotonic(), False
+
+    def read(self) -> Reading:
+        """What is new; after a second without news, nothing. What the last call has brought is safe now."""
+        self._reader.commit(self._last)
+        self._last, deadline = Reading(), time.monotonic() + 1
+        while True:
+            self._last = reading = self._reader.read(look=self._closed)
+            if not reading.is_empty:
+                self._heard = time.monotonic()
+            elif time.monotonic() - self._heard > self.IDLE and not self._reader.stays and not self._closed:
+                return self._leave()
+            reading.leaving = self._closed and reading.is_empty
+            if not reading.is_empty or time.monotonic() > deadline:
+                return reading
+            time.sleep(0.02)
+
+    def _leave(self) -> Reading:
+        """Goes, unless somebody has logged meanwhile. Whoever logs from now on tells the run of this place again."""
+        (self._folder / "known").unlink(missing_ok=True)
+        internal_kv._internal_kv_del(self._key, namespace=KV)
+        self._reader.set_state(outbox.NOBODY_READS)
+        self._last = reading = self._reader.read(look=True)
+        reading.leaving = reading.is_empty
+        if reading.leaving and not self._reader.names:
+            self.remove()
+        if not reading.leaving:
+            self._heard = time.monotonic()
+            self._reader.set_state(outbox.IS_READ)
+            internal_kv._internal_kv_put(self._key, os.fsencode(self._folder), namespace=KV)
+        return reading
+
+    def close(self) -> None:
+        """Nothing more is taken here."""
+        self._reader.close()
+        self._closed = True
+
+    def remove(self) -> None:
+        """All that was logged here has been read."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Relays:
+    """The relays of a run. Each has one call under way.
+
+    positions: how far the outboxes of a node have been read. gone: called with a node that can't be read, and why.
+    """
+
+    PATIENCE = 10.0  # seconds for a node that doesn't answer
+
+    def __init__(
+        self, address: Address, positions: Callable[[str], dict[str, Position]], gone: Callable[[str, str], None]
+    ):
+        self._address, self._positions, self._gone = address, positions, gone
+        self._relays: dict[str, ray.actor.ActorHandle] = {}  # by node
+        self._calls: dict[str, tuple[ray.ObjectRef, float]] = {}  # by node; and since when it is under way
+        self._failed: set[str] = set()
+
+    def look(self) -> None:
+        """Starts relays where there are outboxes, and none yet."""
+        prefix = self._address.key("place")
+        for key in internal_kv._internal_kv_list(prefix, namespace=KV):
+            node, folder = key.removeprefix(prefix).decode(), internal_kv._internal_kv_get(key, namespace=KV)
+            if folder and node not in self._relays and node not in self._failed:
+                here = NodeAffinitySchedulingStrategy(node, soft=False)
+                arguments = key, Path(os.fsdecode(folder)), self._positions(node)
+                self._relays[node] = Relay.options(scheduling_strategy=here).remote(*arguments)
+                self.go_on(node)
+
+    def go_on(self, node: str) -> None:
+        """What a relay has brought is safe, and it may bring more."""
+        if relay := self._relays.get(node):
+            self._calls[node] = relay.read.remote(), time.monotonic()
+
+    def brought(self) -> list[tuple[str, Reading]]:
+        """What relays have brought by now."""
+        calls = {call: node for node, (call, _) in [*self._calls.items()]}
+        done, _ = ray.wait([*calls], num_returns=len(calls), timeout=0) if calls else ([], [])
+        readings = []
+        for node, call in ((calls[call], call) for call in done):
+            del self._calls[node]
+            try:
+                reading = ray.get(call)
+                readings.append((node, reading))
+                if reading.leaving:
+                    del self._relays[node]
+            except ray.exceptions.RayError as error:
+                self._fail(node, error)
+        return readings
+
+    def _fail(self, node: str, error: Exception) -> None:
+        del self._relays[node]
+        if isinstance(error, ray.exceptions.RayActorError) and "creation task" in str(error):
+            self.give_up(node, str(error).strip().rpartition("\n")[2])
+        elif not any(known["NodeID"] == node and known["Alive"] for known in ray.nodes()):
+            self.give_up(node, "it is dead")
+        # else it is started again at the next look: its process was killed
+
+    def give_up(self, node: str, why: str) -> None:
+        self._failed.add(node)
+        self._relays.pop(node, None)
+        self._calls.pop(node, None)
+        self._gone(node, why)
+
+    def silent(self, seconds: float) -> list[str]:
+        """Nodes that don't answer for so long."""
+        return [node for node, (_, since) in [*self._calls.items()] if time.monotonic() - since > seconds]
+
+    def close(self) -> None:
+        """Nothing more is taken anywhere. What they still bring ends with a reading that is `leaving`."""
+        internal_kv._internal_kv_del(self._address.key("open"), namespace=KV)
+        self.look()  # behind that: whoever logs for the first time notes its place before it looks for that key
+        for relay in self._relays.values():
+            relay.close.remote()
+
+    @property
+    def nodes(self) -> list[str]:
+        return [*self._relays]

@@ -1,0 +1,145 @@
+"""What must survive the pipeline actor. Memory is the truth, an SQLite file its shadow.
+
+Statements queue up and are committed once for each reading of the outboxes, before a row goes to W&B. So whoever opens
+the file of a dead actor goes on exactly there. Nothing is synced to the disk: what is with the kernel outlives the
+process. Knows nothing of Ray and wandb.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from . import values
+from .files import open_database, remove_database
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
+CREATE TABLE IF NOT EXISTS outboxes (node TEXT, name TEXT, state BLOB, PRIMARY KEY (node, name));
+CREATE TABLE IF NOT EXISTS pipelines (number INTEGER PRIMARY KEY, prefix TEXT, reduction BLOB, state BLOB);
+CREATE TABLE IF NOT EXISTS reports (
+    pipeline INTEGER, id INTEGER, wall_time REAL, who TEXT, metrics BLOB, PRIMARY KEY (pipeline, id));
+CREATE TABLE IF NOT EXISTS rows (
+    number INTEGER PRIMARY KEY, pipeline INTEGER, reports INTEGER, refused INTEGER DEFAULT 0, wall_time REAL, metrics BLOB);
+CREATE TABLE IF NOT EXISTS artifacts (id INTEGER PRIMARY KEY, task BLOB, client TEXT, done INTEGER DEFAULT 0);
+"""
+
+
+class Row(NamedTuple):
+    """A row of the run, with the number that W&B knows it by (`_step`)."""
+
+    number: int
+    metrics: dict[str, Any]
+    wall_time: float  # when the last of its reports was logged
+
+
+class State:
+    """A run's facts, warnings and rows; the tables of its outboxes, pipelines and artifacts.
+
+    Raises OSError where another process has the state, and keeps it for `patience` seconds.
+    """
+
+    LARGEST: ClassVar = 900 << 20  # bytes of a value; SQLite takes 1 GB at most
+
+    def __init__(self, path: Path, patience: float = 10.0):
+        self.path, self.db = path, open_database(path, patience)
+        self.db.executescript(SCHEMA)
+        facts = self.db.execute("SELECT * FROM facts").fetchall()
+        self.facts: dict[str, Any] = {name: pickle.loads(value) for name, value in facts}
+        self._queue: list[tuple[str, tuple]] = []
+        (last,) = self.db.execute("SELECT max(number) FROM rows").fetchone()
+        self._last = -1 if last is None else last  # row's number
+        self._refused = dict(self.db.execute("SELECT number, refused FROM rows WHERE refused > 0"))
+        self.hear: Callable[[str], None] = lambda warning: None  # is told the first warning of a kind
+
+    def do(self, statement: str, *values: Any) -> None:
+        """To be done with the next commit."""
+        self._queue.append((statement, values))
+
+    def commit(self) -> None:
+        """Raises sqlite3.Error where the disk is full. Then all of it stays to be done."""
+        if not self._queue:
+            return
+        self.db.execute("BEGIN")
+        try:
+            for statement, values in self._queue:
+                self.db.execute(statement, values)
+            self.db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):  # SQLite may have done it itself
+                self.db.execute("ROLLBACK")
+            raise
+        self._queue.clear()
+
+    def note(self, **facts: Any) -> None:
+        """Remembers facts of the run by name."""
+        self.facts |= facts
+        for name, value in facts.items():
+            self.do("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, pickle.dumps(value))
+
+    def warn(self, kind: str, what: str) -> None:
+        """Counts a warning; only the first one of a kind is told."""
+        known = self.facts.get("warnings", {})
+        first, count = known.get(kind, (what, 0))
+        self.note(warnings=known | {kind: (first, count + 1)})
+        if not count:
+            self.hear(what)
+
+    @property
+    def warnings(self) -> list[str]:
+        found = self.facts.get("warnings", {}).values()
+        return [what if count == 1 else f"{what} ({count} times)" for what, count in found]
+
+    # Rows
+
+    def add_row(self, pipeline: int, reports: int, metrics: dict[str, Any], packed: bytes, wall_time: float) -> Row:
+        """Gives a row the next number. reports: how many it stands on. packed: the metrics."""
+        self._last = number = max(self.facts.get("first", 0), self._last + 1)
+        columns = "(number, pipeline, reports, wall_time, metrics)"
+        self.do(f"INSERT INTO rows {columns} VALUES (?, ?, ?, ?, ?)", number, pipeline, reports, wall_time, packed)
+        return Row(number, metrics, wall_time)
+
+    def arrived(self, numbers: Iterable[int]) -> None:
+        """W&B has these rows, so their content is not needed any more."""
+        for number in numbers:
+            self.do("UPDATE rows SET metrics = NULL WHERE number = ?", number)
+
+    def missing(self, there: Callable[[int], bool], highest: int) -> Iterator[Row]:
+        """The rows that are not `there`, in order. Those below the `highest` that is get numbers behind all others.
+
+        W&B drops a number that is lower than the last one.
+        """
+        self.commit()
+        numbers = [number for (number,) in self.db.execute("SELECT number FROM rows WHERE metrics IS NOT NULL")]
+        for _, number in sorted((number < highest, number) for number in numbers if not there(number)):
+            new = number
+            if number < highest:
+                self._last = new = max(self.facts.get("first", 0), self._last + 1)
+                self.db.execute("UPDATE rows SET number = ? WHERE number = ?", (new, number))
+            found = self.db.execute("SELECT metrics, wall_time FROM rows WHERE number = ?", (new,)).fetchone()
+            yield Row(new, values.unpack(found[0]), found[1])
+
+    def refuse(self, number: int, values: int) -> bool:
+        """Notes how many values of a row W&B has refused; whether that was not known before."""
+        is_new = number not in self._refused
+        self._refused[number] = values
+        self.do("UPDATE rows SET refused = ? WHERE number = ?", values, number)
+        return is_new
+
+    def account(self, pipeline: int) -> dict[int, tuple[int, int]]:
+        """A pipeline's rows: number -> reports that it stands on, values that W&B has refused."""
+        rows = self.db.execute("SELECT number, reports, refused FROM rows WHERE pipeline = ?", (pipeline,))
+        return {number: (reports, refused) for number, reports, refused in rows}
+
+    # The file
+
+    def close(self) -> None:
+        self.db.close()
+
+    def remove(self) -> None:
+        self.close()
+        remove_database(self.path)
