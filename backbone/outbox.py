@@ -38,6 +38,7 @@ REPORT, COMMIT = 0, 1  # metrics; COMMIT: and the worker is done with the step
 WHO = 2  # who logs from here on
 GOODBYE = 3  # that worker will log nothing more
 EXIT = 4  # the process ends by itself; an owner's has exit code and failure
+ENDED = 5  # the process has ended; this is never written, but found out by the reader
 
 # The page: what the reader writes, whether the reader should stay, the lost reports of each pipeline, who it is (JSON).
 PAGE, STAYS_AT, LOST_AT, ABOUT_AT = 4096, 56, 64, 64 + 8 * 256
@@ -218,12 +219,11 @@ class Outbox:
             raise run_is_finished(self.address.name)
         with self._lock:
             if self._page is None and time.monotonic() >= self._next_look:
-                self._next_look = time.monotonic() + 1
-                with contextlib.suppress(OSError):  # the disk is full
-                    try:
-                        self._open(self.process.find_folder(self.address), uuid.uuid4().hex)
-                    except FileNotFoundError:  # it has just been removed, or the run is finished
-                        self._open(self.process.find_folder(self.address), uuid.uuid4().hex)
+                try:
+                    self._open(self.process.find_folder(self.address), uuid.uuid4().hex)
+                except OSError:  # the disk is full, or the folder has just been removed
+                    self.process.find_folder(self.address)  # raises if the run is finished
+                    self._next_look = time.monotonic() + 1
             return self._page is not None
 
     def _open(self, folder: Path, name: str) -> None:

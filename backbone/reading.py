@@ -64,7 +64,7 @@ class Reader:
     positions: of the outboxes that have been read before.
     """
 
-    LIMIT: ClassVar = 8 << 20  # bytes of a reading, about
+    LIMIT: ClassVar = 1 << 20  # bytes of a reading, about: whoever waits for room must not wait long
 
     def __init__(self, private: Path, positions: dict[str, Position]):
         self._private, self._state = private, outbox.IS_READ
@@ -85,22 +85,29 @@ class Reader:
 
         look: at each page, whether its process lives; that is done now and then anyway.
         """
-        reading = Reading()
-        if self._has_new_pages() or look or time.monotonic() >= self._next_look:
+        reading, before = Reading(), dict(self._boxes)
+        if look := look or self._has_new_pages() or time.monotonic() >= self._next_look:
             self._look(reading)
             self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
         news = [name for name in self._boxes if self._has_news(name, reading)]
-        share, horizon, found = max(1 << 16, self.LIMIT // max(1, len(news))), math.inf, []
+        share, horizon, found = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf, []
         for name in news:
             records, is_cut = self._read_box(name, share)
             found += records
             if is_cut:
                 horizon, reading.is_cut = min(horizon, records[-1].time), True
         # Where an outbox was cut off, nothing later is handed on from the others: else two epochs could get mixed.
-        reading.records = sorted((record for record in found if record.time <= horizon), key=lambda record: record.time)
-        reading.positions = {record.outbox: record.end for record in reading.records}
+        found = [record for record in found if record.time <= horizon]
+        if not look and any(record.kind == outbox.WHO for record in found):
+            self._boxes = before
+            return self.read(look=True)  # who begins may take the place of one who has just died
+        reading.positions = {record.outbox: record.end for record in found}
         self._boxes |= reading.positions
         reading.ended = [] if reading.is_cut else [*self._dying]
+        last = {record.outbox: record.time for record in found}
+        for name in reading.ended:  # as early as it can have been: an attempt must not share a row with the next one
+            found.append(Record(last.get(name, 0.0), name, outbox.ENDED, 0, 0, 0.0, b"", self._boxes[name]))
+        reading.records = sorted(found, key=lambda record: record.time)
         return reading
 
     def _has_news(self, name: str, reading: Reading) -> bool:
@@ -181,7 +188,7 @@ class Reader:
                 if page[0] != self._state:
                     os.pwrite(file.fileno(), bytes([self._state]), 0)
                 if page.count(0, outbox.LOST_AT, outbox.ABOUT_AT) < outbox.ABOUT_AT - outbox.LOST_AT:
-                    lost = dict(enumerate(struct.unpack_from("<256Q", page, outbox.LOST_AT)))
+                    lost = {i: n for i, n in enumerate(struct.unpack_from("<256Q", page, outbox.LOST_AT)) if n}
                     if lost != self._lost.get(name):
                         self._lost[name] = reading.lost[name] = lost
                 if page[outbox.STAYS_AT]:

@@ -59,8 +59,6 @@ class Relay:
         self._reader.set_state(outbox.NOBODY_READS)
         self._last = reading = self._reader.read(look=True)
         reading.leaving = reading.is_empty
-        if reading.leaving and not self._reader.names:
-            self.remove()
         if not reading.leaving:
             self._heard = time.monotonic()
             self._reader.set_state(outbox.IS_READ)

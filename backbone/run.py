@@ -206,24 +206,23 @@ class Run:
     def _take(self, node: str, reading: Reading) -> None:
         for name, about in reading.about.items():
             self.boxes.setdefault((node, name), Box(about["name"], about["parent"], about["name"]))
-        for record in reading.records:
-            self._take_record(self.boxes[node, record.outbox], record)
-        for name in {*reading.about, *reading.positions, *reading.lost}:
+        for name, lost in reading.lost.items():
             box = self.boxes[node, name]
-            box.position, before, box.lost = (
-                reading.positions.get(name, box.position),
-                box.lost,
-                reading.lost.get(name, box.lost),
-            )
             for pipeline in self.pipelines:
-                pipeline.counts["reports"] += box.lost.get(pipeline.number, 0) - before.get(pipeline.number, 0)
-            self.state.do("INSERT OR REPLACE INTO outboxes VALUES (?, ?, ?)", node, name, pickle.dumps(box))
+                pipeline.counts["reports"] += lost.get(pipeline.number, 0) - box.lost.get(pipeline.number, 0)
+            box.lost = lost
+        for record in reading.records:
+            self._take_record(node, record)
+        for name in {*reading.about, *reading.positions, *reading.lost}:
+            if box := self.boxes.get((node, name)):  # it has not ended
+                box.position = reading.positions.get(name, box.position)
+                self.state.do("INSERT OR REPLACE INTO outboxes VALUES (?, ?, ?)", node, name, pickle.dumps(box))
         for name in reading.vanished:
             self.unheard(f"{self.boxes[node, name].process}: somebody has removed its outbox")
-        for name in (*reading.ended, *reading.vanished):
             self._forget(node, name)
 
-    def _take_record(self, box: Box, record: Record) -> None:
+    def _take_record(self, node: str, record: Record) -> None:
+        box = self.boxes[node, record.outbox]
         if record.kind in (outbox.REPORT, outbox.COMMIT):
             report = Report(record.wall_time, box.label or box.name, record.content)
             who = box.name, record.step, record.kind == outbox.COMMIT, self._clock, box.parent, box.task
@@ -239,6 +238,8 @@ class Run:
             box.exit = pickle.loads(record.content) if record.content else (0, None)
             if box.process == self._owner and record.content:  # it may live on, without Ray
                 self.owner_end = box.exit
+        elif record.kind == outbox.ENDED:
+            self._forget(node, record.outbox)
 
     def _end(self, worker: str, died: bool = False) -> None:
         for pipeline in self.pipelines:
