@@ -159,7 +159,8 @@ class WandbRun:
         Raises TypeError or ValueError naming the key of what can't be logged, RunFinishedError after `finish`, and
         RuntimeError in a forked process and where Ray is not running any more.
         """
-        self._outbox.put(values.as_step(step), values.pack(values.as_report(metrics)), commit)
+        step = values.as_step(step)
+        self._outbox.put(step, values.pack(values.as_report(metrics, step)), commit)
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Waits until the pipeline actor has all that this process logged; whether it took it within `timeout` s.

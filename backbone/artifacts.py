@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from . import transaction_log, values, wandb_internals
+from . import media, transaction_log, values, wandb_internals
 from .ledger import line
 from .store import Store
 
@@ -164,7 +164,7 @@ def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     for name, what in found.items():
         if not isinstance(name, str) or not name or name[0] == "/" or ".." in Path(name).parts:
             raise ValueError(f"file {name!r} must be a relative path without '..', as its name in the artifact")
-        if wandb_internals.is_data_type(what):
+        if media.is_data_type(what):
             sorted_["objects"][name] = what
         elif isinstance(what, str) and "://" in what:
             sorted_["references"][name] = what

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import disk, transaction_log, wandb_internals
+from . import disk, media, transaction_log, wandb_internals
 from .ledger import line
 from .store import Row, Store
 
@@ -145,6 +145,8 @@ class Writer:
         for key, value in row.metrics.items():
             if key not in plain and (why := self._log({key: value}, row.number, commit=False)):
                 refused[key] = why  # one by one, because none can be logged a second time
+        for value in row.metrics.values():
+            media.remove_copied_files(value)
         warnings = list(refused.values())
         if why := self._log(plain, row.number, commit=True):
             refused |= dict.fromkeys(plain, why)
