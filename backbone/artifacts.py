@@ -11,12 +11,12 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from . import media, transaction_log, values, wandb_internals
+from . import disk, media, transaction_log, values, wandb_internals
 from .ledger import line
 from .store import Store
 
@@ -39,9 +39,11 @@ class Artifacts:
         self._finishing = threading.Lock()
         on_disk = set().union(*(transaction_log.artifacts(Path(path)) for path in store.facts.get("paths", ())))
         for id_, task, client, done in store.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall():
-            finished = done or "ledgers" in store.facts or (client in on_disk and store.facts["mode"] == "offline")
-            if not finished:
-                self._submit(id_, *pickle.loads(task))
+            kind, what = pickle.loads(task)
+            if done:
+                self._remove_copies(what)  # it may have died in between
+            elif "ledgers" not in store.facts and not (client in on_disk and store.facts["mode"] == "offline"):
+                self._submit(id_, kind, what)
 
     def log(self, folder: Path, what: Mapping[str, Any]) -> None:
         """folder: with the staged files; what: name, type, metadata, aliases, files, references, objects."""
@@ -60,12 +62,17 @@ class Artifacts:
                 return  # Ray repeats a call whose answer an actor's death has swallowed; its folder is its own
             added = self._store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))
         except sqlite3.Error as error:  # the disk is full
-            return self._lose(what["name"], error)
+            return self._lose(f"artifact {what['name']!r}", f"is lost: {line(error)}")
         self._submit(added.lastrowid, kind, what)
 
-    def _lose(self, name: str, error: Exception) -> None:
+    def _lose(self, what: str, why: str) -> None:
         self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + 1)
-        self._store.warn("artifact", f"artifact {name!r} is lost: {line(error)}")
+        self._store.warn("artifact", f"{what} {why}")
+
+    def _remove_copies(self, what: Mapping[str, Any]) -> None:
+        """Of the staged files, because the server has them. `wandb sync` needs those of a run that is offline."""
+        if "folder" in what and self._store.facts["mode"] == "online":
+            shutil.rmtree(what["folder"], ignore_errors=True)
 
     def _submit(self, id_: int, kind: str, what: Mapping[str, Any]) -> None:
         work = {"log": self._log, "use": self._use}[kind]
@@ -82,12 +89,18 @@ class Artifacts:
         for file, reference in content["references"].items():
             wandb_internals.add_reference(artifact, file, reference)
         for file, value in values.unpack(content["objects"]).items():
-            artifact.add(value, file)
+            kept, excess = media.within_limit(value)
+            artifact.add(kept, file)
+            if excess:
+                with self._lock:
+                    self._lose(f"{file!r} of artifact {name!r}", f"has {excess}")
+        media.remove_copied_files([artifact])
         self._note("client = ?", wandb_internals.client_id(artifact), id_)
         logged = self._writer.run.log_artifact(artifact, aliases=aliases)
         if self._store.facts["mode"] == "online":
             logged.wait()  # else a restart could bring it a second time, and its aliases back
             self._note("done = ?", 1, id_)
+            self._remove_copies({"folder": folder})
 
     def _use(self, id_: int, *, name: str) -> None:
         run = self._writer.run
@@ -141,8 +154,8 @@ def check(name: str, type: str, metadata: Mapping[str, Any] | None, aliases: Seq
 def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     """An artifact's `files` (name -> bytes or path), `references` and `objects` of W&B's.
 
-    files: all of these by name, or paths only; a folder stands for the files below it. Raises ValueError, TypeError or
-    OSError.
+    files: all of these by name, or paths only; a folder stands for the files below it and below what it links to.
+    Raises ValueError, TypeError or OSError.
     """
     if isinstance(files, str | Path):
         files = {"" if Path(files).is_dir() else Path(files).name: files}
@@ -154,8 +167,7 @@ def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     for name, what in files.items():
         if isinstance(what, str | Path) and "://" not in str(what) and Path(what).is_dir():
-            below = {str(PurePosixPath(name, path.relative_to(what))): path for path in Path(what).rglob("*")}
-            found |= {inner: path for inner, path in below.items() if path.is_file()}
+            found |= {str(PurePosixPath(name, path.relative_to(what))): path for path in disk.files_below(Path(what))}
         else:
             found[name] = what
     if not found:
@@ -186,24 +198,15 @@ def stage(
     """
     for name, source in content["files"].items():
         if send:
-            for offset, piece in _pieces(source):
+            for offset, piece in disk.pieces(source, PIECE):
                 send(folder / name, offset, piece)
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
             (folder / name).write_bytes(source)
         else:
-            shutil.copyfile(source, folder / name)
+            disk.copy(source, folder / name)
     return {**content, "files": [*content["files"]], "objects": values.pack(content["objects"], "file")}
-
-
-def _pieces(content: bytes | str | Path) -> Iterator[tuple[int, bytes]]:
-    """A file for another node: offset and bytes of each piece; at least one."""
-    size, offset = len(content) if isinstance(content, bytes) else Path(content).stat().st_size, 0
-    with contextlib.nullcontext() if isinstance(content, bytes) else open(content, "rb") as file:
-        while offset == 0 or offset < size:
-            yield offset, content[offset : offset + PIECE] if file is None else file.read(PIECE)
-            offset += PIECE
 
 
 def put_piece(to: Path, offset: int, piece: bytes) -> None:

@@ -5,13 +5,13 @@ Some of what is used here is not public. `tests/test_wandb_internals.py` fails w
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import os
 import sys
 import tempfile
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,7 +77,7 @@ def parts(value: Any) -> tuple[type, dict[str, Any], bytes] | None:
         content = Path(path).read_bytes()
         if state.get("_is_tmp") and not state.get("_assembled") and _is_temporary(path):
             value._content = content
-            os.unlink(path)
+            Path(path).unlink(missing_ok=True)
     return type(value), state, content
 
 
@@ -101,13 +101,13 @@ def _is_temporary(path: str) -> bool:
     return Path(path).is_relative_to(MEDIA_TMP.name)
 
 
-def remove_copied_files(logged: Any) -> None:
-    """Removes temporary files of a logged table's cells, or of an artifact: wandb has copied them and leaves them."""
-    target = getattr(getattr(logged, "table", logged), "_artifact_target", None)  # a chart has a table
-    for path in getattr(target.artifact if target else logged, "_added_local_paths", ()):
-        if _is_temporary(path):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+def remove_copied_files(logged: Iterable[Any]) -> None:
+    """Removes temporary files of logged tables' cells, or of artifacts: wandb has copied them and leaves them."""
+    for value in logged:
+        target = getattr(getattr(value, "table", value), "_artifact_target", None)  # a chart has a table
+        for path in getattr(target.artifact if target else value, "_added_local_paths", ()):
+            if _is_temporary(path):
+                Path(path).unlink(missing_ok=True)
 
 
 # Limits

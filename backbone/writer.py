@@ -145,8 +145,7 @@ class Writer:
         for key, value in row.metrics.items():
             if key not in plain and (why := self._log({key: value}, row.number, commit=False)):
                 refused[key] = why  # one by one, because none can be logged a second time
-        for value in row.metrics.values():
-            media.remove_copied_files(value)
+        media.remove_copied_files(row.metrics.values())
         warnings = list(refused.values())
         if why := self._log(plain, row.number, commit=True):
             refused |= dict.fromkeys(plain, why)

@@ -7,9 +7,100 @@ from pathlib import Path
 
 from backbone import artifacts
 
+import numpy as np
+import pytest
 import wandb
 from conftest import Log, folders
 from rooms import Opened
+from wandb.sdk.data_types._private import MEDIA_TMP
+
+# What is in one
+
+
+def names(files) -> list[str]:
+    return sorted(artifacts.contents("model", files)["files"])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """tree(path=content, …): a folder of such files. What begins with `->` is a link."""
+
+    def tree(**files: str) -> Path:
+        top = tmp_path / "tree"
+        for name, content in files.items():
+            path = top / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content.startswith("->"):
+                path.symlink_to(content.removeprefix("->"))
+            else:
+                path.write_text(content)
+        return top
+
+    return tree
+
+
+def test_links_to_folders_and_files_are_followed(tree, tmp_path):
+    """As `latest` links and the caches of Hugging Face have them."""
+    (tmp_path / "big" / "deep").mkdir(parents=True)
+    (tmp_path / "big" / "deep" / "layer").write_text("weights")
+    top = tree(
+        config="c", blobs__1="w", snapshots__a__model="->../../blobs/1", weights="->../big", latest="->snapshots/a"
+    )
+    expected = ["blobs/1", "config", "latest/model", "snapshots/a/model", "weights/deep/layer"]
+    assert names(top) == expected
+    assert names({"x": top}) == [f"x/{name}" for name in expected]
+    (tmp_path / "link").symlink_to(top)
+    assert names(str(tmp_path / "link")) == expected
+    what = artifacts.stage(artifacts.contents("model", top), tmp_path / "staged", None)
+    copy = tmp_path / "staged" / "weights" / "deep" / "layer"
+    assert sorted(what["files"]) == expected
+    assert (copy.read_text(), copy.is_symlink()) == ("weights", False)
+
+
+def test_a_link_to_a_folder_that_it_is_in_is_not_followed(tree):
+    top = tree(config="c", self="->.", run__up="->..", run__weights="w", a__file="f", a__b="->../b", b__a="->../a")
+    assert names(top) == ["a/file", "b/a/file", "config", "run/weights"]
+
+
+@pytest.mark.parametrize("where", ["", "deep__"])
+def test_a_broken_link_is_told_at_the_caller(tree, where):
+    top = tree(**{f"{where}weights": "->gone", "config": "c"})
+    with pytest.raises(FileNotFoundError, match="weights"):
+        artifacts.contents("model", top)
+
+
+def test_what_is_no_file_is_left_out_and_waited_for_by_nobody(tree):
+    top = tree(config="c")
+    os.mkfifo(top / "pipe")
+    assert names(top) == ["config"]
+
+
+# Staging
+
+
+@pytest.mark.parametrize("trouble", ["none", "other file system", "no such call", "knows no end"])
+def test_a_staged_file_is_a_copy_that_a_later_change_does_not_change(tree, tmp_path, monkeypatch, trouble):
+    """A trainer that rewrites its checkpoint in place would change "step 10" into "step 20" behind a hard link."""
+
+    def fails(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    if trouble == "no such call":
+        monkeypatch.delattr(os, "copy_file_range")
+    elif trouble != "none":
+        monkeypatch.setattr(os, "copy_file_range", fails if trouble == "other file system" else lambda *_: 0)
+    content = os.urandom(3_000_001)
+    top, staged = tree(empty="", weights=""), tmp_path / "staged"
+    (top / "weights").write_bytes(content)
+    artifacts.stage(artifacts.contents("model", {"a": top, "b": b"bytes"}), staged, None)
+    with open(top / "weights", "r+b") as file:
+        file.write(b"step 20")
+    assert (staged / "a" / "weights").read_bytes() == content
+    assert (staged / "a" / "weights").stat().st_nlink == 1
+    assert [(staged / name).read_bytes() for name in ("a/empty", "b")] == [b"", b"bytes"]
+
+
+# Logging
 
 
 def staged(made: Opened, name: str, content: bytes, **more) -> tuple[str, dict]:
@@ -98,3 +189,57 @@ def test_an_artifact_that_can_not_be_logged_is_counted_and_named(opened):
     account = made.finish()[""]
     assert (account.lost_artifacts, account.ok) == (1, False)
     assert account.warnings[0].startswith("1 artifacts were not logged or used: ")
+
+
+def bytes_below(folder: Path) -> list[bytes]:
+    return sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_online_the_copies_are_gone_when_the_server_has_them(opened, tmp_path, server, monkeypatch):
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()
+    made = opened(mode="online")
+    made.join()
+    for step in range(3):
+        made.artifacts.log(*staged(made, f"checkpoint-{step}", b"%d" % step))
+    made.artifacts.finish(60)
+    assert {artifact["state"] for artifact in server.artifacts.values()} == {"COMMITTED"}
+    assert not [*tmp_path.rglob("a.bin")]
+    folder, what = staged(made, "last", b"3")
+    task = pickle.dumps(("log", what | {"folder": folder}))
+    made.store.db.execute("INSERT INTO artifacts (task, done) VALUES (?, 1)", (task,))  # and killed before it went
+    made.abandon()
+    made = opened(mode="online")
+    assert not [*tmp_path.rglob("a.bin")]
+    assert made.finish()[""].lost_artifacts == 0
+    wandb.teardown()
+
+
+def test_of_a_table_in_an_artifact_what_is_beyond_w_b_s_limit_is_told(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb.Table, "MAX_ARTIFACT_ROWS", 3)
+    made = opened()
+    made.join()
+    made.artifacts.log(*staged(made, "rollouts", b"1", table=wandb.Table(columns=["x"], data=[[i] for i in range(5)])))
+    made.artifacts.finish(60)
+    account = made.finish()[""]
+    assert (account.lost_artifacts, account.ok) == (1, False)
+    assert account.warnings == ["'table' of artifact 'rollouts' has 5 rows, of which W&B takes 3: the others are lost"]
+    [artifact] = Log(folders(tmp_path)[0]).of("artifact")
+    [path] = [entry["local_path"] for entry in artifact["manifest"]["contents"] if entry["path"] == "table.table.json"]
+    assert json.loads(Path(path).read_text())["data"] == [[0], [1], [2]]
+
+
+def test_no_temporary_file_is_left_of_the_media_in_an_artifact(opened):
+    for path in Path(MEDIA_TMP.name).glob("*"):
+        path.unlink()
+    made = opened()
+    made.join()
+    page = wandb.Html("a page")
+    for _ in range(2):
+        cells = [[page, wandb.Html("in a table"), np.zeros((300, 2))]]
+        table = wandb.Table(columns=["page", "other", "array"], data=cells)
+        made.artifacts.log(*staged(made, "pages", b"1", page=page, table=table))
+    made.artifacts.finish(60)
+    assert bytes_below(Path(MEDIA_TMP.name)) == []
+    assert made.finish()[""].lost_artifacts == 0

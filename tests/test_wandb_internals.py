@@ -310,10 +310,9 @@ def test_what_wandb_has_copied_of_a_table_or_an_artifact_is_removed(begin, empty
     artifact.add(wandb.Html("in an artifact"), "page")
     run.log_artifact(artifact)
     assert len(files_in(MEDIA_TMP.name)) == 4  # of the array one for each table
-    media.remove_copied_files(table)
+    media.remove_copied_files([table, 1.0])
     assert len(files_in(MEDIA_TMP.name)) == 2
-    media.remove_copied_files(wandb.plot.bar(chart, "page", "page"))
-    media.remove_copied_files(artifact)
+    media.remove_copied_files([wandb.plot.bar(chart, "page", "page"), artifact])
     assert files_in(MEDIA_TMP.name) == []
     run.finish()
     entries = [entry for each in Log(Path(run.sync_dir)).of("artifact") for entry in each["manifest"]["contents"]]
