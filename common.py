@@ -150,10 +150,13 @@ class WandbRun:
     def log(self, metrics: Mapping[str, Any], step: int, commit: bool = False) -> None:
         """Reports metrics of one worker for one step; takes microseconds, unless the actor is far behind.
 
-        metrics: key -> number (the worker's measurement), array, tensor or list of numbers (samples), string or W&B
-        data type; nested mappings become paths. `reduce_reports` says what becomes of them. A later change of an array
-        doesn't change what was logged.
-        step: the pipeline's own, from 0. A worker may report it in several calls.
+        metrics: key -> number (the worker's measurement), array, tensor or list of numbers (samples), string, W&B
+        data type, or a figure or data frame, which becomes one; nested mappings become paths. `reduce_reports` says
+        what becomes of them. A later change of an array doesn't change what was logged. Of a table with
+        `log_mode="INCREMENTAL"` only rows are sent that were not logged before under this key; as in W&B, such a
+        table is for one run.
+        step: the pipeline's own, a whole number from 0. A worker may report it in several calls. The metrics may have
+        it as well, as `step`.
         commit: nothing more comes from this worker for this step. Otherwise its next step says so.
 
         Raises TypeError or ValueError naming the key of what can't be logged, RunFinishedError after `finish`, and

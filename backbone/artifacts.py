@@ -38,11 +38,12 @@ class Artifacts:
         self._futures: list[Future] = []
         self._finishing = threading.Lock()
         on_disk = set().union(*(transaction_log.artifacts(Path(path)) for path in store.facts.get("paths", ())))
+        going_on, offline = "ledgers" not in store.facts, store.facts["mode"] == "offline"
         for id_, task, client, done in store.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall():
             kind, what = pickle.loads(task)
-            if done:
-                self._remove_copies(what)  # it may have died in between
-            elif "ledgers" not in store.facts and not (client in on_disk and store.facts["mode"] == "offline"):
+            if done and kind == "log":
+                shutil.rmtree(what["folder"], ignore_errors=True)  # the actor may have died before it did that
+            elif not done and going_on and not (client in on_disk and offline):
                 self._submit(id_, kind, what)
 
     def log(self, folder: Path, what: Mapping[str, Any]) -> None:
@@ -68,11 +69,6 @@ class Artifacts:
     def _lose(self, what: str, why: str) -> None:
         self._store.note(lost_artifacts=self._store.facts.get("lost_artifacts", 0) + 1)
         self._store.warn("artifact", f"{what} {why}")
-
-    def _remove_copies(self, what: Mapping[str, Any]) -> None:
-        """Of the staged files, because the server has them. `wandb sync` needs those of a run that is offline."""
-        if "folder" in what and self._store.facts["mode"] == "online":
-            shutil.rmtree(what["folder"], ignore_errors=True)
 
     def _submit(self, id_: int, kind: str, what: Mapping[str, Any]) -> None:
         work = {"log": self._log, "use": self._use}[kind]
@@ -100,7 +96,7 @@ class Artifacts:
         if self._store.facts["mode"] == "online":
             logged.wait()  # else a restart could bring it a second time, and its aliases back
             self._note("done = ?", 1, id_)
-            self._remove_copies({"folder": folder})
+            shutil.rmtree(folder, ignore_errors=True)  # offline `wandb sync` needs the copies
 
     def _use(self, id_: int, *, name: str) -> None:
         run = self._writer.run

@@ -30,7 +30,7 @@ def as_step(step: Any) -> int:
             raise TypeError(f"step must be a whole number, not {step!r}")
         step = number
     if not 0 <= step < 2**63:
-        hint = ": what comes before training is step 0" if step < 0 else ""
+        hint = ": what comes before training, such as an evaluation, is step 0" if step < 0 else ""
         raise ValueError(f"step must be a number from 0 to 2**63, not {step}{hint}")
     return step
 
