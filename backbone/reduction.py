@@ -119,7 +119,7 @@ def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rul
     if rule.weight:
         weights = [_plain(report.get(rule.weight)) for report in reports if key in report]
         if all(isinstance(weight, int | float) for weight in weights):
-            weighted = [pair for pair in zip(values, weights, strict=True) if pair[1]]  # NaN times 0 is NaN
+            weighted = [pair for pair in zip(values, weights, strict=True) if pair[1]]  # 0 times NaN would be NaN
             if total := sum(weight for _, weight in weighted):
                 return sum(value * weight for value, weight in weighted) / total
             why = f"the weights {rule.weight!r} of all reports of {key!r} add up to 0: such a row has NaN"
@@ -154,21 +154,24 @@ def _statistic(name: str, pooled: np.ndarray) -> float:
 
     with np.errstate(over="ignore", invalid="ignore"):
         value = compute(pooled)
-        if not math.isfinite(value) and np.isfinite(pooled).all():  # a sum or a difference was more than a double holds
+        if not math.isfinite(value) and np.isfinite(pooled).all():  # a sum or difference is more than a double holds
             value = compute(pooled * _SMALL) / _SMALL
     return value
 
 
 def _histogram(pooled: np.ndarray) -> Any:
+    """Of the finite samples, because it takes no others.
+
+    It has one bin where numpy finds no room for more, between samples that differ in the last bit, or that span more
+    than a double holds.
+    """
     import wandb
 
-    finite = pooled[np.isfinite(pooled)]  # it takes no others
+    finite = pooled[np.isfinite(pooled)]
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             return wandb.Histogram(finite)
-    except (
-        ValueError
-    ):  # samples that differ in the last bit, or span more than a double holds, leave no room for its bins
+    except ValueError:
         return wandb.Histogram(np_histogram=([finite.size], [finite.min().item(), finite.max().item()]))
 
 

@@ -22,6 +22,7 @@ import plotly.graph_objects
 import pytest
 import wandb
 from conftest import ROOT, Log, folders
+from matplotlib import pyplot
 from wandb.sdk.data_types._private import MEDIA_TMP
 
 
@@ -322,7 +323,6 @@ def test_pixels_and_cells_that_wandb_makes_nothing_of_are_no_samples():
 
 @pytest.fixture
 def draw():
-    pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
 
     def draw(kind: str, *arguments):
@@ -356,7 +356,7 @@ def test_a_figure_is_the_plot_or_the_image_that_wandb_makes_of_it(draw):
 
 def test_pyplot_itself_is_its_figure(draw):
     draw("plot", [1, 2])
-    assert type(as_report({"chart": sys.modules["matplotlib.pyplot"]})["chart"]).__name__ == "Plotly"
+    assert type(as_report({"chart": pyplot})["chart"]).__name__ == "Plotly"
 
 
 def test_without_plotly_a_figure_is_an_image(draw, monkeypatch):
