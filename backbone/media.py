@@ -35,8 +35,8 @@ def is_table(value: Any) -> bool:
 def made_of(value: Any) -> Any:
     """What `wandb.log` makes of a matplotlib or plotly figure, or of a pandas data frame: a plot, image or table.
 
-    None for other values. Raises TypeError for other libraries' frames and for images, of which `wandb.log` makes
-    nothing: numpy would take their cells and pixels for samples.
+    None for other values. Raises an exception for images and for other libraries' frames, of which `wandb.log` makes
+    nothing: numpy would take their pixels and cells for samples.
     """
     library = (value.__name__ if isinstance(value, ModuleType) else type(value).__module__).partition(".")[0]
     if library in ("matplotlib", "plotly"):  # wandb, too, looks at names: neither has to be installed
@@ -49,10 +49,9 @@ def made_of(value: Any) -> Any:
             if library == "plotly":
                 raise
             return wandb.Image(value)
-    if hasattr(value, "columns") or library == "PIL":
-        pandas = sys.modules.get("pandas")
-        if not pandas or not isinstance(value, pandas.DataFrame):
-            raise TypeError(f"W&B makes nothing of it: {type(value).__name__}")
+    if library == "PIL":
+        raise TypeError("W&B takes a wandb.Image of it")
+    if hasattr(value, "columns"):
         import wandb
 
         return wandb.Table(dataframe=value)
@@ -115,17 +114,15 @@ def remove_copied_files(logged: Iterable[Any]) -> None:
 
 def within_limit(value: Any) -> tuple[Any, str]:
     """As much of a table, a chart or a list of media as W&B takes, and what it would cut off without a word, if any."""
+    if is_table(getattr(value, "table", None)):
+        table, excess = within_limit(value.table)
+        return dataclasses.replace(value, table=table), excess
     if is_table(value):
         import wandb
 
-        rows, excess = _cut(value.data, wandb.Table.MAX_ARTIFACT_ROWS, "rows")
-        if excess:
-            value = copy.copy(value)
-            value.data = rows
-        return value, excess
-    if is_table(getattr(value, "table", None)):
-        table, excess = within_limit(value.table)
-        return (dataclasses.replace(value, table=table) if excess else value), excess
+        table = copy.copy(value)
+        table.data, excess = _cut(value.data, wandb.Table.MAX_ARTIFACT_ROWS, "rows")
+        return table, excess
     if isinstance(value, list) and all(isinstance(item, type(value[0])) for item in value):
         return _cut(value, getattr(value[0], "MAX_ITEMS", len(value)), "elements")
     return value, ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import pickle
 import sys
@@ -48,17 +47,11 @@ def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
         if type(value) is float and type(key) is str and key in _KNOWN_KEYS and key not in report:
             report[key] = value
         elif key == "step" and not isinstance(value, Mapping):
-            _check_step(value, step)
+            if value is not None and as_step(value) != step:
+                raise ValueError(f"metric 'step' is {value!r}, but log was called for step {step}")
         else:
             _add(report, key, value)
     return report
-
-
-def _check_step(value: Any, step: int) -> None:
-    with contextlib.suppress(TypeError, ValueError):
-        if value is None or as_step(value) == step:
-            return
-    raise ValueError(f"metric 'step' is {value!r:.80}, but log was called for step {step}")
 
 
 def _add(report: dict[str, Any], key: Any, value: Any) -> None:
@@ -103,8 +96,10 @@ def _value(key: str, value: Any) -> Any:
         return float(value)
     if isinstance(value, int):
         return _integer(key, int(value))
+    if getattr(value, "log_mode", None) == "INCREMENTAL":
+        return increment if (increment := _Increment(value, key)).is_new else None
     if media.is_data_type(value):
-        return _Increment.of(value, key) if getattr(value, "log_mode", None) == "INCREMENTAL" else value
+        return value
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, list | tuple) and value and all(map(media.is_data_type, value)):
@@ -160,28 +155,24 @@ def _as_array(value: Any) -> np.ndarray:
     return array.astype(np.float64) if foreign or array.dtype == np.longdouble else array
 
 
-@dataclasses.dataclass
 class _Increment:
     """The rows of an incremental table that have not been sent under this key. It arrives as a table of those rows."""
 
-    table: Any
-    key: str
-    rows: int  # that the table has
-    sent: int = 0
+    def __init__(self, table: Any, key: str):
+        self._table, self._key, self._rows = table, key, len(table.data)
+        self._sent = vars(table).get("_sent", {}).get(key)  # number of rows
 
-    @classmethod
-    def of(cls, table: Any, key: str) -> _Increment | None:
-        """None if all rows have been sent."""
-        rows, sent = len(table.data), vars(table).get("_sent", {}).get(key)
-        return None if rows == sent else cls(table, key, rows, sent or 0)
+    @property
+    def is_new(self) -> bool:
+        return self._rows != self._sent  # the first one is, even without rows
 
     def note(self) -> None:
         """It is on its way, so the next one has the rows behind it."""
-        vars(self.table).setdefault("_sent", {})[self.key] = self.rows
+        vars(self._table).setdefault("_sent", {})[self._key] = self._rows
 
     def __reduce__(self) -> tuple:
-        state = vars(self.table) | {"data": self.table.data[self.sent : self.rows]}
-        return object.__new__, (type(self.table),), state
+        state = vars(self._table) | {"data": self._table.data[self._sent : self._rows]}
+        return object.__new__, (type(self._table),), state
 
 
 class _Pickler(pickle.Pickler):

@@ -198,6 +198,7 @@ def bytes_below(folder: Path) -> list[bytes]:
 def test_online_the_copies_are_gone_when_the_server_has_them(opened, tmp_path, server, monkeypatch):
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
+    server.artifacts = {}
     wandb.teardown()
     made = opened(mode="online")
     made.join()

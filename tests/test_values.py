@@ -81,10 +81,16 @@ def test_a_report_may_have_its_step_in_it(step):
     assert as_report({Name.STEP: step, "step": {"a": 1}}, 8) == {"step/a": 1}
 
 
-@pytest.mark.parametrize("step", [7, 8.5, "8", [8], True], ids=repr)
+@pytest.mark.parametrize("step", [7, 7.0, np.int64(9)], ids=repr)
 def test_a_report_with_another_step_in_it_is_refused(step):
     with pytest.raises(ValueError, match=r"metric 'step' is .*, but log was called for step 8"):
         as_report({"step": step, "loss": 0.5}, 8)
+
+
+@pytest.mark.parametrize("step", [8.5, "8", [8], True], ids=repr)
+def test_what_is_no_step_is_none_in_a_report_either(step):
+    with pytest.raises(TypeError, match="step must be a whole number, not"):
+        as_report({"step": step}, 8)
 
 
 # Numbers and samples

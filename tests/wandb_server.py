@@ -24,7 +24,7 @@ class Server:
         self.runs: dict[str, dict] = {}  # id -> config, name, rows by offset, exit code
         self.projects: set[str] = set()  # of entity `e`, as far as they are listed
         self.views: dict[str, dict] = {}  # id -> what was sent
-        self.artifacts: dict[str, dict] = {}  # id -> what was sent, and its state
+        self.artifacts: dict[str, dict] | None = None  # id -> what was sent, and its state; None: it takes none
         self.fail: int | str | None = None
         self.troubles: list[int] = []  # that pass: statuses for the first uploads
         self.trials: list[dict] = []  # of a sweep, that an agent will be told to run
@@ -109,7 +109,7 @@ class Server:
         if operation == "Heartbeat":
             commands = [{"type": "run"} | self.trials.pop(0)] if self.trials else []
             return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
-        if "rtifact" in operation:
+        if "rtifact" in operation and self.artifacts is not None:
             return self.artifact(operation, variables)
         return self.dashboard(operation, variables)
 
