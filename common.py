@@ -175,19 +175,21 @@ class WandbRun:
         When it has returned, they are with the kernel, and get into a row whatever becomes of the process. It waits
         only while 4,096 reports of this process are unread.
 
-        metrics: key -> number (the worker's measurement), array, tensor or list of numbers (samples), string or W&B
-        data type; nested mappings become paths. `reduce_reports` says what becomes of them. A later change of an array
-        doesn't change what was logged.
-        step: the pipeline's own, from 0. A worker may report it in several calls.
+        metrics: key -> number (the worker's measurement), array, tensor or list of numbers (samples), string, W&B
+        data type, or a figure or data frame, which becomes one; nested mappings become paths. `reduce_reports` says
+        what becomes of them. A later change of an array doesn't change what was logged. Of a table with
+        `log_mode="INCREMENTAL"` only rows are sent that were not logged before under this key; as in W&B, such a
+        table is for one run.
+        step: the pipeline's own, a whole number from 0. A worker may report it in several calls. The metrics may have
+        it as well, as `step`.
         commit: nothing more comes from this worker for this step. Otherwise its next step says so.
         label: what the worker wants to be called, "rank 3" for instance.
 
         Raises TypeError or ValueError naming the key of what can't be logged, RunFinishedError after `finish`, and
         RuntimeError in a driver whose Ray is not running any more.
         """
-        kind = outbox.COMMIT if commit else outbox.REPORT
-        step = values.as_step(step)
-        self._outbox.put(kind, self._pipeline, step, values.pack(values.as_report(metrics)), label)
+        kind, step = outbox.COMMIT if commit else outbox.REPORT, values.as_step(step)
+        self._outbox.put(kind, self._pipeline, step, values.pack(values.as_report(metrics, step)), label)
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Waits until what this process has logged has left its node; whether it has within `timeout` seconds.

@@ -11,8 +11,9 @@ writer.py      gives the rows to the W&B run, and says which of them are there
 
 How a run begins and ends: starting.py, last_words.py (of the workers), ending.py (without its actor), owner.py and
 exits.py (the process that made it), guest.py (what the run must know of that). What serves all of these: values.py
-(what may be logged), artifacts.py, ledger.py (the account), events.py, process.py, calls.py, files.py, disk.py,
-nodes.py, transaction_log.py and wandb_internals.py (what of wandb is used without being public).
+(what may be logged), media.py (W&B's data types), artifacts.py, ledger.py (the account), events.py, process.py,
+calls.py, files.py, disk.py, nodes.py, transaction_log.py and wandb_internals.py (what of wandb is used without being
+public).
 """
 
 import os

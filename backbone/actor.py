@@ -211,9 +211,7 @@ class PipelineActor:
                     run.end(ends, deadline)
                 if prefix is not None:
                     return {prefix: run.ledger(run.pipeline(prefix))}
-            ledgers = run.finish(
-                exits.INTERRUPTED if self._pressed and exit_code else exit_code, failure, deadline
-            )
+            ledgers = run.finish(exits.INTERRUPTED if self._pressed and exit_code else exit_code, failure, deadline)
             recover.write_ledgers(self._letter.address.folder, ledgers)
             return ledgers
         except ServiceDiedError:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import pickle
 import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from . import transaction_log, values, wandb_internals
+from . import media, transaction_log, values, wandb_internals
 from .ledger import line
 from .state import State
 
@@ -38,11 +39,16 @@ class Artifacts:
         self._threads = {"log": ThreadPoolExecutor(1), "use": ThreadPoolExecutor(1)}
         self._futures: list[Future] = []
         self._finishing = threading.Lock()
-        on_disk = set().union(*(transaction_log.artifacts(Path(path)) for path in state.facts.get("paths", ())))
-        for id_, task, client, done in state.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall():
-            finished = done or "ledgers" in state.facts or (client in on_disk and state.facts["mode"] == "offline")
-            if not finished:
-                self._submit(id_, *pickle.loads(task))
+        going_on, offline = "ledgers" not in state.facts, state.facts["mode"] == "offline"
+        tasks = state.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall()
+        paths = map(Path, state.facts.get("paths", ()) if tasks else ())
+        on_disk = set().union(*map(transaction_log.artifacts, paths))
+        for id_, task, client, done in tasks:
+            kind, what = pickle.loads(task)
+            if done and kind == "log":
+                shutil.rmtree(what["folder"], ignore_errors=True)  # the actor may have died before it did that
+            elif not done and going_on and not (client in on_disk and offline):
+                self._submit(id_, kind, what)
 
     def log(self, folder: Path, what: Mapping[str, Any]) -> None:
         """folder: with the staged files; what: name, type, metadata, aliases, files, references, objects."""
@@ -61,12 +67,12 @@ class Artifacts:
                 return  # Ray repeats a call whose answer an actor's death has swallowed; its folder is its own
             added = self._state.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))
         except sqlite3.Error as error:  # the disk is full
-            return self._lose(what["name"], error)
+            return self._lose(f"artifact {what['name']!r}", f"is lost: {line(error)}")
         self._submit(added.lastrowid, kind, what)
 
-    def _lose(self, name: str, error: Exception) -> None:
+    def _lose(self, what: str, why: str) -> None:
         self._state.note(lost_artifacts=self._state.facts.get("lost_artifacts", 0) + 1)
-        self._state.warn("artifact", f"artifact {name!r} is lost: {line(error)}")
+        self._state.warn("artifact", f"{what} {why}")
 
     def _submit(self, id_: int, kind: str, what: Mapping[str, Any]) -> None:
         work = {"log": self._log, "use": self._use}[kind]
@@ -83,12 +89,18 @@ class Artifacts:
         for file, reference in content["references"].items():
             wandb_internals.add_reference(artifact, file, reference)
         for file, value in values.unpack(content["objects"]).items():
-            artifact.add(value, file)
+            kept, excess = media.within_limit(value)
+            artifact.add(kept, file)
+            if excess:
+                with self._lock:
+                    self._lose(f"{file!r} of artifact {name!r}", f"has {excess}")
+        media.remove_copied_files([artifact])
         self._note("client = ?", wandb_internals.client_id(artifact), id_)
         logged = self._writer.run.log_artifact(artifact, aliases=aliases)
         if self._state.facts["mode"] == "online":
             logged.wait()  # else a restart could bring it a second time, and its aliases back
             self._note("done = ?", 1, id_)
+            shutil.rmtree(folder, ignore_errors=True)  # offline `wandb sync` needs the copies
 
     def _use(self, id_: int, *, name: str) -> None:
         run = self._writer.run
@@ -143,8 +155,8 @@ def check(name: str, type: str, metadata: Mapping[str, Any] | None, aliases: Seq
 def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     """An artifact's `files` (name -> bytes or path), `references` and `objects` of W&B's.
 
-    files: all of these by name, or paths only; a folder stands for the files below it. Raises ValueError, TypeError or
-    OSError.
+    files: all of these by name, or paths only; a folder stands for the files below it and below what it links to.
+    Raises ValueError, TypeError or OSError.
     """
     if isinstance(files, str | Path):
         files = {"" if Path(files).is_dir() else Path(files).name: files}
@@ -156,8 +168,7 @@ def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     for name, what in files.items():
         if isinstance(what, str | Path) and "://" not in str(what) and Path(what).is_dir():
-            below = {str(PurePosixPath(name, path.relative_to(what))): path for path in Path(what).rglob("*")}
-            found |= {inner: path for inner, path in below.items() if path.is_file()}
+            found |= {str(PurePosixPath(name, path.relative_to(what))): path for path in files_below(Path(what))}
         else:
             found[name] = what
     if not found:
@@ -166,7 +177,7 @@ def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     for name, what in found.items():
         if not isinstance(name, str) or not name or name[0] == "/" or ".." in Path(name).parts:
             raise ValueError(f"file {name!r} must be a relative path without '..', as its name in the artifact")
-        if wandb_internals.is_data_type(what):
+        if media.is_data_type(what):
             sorted_["objects"][name] = what
         elif isinstance(what, str) and "://" in what:
             sorted_["references"][name] = what
@@ -188,24 +199,15 @@ def stage(
     """
     for name, source in content["files"].items():
         if send:
-            for offset, piece in _pieces(source):
+            for offset, piece in pieces(source, PIECE):
                 send(folder / name, offset, piece)
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
             (folder / name).write_bytes(source)
         else:
-            shutil.copyfile(source, folder / name)
+            copy(source, folder / name)
     return {**content, "files": [*content["files"]], "objects": values.pack(content["objects"], "file")}
-
-
-def _pieces(content: bytes | str | Path) -> Iterator[tuple[int, bytes]]:
-    """A file for another node: offset and bytes of each piece; at least one."""
-    size, offset = len(content) if isinstance(content, bytes) else Path(content).stat().st_size, 0
-    with contextlib.nullcontext() if isinstance(content, bytes) else open(content, "rb") as file:
-        while offset == 0 or offset < size:
-            yield offset, content[offset : offset + PIECE] if file is None else file.read(PIECE)
-            offset += PIECE
 
 
 def put_piece(to: Path, offset: int, piece: bytes) -> None:
@@ -214,3 +216,34 @@ def put_piece(to: Path, offset: int, piece: bytes) -> None:
     with to.open("r+b") as file:
         file.seek(offset)
         file.write(piece)
+
+
+def files_below(folder: Path, above: Sequence[Path] = ()) -> Iterator[Path]:
+    """Files and broken links. Follows links, as W&B's `Artifact.add_dir` does, but to no folder that the link is in."""
+    above = [*above, folder.resolve()]
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_below(path, above) if path.resolve() not in above else ()
+        elif path.is_file() or (path.is_symlink() and not path.exists()):
+            yield path
+
+
+def copy(source: str | Path, to: Path) -> None:
+    """Makes a file that stays as it is, whatever becomes of its source, even if that is rewritten in place.
+
+    It takes no room where the file system can let files share blocks until one of them changes.
+    """
+    with open(source, "rb") as file, open(to, "wb") as made:
+        with contextlib.suppress(AttributeError, OSError):  # not on this system, not between these two
+            while os.copy_file_range(file.fileno(), made.fileno(), 1 << 30):
+                pass
+        shutil.copyfileobj(file, made, 1 << 20)  # the rest, if there is one
+
+
+def pieces(content: bytes | str | Path, size: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each piece of a file, `size` bytes at most; at least one."""
+    total, offset = len(content) if isinstance(content, bytes) else Path(content).stat().st_size, 0
+    with contextlib.nullcontext() if isinstance(content, bytes) else open(content, "rb") as file:
+        while offset == 0 or offset < total:
+            yield offset, content[offset : offset + size] if file is None else file.read(size)
+            offset += size

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import wandb_internals
+from . import media
 from .ledger import line
 
 Warn = Callable[[str, str], None]  # (what kind of thing, what exactly): a kind is told once
 _NUMBERS = {int, float}
 REFUSED = "refused"  # the kind that means a lost value
+_SMALL = 2.0**-520  # a double, times this, can be squared and added up
 
 
 class Rule(NamedTuple):
@@ -81,7 +82,8 @@ def reduce_reports(
     - tables of the same columns become one table with all their rows
     - of strings and other W&B data types one passes through; if they differ, a warning says so
 
-    Reports that lack a key, or have an empty array for it, don't count for it. NaN makes a result NaN.
+    Reports that lack a key, or have an empty array or the weight 0 for it, don't count for it. Otherwise NaN makes a
+    result NaN. What can't be reduced, and what W&B would cut off, is left out, with a warning of the kind `REFUSED`.
     """
     row: dict[str, Any] = {}
     computed: dict[str, Any] = {}
@@ -94,7 +96,7 @@ def reduce_reports(
             if kinds <= _NUMBERS:
                 row[key] = _scalar(key, values, reports, reduction.rule(key), warn)
             elif kinds <= _NUMBERS | {np.ndarray}:
-                computed |= _statistics(key, values, reduction.rule(key).statistics)
+                computed |= _statistics(key, values, reduction.rule(key).statistics, warn)
             else:
                 row[key] = _object(key, values, warn)
         except Exception as error:  # of a class that the user has derived from one of W&B's
@@ -116,8 +118,13 @@ def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rul
         return max(values, key=lambda value: (math.isnan(value), value))
     if rule.weight:
         weights = [_plain(report.get(rule.weight)) for report in reports if key in report]
-        if all(isinstance(weight, int | float) for weight in weights) and sum(weights):
-            return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+        if all(isinstance(weight, int | float) for weight in weights):
+            weighted = [pair for pair in zip(values, weights, strict=True) if pair[1]]  # 0 times NaN would be NaN
+            if total := sum(weight for _, weight in weighted):
+                return sum(value * weight for value, weight in weighted) / total
+            why = f"the weights {rule.weight!r} of all reports of {key!r} add up to 0: such a row has NaN"
+            warn(f"weights of {key}", why)
+            return math.nan
         warn(
             f"no weight {key}",
             f"{key!r} was reported without its weight {rule.weight!r}: such a row has the plain mean",
@@ -125,39 +132,65 @@ def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rul
     return sum(values) / len(values)
 
 
-def _statistics(key: str, values: list[Any], names: Sequence[str]) -> dict[str, Any]:
+def _statistics(key: str, values: list[Any], names: Sequence[str], warn: Warn) -> dict[str, Any]:
     samples = [np.ravel(value) for value in values if np.size(value)]
     if not samples:
         return {}
     pooled = np.concatenate([[], *samples])  # as float64
     if all(some.dtype == bool for some in samples):
         return {key: pooled.mean().item()}
-    return {f"{key}/{name}": _statistic(name, pooled) for name in names}
+    found = {}
+    for name in names:
+        try:
+            found[f"{key}/{name}"] = _histogram(pooled) if name == "histogram" else _statistic(name, pooled)
+        except Exception as error:
+            warn(REFUSED, f"'{key}/{name}' can't be computed: {line(error)}")
+    return found
 
 
-def _statistic(name: str, pooled: np.ndarray) -> Any:
-    if name == "histogram":
-        import wandb
+def _statistic(name: str, pooled: np.ndarray) -> float:
+    def compute(samples: np.ndarray) -> float:
+        return (np.percentile(samples, int(name[1:])) if name[0] == "p" else getattr(np, name)(samples)).item()
 
-        return wandb.Histogram(pooled[np.isfinite(pooled)])  # it takes no others
-    if name[0] == "p":
-        return np.percentile(pooled, int(name[1:])).item()
-    return getattr(np, name)(pooled).item()
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = compute(pooled)
+        if not math.isfinite(value) and np.isfinite(pooled).all():  # a sum or difference is more than a double holds
+            value = compute(pooled * _SMALL) / _SMALL
+    return value
+
+
+def _histogram(pooled: np.ndarray) -> Any:
+    """Of the finite samples, because it takes no others.
+
+    It has one bin where numpy finds no room for more, between samples that differ in the last bit, or that span more
+    than a double holds.
+    """
+    import wandb
+
+    finite = pooled[np.isfinite(pooled)]
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return wandb.Histogram(finite)
+    except ValueError:
+        return wandb.Histogram(np_histogram=([finite.size], [finite.min().item(), finite.max().item()]))
 
 
 def _object(key: str, values: list[Any], warn: Warn) -> Any:
     first, *others = [value for value in values if not isinstance(value, int | float | np.ndarray)]
     columns = _columns(first)
     if others and columns and all(_columns(value) == columns for value in others):
-        return _one_table([first, *others])
-    if len(values) > 1 + len(others) or any(other != first for other in others):
+        first = _one_table([first, *others])
+    elif len(values) > 1 + len(others) or any(other != first for other in others):
         warn(f"differs {key}", f"{key!r} differs between workers: one of them is kept")
-    return first
+    kept, excess = media.within_limit(first)
+    if excess:
+        warn(REFUSED, f"{key!r} has {excess}")
+    return kept
 
 
 def _columns(value: Any) -> list | None:
     """Of a `wandb.Table`, else None."""
-    return value.columns if wandb_internals.is_table(value) else None
+    return value.columns if media.is_table(value) else None
 
 
 def _one_table(tables: Sequence[Any]) -> Any:

@@ -11,29 +11,34 @@ from typing import Any
 
 import numpy as np
 
-from . import wandb_internals
+from . import media
 from .ledger import line
 
 _KNOWN_KEYS: set[str] = set()  # that were found right before; looking here is cheaper than looking at them again
-_RESERVED = ("step", "workers")  # what every row has
-
-
 _PLAIN = {float, int, str, np.ndarray}  # have no media in them
 
 
 def as_step(step: Any) -> int:
-    """A step as it was given to `log`. Raises TypeError or ValueError for what is none."""
-    if isinstance(step, bool) or not isinstance(step, int | np.integer):
-        raise TypeError(f"step must be an integer, not {step!r}")
+    """A step as it was given to `log`: a whole number of any kind. Raises TypeError or ValueError for what is none."""
+    if type(step) is not int:
+        array = number = None
+        with contextlib.suppress(Exception):  # what is no number, or infinite
+            array = _as_array(step)
+            number = int(array) if array.dtype.kind in "iuf" and not array.ndim else None
+        if number is None or number != array:
+            raise TypeError(f"step must be a whole number, not {step!r}")
+        step = number
     if not 0 <= step < 2**63:
-        raise ValueError(f"step must be a number from 0 to 2**63, not {step}")
-    return int(step)
+        hint = ": what comes before training, such as an evaluation, is step 0" if step < 0 else ""
+        raise ValueError(f"step must be a number from 0 to 2**63, not {step}{hint}")
+    return step
 
 
-def as_report(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
     """What is sent for `metrics`: nested mappings as paths, without None, tensors and the like as numbers or arrays.
 
-    Raises TypeError or ValueError that name the key.
+    step: which the metrics may have as well, as `step`; it is left out. Raises TypeError or ValueError that name the
+    key.
     """
     if not isinstance(metrics, Mapping):
         raise TypeError(f"metrics must be a mapping from key to value, not {metrics!r:.80}")
@@ -41,6 +46,9 @@ def as_report(metrics: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in metrics.items():
         if type(value) is float and type(key) is str and key in _KNOWN_KEYS and key not in report:
             report[key] = value
+        elif key == "step" and not isinstance(value, Mapping):
+            if value is not None and as_step(value) != step:
+                raise ValueError(f"metric 'step' is {value!r}, but log was called for step {step}")
         else:
             _add(report, key, value)
     return report
@@ -62,7 +70,8 @@ def _add(report: dict[str, Any], key: Any, value: Any) -> None:
         _check_key(key)
     if key in report:
         raise ValueError(f"metric key {key!r} is there twice, once as a path and once as a nested mapping")
-    report[key] = _value(key, value)
+    if (value := _value(key, value)) is not None:
+        report[key] = value
 
 
 def _text(value: str) -> str:
@@ -71,8 +80,8 @@ def _text(value: str) -> str:
 
 
 def _check_key(key: str) -> None:
-    if not key or key[0] == "_" or key in _RESERVED:
-        raise ValueError(f"metric key {key!r} must not be empty, 'step' or 'workers', nor start with '_'")
+    if not key or key[0] == "_" or key == "workers":
+        raise ValueError(f"metric key {key!r} must not be empty or 'workers', which every row has, nor start with '_'")
     try:
         key.encode()
     except UnicodeEncodeError as error:
@@ -82,25 +91,34 @@ def _check_key(key: str) -> None:
 
 
 def _value(key: str, value: Any) -> Any:
-    """`value` as int, float, str, numeric array, W&B data type or list of W&B media."""
+    """`value` as int, float, str, numeric array, W&B data type or list of W&B media; None if there is nothing."""
     if isinstance(value, float):
         return float(value)
     if isinstance(value, int):
         return _integer(key, int(value))
-    if wandb_internals.is_data_type(value):
+    if getattr(value, "log_mode", None) == "INCREMENTAL":
+        return increment if (increment := _Increment(value, key)).is_new else None
+    if media.is_data_type(value):
         return value
     if isinstance(value, str):
         return _text(value)
-    if isinstance(value, list | tuple) and value and all(map(wandb_internals.is_data_type, value)):
+    if isinstance(value, list | tuple) and value and all(map(media.is_data_type, value)):
         return list(value)
-    array = None
-    with contextlib.suppress(Exception):  # ragged lists, tensors that can't be read from here
+    if isinstance(value, np.ma.MaskedArray) and not value.ndim:
+        return None if value.mask else _value(key, value.item())
+    array, error = None, None
+    try:
+        if (made := media.made_of(value)) is not None:
+            return made
         array = _as_array(value)
+    except Exception as raised:  # ragged lists, tensors that can't be read from here
+        error = raised
     if array is None or array.dtype.kind not in "iufb":
         raise TypeError(
             f"metric {key!r} must be a number, a string, an array or tensor of numbers, or a W&B data type, not "
             f"{value!r:.80} ({type(value).__name__}): log a number of it, its str(), or a wandb.Image, wandb.Table, …"
-        )
+            + (f" ({line(error)})" if error else "")
+        ) from error
     if array.ndim:
         return array
     return float(array) if array.dtype.kind == "f" else _integer(key, int(array))
@@ -113,38 +131,77 @@ def _integer(key: str, value: int) -> int:
 
 
 def _as_array(value: Any) -> np.ndarray:
+    """Raises what the libraries raise for what is no array."""
+    if isinstance(value, list | tuple):
+        kinds = {*map(type, value)}
+        if any(hasattr(kind, "detach") or issubclass(kind, np.ma.MaskedArray) for kind in kinds):
+            return np.concatenate([np.ravel(_as_array(each)) for each in value])
+    if hasattr(value, "full_tensor"):  # torch's DTensor
+        if not all(placement.is_replicate() for placement in value.placements):
+            raise TypeError("of this DTensor each rank has a part: log its .full_tensor(), which all ranks must call")
+        value = value.to_local()
     if hasattr(value, "detach"):  # a torch tensor, maybe with gradient, maybe on a GPU
         value = value.detach().cpu()
         try:
             value = value.numpy()
         except TypeError:  # bfloat16, which numpy has not
             value = value.float().numpy()
+    elif isinstance(value, np.ma.MaskedArray):
+        value = value.compressed()
+    elif hasattr(value, "dropna") and not isinstance(value.dtype, np.dtype):  # a pandas Series with a mask
+        value = value.dropna()
     array = np.asarray(value)
     foreign = array.dtype.isbuiltin == 2  # jax's bfloat16, float8, …
     return array.astype(np.float64) if foreign or array.dtype == np.longdouble else array
+
+
+class _Increment:
+    """The rows of an incremental table that have not been sent under this key. It arrives as a table of those rows."""
+
+    def __init__(self, table: Any, key: str):
+        self._table, self._key, self._rows = table, key, len(table.data)
+        self._sent = vars(table).get("_sent", {}).get(key)  # number of rows
+
+    @property
+    def is_new(self) -> bool:
+        return self._rows != self._sent  # the first one is, even without rows
+
+    def note(self) -> None:
+        """It is on its way, so the next one has the rows behind it."""
+        vars(self._table).setdefault("_sent", {})[self._key] = self._rows
+
+    def __reduce__(self) -> tuple:
+        state = vars(self._table) | {"data": self._table.data[self._sent : self._rows]}
+        return object.__new__, (type(self._table),), state
 
 
 class _Pickler(pickle.Pickler):
     """Puts the bytes of media beside them, which otherwise are a path in a temporary folder of one process."""
 
     def reducer_override(self, value: Any) -> Any:
-        path = wandb_internals.media_file(value)
-        if path is None:
-            return NotImplemented
-        return wandb_internals.media, (type(value), value.__dict__, path.read_bytes())
+        parts = media.parts(value)
+        return NotImplemented if parts is None else (media.assembled, parts)
 
 
 def pack(report: Mapping[str, Any], what: str = "metric") -> bytes:
     """A report or a row as bytes, media included. Raises TypeError that names the key of what can't be sent."""
     if "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values())):
         return pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
+    packed = _dumps(report, what)
+    for value in report.values():
+        if isinstance(value, _Increment):
+            value.note()
+    return packed
+
+
+def _dumps(report: Mapping[str, Any], what: str) -> bytes:
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(report)
     except Exception as error:
         if len(report) > 1:
             for key, value in report.items():
-                pack({key: value}, what)
+                _dumps({key: value}, what)
         raise TypeError(f"{what} {next(iter(report))!r} can't be sent: {line(error)}") from error
     return buffer.getvalue()
 

@@ -1,7 +1,7 @@
 """Every interface of wandb that this project uses without its being public, each with the reason for it.
 
-The format of a transaction log, which is not public either, is in transaction_log.py. `tests/test_wandb_internals.py`
-fails when wandb changes one of them.
+Two rooms have their own: transaction_log.py the format of a transaction log, media.py the data types.
+`tests/test_wandb_internals.py` fails when wandb changes one of them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,41 +20,6 @@ if TYPE_CHECKING:
     import wandb
 
 FLUSH_EVERY = {"x_transaction_log_flush_interval": 0.5}  # `x_` may change. By default a run's log is written every 15 s
-
-
-def is_data_type(value: Any) -> bool:
-    """Whether it is a `wandb.Table`, `wandb.Histogram`, a chart of `wandb.plot` or the like."""
-    if "wandb" not in sys.modules:  # then nobody can have made one
-        return False
-    import wandb
-    from wandb.sdk.data_types.base_types.wb_value import WBValue
-
-    return isinstance(value, WBValue | wandb.plot.CustomChart)
-
-
-def is_table(value: Any) -> bool:
-    """Whether it is a `wandb.Table`, without importing wandb."""
-    return getattr(value, "_log_type", None) == "table"
-
-
-def media_file(value: Any) -> Path | None:
-    """The temporary file of a `wandb.Image`, `wandb.Html` or the like, in the process that made it, if it has one."""
-    path = getattr(value, "_path", None) if is_data_type(value) else None
-    return Path(path) if isinstance(path, str) and "://" not in path else None
-
-
-def media(kind: type, state: dict[str, Any], content: bytes) -> Any:
-    """Such an object again, in another process. wandb moves its file into a run's folder as if it had made it."""
-    from wandb.sdk.data_types._private import MEDIA_TMP
-
-    value = kind.__new__(kind)
-    os.makedirs(MEDIA_TMP.name, exist_ok=True)  # some systems clean their temporary folder
-    descriptor, path = tempfile.mkstemp(Path(state["_path"]).name, dir=MEDIA_TMP.name)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    value.__dict__.update(state, _path=path, _is_tmp=True)
-    weakref.finalize(value, Path(path).unlink, missing_ok=True)  # unless it is a run's by then
-    return value
 
 
 def client_id(artifact: wandb.Artifact) -> str:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import transaction_log, wandb_internals
+from . import media, transaction_log, wandb_internals
 from .ledger import line
 from .state import Row, State
 from .transaction_log import Tail
@@ -180,6 +180,7 @@ class Writer:
         for key, value in row.metrics.items():
             if key not in plain and (why := self._log({key: value}, row.number, commit=False)):
                 refused[key] = why  # one by one, because none can be logged a second time
+        media.remove_copied_files(row.metrics.values())
         warnings = list(refused.values())
         if why := self._log(plain | {"_timestamp": row.wall_time}, row.number, commit=True):
             refused |= dict.fromkeys(plain, why)

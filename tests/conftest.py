@@ -293,6 +293,25 @@ def run_at_home(ray_here, tmp_path, monkeypatch) -> Callable:
 
 
 @pytest.fixture
+def opened(tmp_path, monkeypatch) -> Iterator[Callable]:
+    """opened(...): what a pipeline actor opens, without Ray; its files are below tmp_path."""
+    from rooms import Opened
+
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # which a writer sets for good
+    made = []
+
+    def opened(**init) -> Opened:
+        made.append(Opened(tmp_path, **init))
+        return made[-1]
+
+    yield opened
+    for each in made:
+        each.writer.run.finish()
+        each.store.close()
+
+
+@pytest.fixture
 def server() -> Iterator[Server]:
     made = Server()
     yield made

@@ -8,7 +8,7 @@ from backbone.ledger import Ledger
 from backbone.pipeline import Pipeline
 from backbone.reduction import Reduction
 from backbone.run import Run
-from backbone.values import pack
+from backbone.values import as_report, pack
 
 from backbone.inbox import Batch
 from backbone.store import Row, Store
@@ -35,7 +35,7 @@ class Opened:
         """A worker's report, which is a row at once; W&B has not got it."""
         senders = self.pipelines[prefix].inbox.senders
         serial = senders[prefix].floor if prefix in senders else 0
-        items = [("w", step, True, pack(metrics))]
+        items = [("w", step, True, pack(as_report(metrics, step)))]
         [row] = self.pipelines[prefix].push(Batch(prefix, prefix, ("node", 7), serial, serial, serial + 1, True, items))
         return row
 

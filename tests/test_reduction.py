@@ -63,7 +63,23 @@ def test_reducing_on_each_node_first_changes_nothing_where_the_weights_travel(wa
     assert reduced(warned, *nodes, **rule) == pytest.approx(reduced(warned, *ranks, **rule))
 
 
-@pytest.mark.parametrize("weights", [(10, None), (0, 0), (10, "many")])
+@pytest.mark.parametrize("nothing", [math.nan, math.inf, 3.0])
+def test_a_report_whose_weight_is_0_does_not_count_whatever_it_says(warned, nothing):
+    """A rank of which all labels are masked has NaN for its loss, and no tokens."""
+    reports = {"loss": 1.0, "tokens": 10}, {"loss": nothing, "tokens": 0}, {"loss": 4.0, "tokens": 20}
+    assert reduced(warned, *reports, weights={"loss": "tokens"})["loss"] == 3.0
+    assert warned == []
+
+
+@pytest.mark.parametrize("losses", [(math.nan, math.nan), (1.0, 0.0)], ids=str)
+def test_where_all_weights_are_0_there_is_no_mean_and_a_warning_says_so(warned, losses):
+    reports = [{"loss": loss, "tokens": 0} for loss in losses]
+    assert math.isnan(reduced(warned, *reports, weights={"loss": "tokens"})["loss"])
+    message = "the weights 'tokens' of all reports of 'loss' add up to 0: such a row has NaN"
+    assert warned == [("weights of loss", message)]
+
+
+@pytest.mark.parametrize("weights", [(10, None), (10, "many")])
 def test_without_usable_weights_the_mean_is_plain_and_a_warning_says_so(warned, weights):
     reports = [{"loss": loss, "tokens": weight} for loss, weight in zip((1.0, 0.0), weights, strict=True)]
     reports = [{key: value for key, value in report.items() if value is not None} for report in reports]
@@ -138,6 +154,35 @@ def test_a_histogram_is_one_of_all_samples(warned):
     assert (
         sum(reduced(warned, {"a": np.array([math.nan])}, statistics={"a": ["histogram"]})["a/histogram"].histogram) == 0
     )
+
+
+@pytest.mark.parametrize("samples", [[0.3, 0.1 + 0.2], [1e16, 1e16 + 2], [-1e308, 1e308], [1e308] * 3], ids=str)
+def test_where_samples_leave_no_room_for_its_bins_a_histogram_has_one(warned, samples):
+    """numpy refuses 64 bins where samples differ in the last bit, as rewards do, and where they span too much."""
+    reports = [{"a": np.array([sample])} for sample in samples]
+    row = reduced(warned, *reports, statistics={"a": ("mean", "p90", "histogram")})
+    assert row["a/mean"] == pytest.approx(math.fsum(sample / len(samples) for sample in samples))
+    assert min(samples) <= row["a/p90"] <= max(samples)
+    assert (row["a/histogram"].histogram, row["a/histogram"].bins) == ([len(samples)], [min(samples), max(samples)])
+    assert warned == []
+
+
+def test_statistics_of_the_largest_numbers_are_right(warned):
+    """Their sum and their difference are more than a double holds."""
+    row = reduced(warned, {"a": np.array([-1.5e308, 1.5e308])}, statistics={"a": ("mean", "std", "p75", "min")})
+    assert row == {"a/mean": 0, "a/std": pytest.approx(1.5e308), "a/p75": pytest.approx(0.75e308), "a/min": -1.5e308}
+    row = reduced(warned, {"a": np.array([1e308, math.inf])}, statistics={"a": ("mean",)})
+    assert row == {"a/mean": math.inf}
+
+
+def test_a_statistic_that_fails_takes_out_itself_alone_and_is_counted(warned, monkeypatch):
+    def fails(*_):
+        raise MemoryError("no room\nand more")
+
+    monkeypatch.setattr(np, "percentile", fails)
+    row = reduced(warned, {"a": np.arange(3.0)}, statistics={"a": ("mean", "p50", "max", "p90")})
+    assert row == {"a/mean": 1, "a/max": 2}
+    assert warned == [("refused", f"'a/{name}' can't be computed: no room") for name in ("p50", "p90")]
 
 
 # What is declared
@@ -233,6 +278,36 @@ def test_of_tables_with_other_columns_one_is_kept_and_told(warned):
     first = rollouts(1)
     assert reduced(warned, {"t": first}, {"t": rollouts(2, columns=("worker", "score"))}) == {"t": first}
     assert [kind for kind, _ in warned] == ["differs t"]
+
+
+@pytest.fixture
+def short_tables(monkeypatch):
+    """wandb reads this constant, too (test_wandb_internals.py): tables of 200,000 rows take long."""
+    monkeypatch.setattr(wandb.Table, "MAX_ARTIFACT_ROWS", 5)
+
+
+@pytest.mark.parametrize("mode", ["IMMUTABLE", "MUTABLE", "INCREMENTAL"])
+@pytest.mark.parametrize("ranks", [[[1, 2, 3]] * 4, [[*range(12)]]], ids=["joined", "of one worker"])
+def test_what_a_table_has_beyond_w_b_s_limit_is_counted_and_the_rest_is_there(warned, short_tables, mode, ranks):
+    tables = [rollouts(*rewards, log_mode=mode) for rewards in ranks]
+    table = reduced(warned, *({"rollouts": table} for table in tables))["rollouts"]
+    assert [row[1] for row in table.data] == [reward for rewards in ranks for reward in rewards][:5]
+    assert warned == [("refused", "'rollouts' has 12 rows, of which W&B takes 5: the others are lost")]
+    assert [len(table.data) for table in tables] == [len(rewards) for rewards in ranks]
+
+
+def test_of_a_chart_s_table_what_is_beyond_the_limit_is_counted(warned, short_tables):
+    chart = reduced(warned, {"chart": wandb.plot.bar(rollouts(*range(6)), "worker", "reward")})["chart"]
+    assert len(chart.table.data) == 5
+    assert warned == [("refused", "'chart' has 6 rows, of which W&B takes 5: the others are lost")]
+
+
+def test_images_beyond_w_b_s_limit_are_counted_and_the_rest_is_there(warned):
+    images = [wandb.Image(np.full((2, 2), i, np.uint8)) for i in range(120)]
+    row = reduced(warned, {"frames": images, "pages": [wandb.Html("x")] * 120, "mixed": [wandb.Html("x"), *images]})
+    assert row["frames"] == images[: wandb.Image.MAX_ITEMS]
+    assert [len(row[key]) for key in row] == [108, 120, 121]  # wandb cuts no others
+    assert warned == [("refused", "'frames' has 120 elements, of which W&B takes 108: the others are lost")]
 
 
 def test_charts_are_compared_by_what_they_show(warned):

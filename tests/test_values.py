@@ -1,6 +1,7 @@
 """What may be logged, what is made of it, and that it gets whole to another process."""
 
 import enum
+import json
 import math
 import pickle
 import subprocess
@@ -10,14 +11,87 @@ from decimal import Decimal
 from pathlib import Path
 
 from backbone import values
-from backbone.values import as_report, pack, unpack
+from backbone.values import as_step, pack, unpack
 
 import ml_dtypes
 import numpy as np
+import pandas as pd
+import PIL.Image
+import plotly.graph_objects
 import pytest
 import wandb
-from conftest import ROOT, Log
+from backbone.inbox import Batch
+from conftest import ROOT, Log, folders
+from matplotlib import pyplot
 from wandb.sdk.data_types._private import MEDIA_TMP
+
+
+def as_report(metrics, step: int = 0) -> dict:
+    return values.as_report(metrics, step)
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+# Steps
+
+
+WHOLE = [7, 7.0, Level.HIGH, np.int8(7), np.uint64(7), np.float32(7), np.float64(7), np.array(7), np.array(7.0)]
+
+
+@pytest.mark.parametrize("number", [*WHOLE, ml_dtypes.bfloat16(7), 0, 2**63 - 1], ids=repr)
+def test_a_step_is_any_whole_number(number):
+    assert as_step(number) == int(number)
+    assert type(as_step(number)) is int
+
+
+def test_a_step_may_be_a_tensor():
+    for kind in ({}, {"gradient": True}, {"bfloat16": True}, {"device": "cuda:0"}):
+        assert as_step(Tensor(7, **kind)) == as_step(Tensor(7.0, **kind)) == 7
+
+
+@pytest.mark.parametrize(
+    "step",
+    [8.5, np.float32(8.5), math.nan, math.inf, True, np.bool_(True), "8", None, [8], np.array([8]), 8j, np.ma.masked],
+    ids=repr,
+)
+def test_what_is_no_whole_number_is_no_step(step):
+    with pytest.raises(TypeError, match="step must be a whole number, not "):
+        as_step(step)
+
+
+@pytest.mark.parametrize("step", [-1, -1.0, np.int64(-1), np.array(-1)], ids=repr)
+def test_a_step_below_0_is_refused_with_what_to_do(step):
+    with pytest.raises(ValueError, match=r"from 0 to 2\*\*63, not -1: what comes before training.* is step 0"):
+        as_step(step)
+
+
+@pytest.mark.parametrize("step", [2**63, 1e30, np.uint64(2**63)], ids=repr)
+def test_a_step_that_no_column_holds_is_refused(step):
+    with pytest.raises(ValueError, match=r"from 0 to 2\*\*63, not \d+$"):
+        as_step(step)
+
+
+@pytest.mark.parametrize("step", [8, 8.0, np.int64(8), np.array(8)], ids=repr)
+def test_a_report_may_have_its_step_in_it(step):
+    for _ in range(2):  # the keys that are known are not looked at again
+        assert as_report({"step": step, "loss": 0.5}, 8) == {"loss": 0.5}
+    assert as_report({"step": None, "train": {"step": 3}}, 8) == {"train/step": 3}
+    assert as_report({Name.STEP: step, "step": {"a": 1}}, 8) == {"step/a": 1}
+
+
+@pytest.mark.parametrize("step", [7, 7.0, np.int64(9)], ids=repr)
+def test_a_report_with_another_step_in_it_is_refused(step):
+    with pytest.raises(ValueError, match=r"metric 'step' is .*, but log was called for step 8"):
+        as_report({"step": step, "loss": 0.5}, 8)
+
+
+@pytest.mark.parametrize("step", [8.5, "8", [8], True], ids=repr)
+def test_what_is_no_step_is_none_in_a_report_either(step):
+    with pytest.raises(TypeError, match="step must be a whole number, not"):
+        as_report({"step": step}, 8)
+
 
 # Numbers and samples
 
@@ -39,10 +113,6 @@ def test_a_number_of_any_kind_is_a_float(value):
     report = as_report({"a": value})
     assert report == {"a": 1.5}
     assert type(report["a"]) is float
-
-
-class Level(enum.IntEnum):
-    HIGH = 3
 
 
 @pytest.mark.parametrize("value", [3, np.int8(3), np.uint64(3), np.array(3), Level.HIGH], ids=repr)
@@ -103,6 +173,27 @@ def test_a_later_change_of_an_array_does_not_change_what_was_logged():
     assert unpack(packed)["a"].tolist() == [1, 2]
 
 
+def test_masked_values_are_left_out_and_a_masked_scalar_is_as_none():
+    masked = np.ma.array([1.0, 99.0, 3.0], mask=[False, True, False])
+    assert as_report({"a": masked, "b": masked.mean(), "c": np.ma.array(5)}) == {
+        "a": pytest.approx([1, 3]),
+        "b": 2,
+        "c": 5,
+    }
+    assert as_report({"a": masked[1], "b": np.ma.array(5, mask=True), "c": {"d": np.ma.masked}}) == {}
+    assert as_report({"a": np.ma.array([[1, 2], [3, 4]], mask=[[1, 0], [0, 1]])})["a"].tolist() == [2, 3]
+    assert as_report({"a": np.ma.array([1, 2], mask=True)})["a"].size == 0
+    assert as_report({"a": np.ma.array([True, False], mask=[0, 1])})["a"].tolist() == [True]
+    assert {type(value) for value in as_report({"a": masked, "b": np.ma.array([1])}).values()} == {np.ndarray}
+
+
+@pytest.mark.filterwarnings("error")
+def test_masked_values_in_a_list_are_left_out_too():
+    masked = np.ma.array([1.0, 99.0], mask=[False, True])
+    assert as_report({"a": [1.0, np.ma.masked, masked.sum()]})["a"].tolist() == [1, 1]
+    assert as_report({"a": (masked, masked)})["a"].tolist() == [1, 1]
+
+
 class Tensor:
     """Behaves as torch's does where it is read; torch itself is not among the dependencies."""
 
@@ -148,6 +239,143 @@ def test_tensors_of_integers_and_outcomes_stay_such():
     assert (report["a"], report["b"].dtype) == (7, bool)
 
 
+def test_a_list_of_tensors_is_samples_of_all_their_values():
+    for kind in ({}, {"gradient": True}, {"bfloat16": True}, {"device": "cuda:0"}):
+        assert as_report({"a": [Tensor(0.5, **kind), Tensor(2, **kind)]})["a"].tolist() == [0.5, 2]
+        assert as_report({"a": (Tensor([0.5, 1], **kind), Tensor([2], **kind), 7)})["a"].tolist() == [0.5, 1, 2, 7]
+
+
+class Placement:
+    def __init__(self, replicated: bool):
+        self.replicated = replicated
+
+    def is_replicate(self) -> bool:
+        return self.replicated
+
+
+class DTensor(Tensor):
+    """As torch 2.14's, of which each rank has a shard, a summand or a copy: `grad_norm` under FSDP2."""
+
+    def __init__(self, values, replicated: bool, **kind):
+        super().__init__(values, **kind)
+        self.placements = (Placement(replicated), Placement(True))
+
+    def _but(self, **changes) -> "DTensor":
+        return self
+
+    def to_local(self) -> Tensor:
+        return Tensor(self.values, device=self.device, gradient=self.gradient)
+
+    def full_tensor(self) -> Tensor:
+        raise AssertionError("a collective: all ranks must call it, and log is called by some")
+
+    def numpy(self) -> np.ndarray:
+        raise RuntimeError(".numpy() is not supported for tensor subclasses.")
+
+
+def test_of_a_tensor_that_is_spread_over_ranks_the_error_says_how_to_get_it_whole():
+    for value in (DTensor(0.5, replicated=False), [DTensor([0.5, 1.0], replicated=False)]):
+        with pytest.raises(TypeError, match=r"metric 'time/grad_norm' .*log its \.full_tensor\(\), which all .*ranks"):
+            as_report({"loss": 1.0, "time": {"grad_norm": value}})
+
+
+def test_a_tensor_that_each_rank_has_whole_is_a_number_or_samples():
+    norm = DTensor(0.5, replicated=True, device="cuda:0", gradient=True)
+    assert as_report({"a": norm, "b": [norm, 2.0]}) == {"a": 0.5, "b": pytest.approx([0.5, 2.0])}
+
+
+# What else is taken: pandas, matplotlib, plotly
+
+
+def test_a_series_is_samples_and_what_is_missing_from_one_is_left_out():
+    report = as_report({"a": pd.Series([1, 2]), "b": pd.Series([True, False]), "c": pd.Series([1.5, math.nan])})
+    assert (report["a"].tolist(), report["b"].dtype) == ([1, 2], bool)
+    assert np.isnan(report["c"]).tolist() == [False, True]
+    report = as_report({kind: pd.Series([1, None], dtype=kind) for kind in ("Int64", "Float64", "boolean")})
+    assert [report[kind].tolist() for kind in report] == [[1], [1.0], [True]]
+    assert report["boolean"].dtype == bool
+
+
+class Frame(pd.DataFrame):
+    """As geopandas'."""
+
+
+@pytest.mark.parametrize("kind", [pd.DataFrame, Frame])
+def test_a_data_frame_is_a_table(kind):
+    table = as_report({"rollouts": kind({"reward": [0.5, 1.0], "text": ["a", "b"]})})["rollouts"]
+    assert (type(table), table.columns) == (wandb.Table, ["reward", "text"])
+    assert table.data == [[0.5, "a"], [1.0, "b"]]
+
+
+def test_a_data_frame_that_wandb_can_t_take_is_refused_with_its_key_and_why():
+    frame = pd.DataFrame({("a", "b"): [1.0]})
+    with pytest.raises(
+        TypeError, match=r"(?s)metric 'frame' must be .*columns argument expects list of strings or ints"
+    ):
+        as_report({"frame": frame})
+
+
+def test_pixels_and_cells_that_wandb_makes_nothing_of_are_no_samples():
+    class DataFrame:  # of polars
+        columns = ("a",)
+
+        def __array__(self, dtype=None, copy=None):
+            return np.zeros((2, 1))
+
+    for value in (PIL.Image.new("L", (2, 2)), DataFrame()):
+        with pytest.raises(TypeError, match=r"metric 'a' must be .*log .* a wandb\.Image, wandb\.Table"):
+            as_report({"a": value})
+
+
+@pytest.fixture
+def draw():
+    pyplot.switch_backend("agg")
+
+    def draw(kind: str, *arguments):
+        figure, axes = pyplot.subplots()
+        getattr(axes, kind)(*arguments)
+        return figure
+
+    yield draw
+    pyplot.close("all")
+
+
+def test_a_figure_is_the_plot_or_the_image_that_wandb_makes_of_it(draw):
+    line = draw("plot", [1, 2])
+    report = as_report(
+        {
+            "figure": line,
+            "axes": line.axes[0],
+            "image": draw("imshow", np.zeros((4, 4))),
+            "nested": {"figure": line},
+            "plotly": plotly.graph_objects.Figure(plotly.graph_objects.Scatter(y=[1, 2])),
+            "undrawable": draw("hist", [1, 2, 3]),  # by plotly: wandb.log raises
+        }
+    )
+    kinds = {key: type(value).__name__ for key, value in report.items()}
+    assert kinds == {
+        **dict.fromkeys(["figure", "axes", "nested/figure", "plotly"], "Plotly"),
+        **dict.fromkeys(["image", "undrawable"], "Image"),
+    }
+    assert all(type(value).__name__ == kinds[key] for key, value in unpack(pack(report)).items())
+
+
+def test_pyplot_itself_is_its_figure(draw):
+    draw("plot", [1, 2])
+    assert type(as_report({"chart": pyplot})["chart"]).__name__ == "Plotly"
+
+
+def test_without_plotly_a_figure_is_an_image(draw, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "plotly"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert isinstance(as_report({"figure": draw("plot", [1, 2])})["figure"], wandb.Image)
+
+
+def test_a_plotly_object_that_is_no_figure_is_refused_with_its_key_and_why():
+    with pytest.raises(TypeError, match=r"(?s)metric 'trace' must be .*Logged plots must be plotly figures"):
+        as_report({"trace": plotly.graph_objects.Scatter(y=[1, 2])})
+
+
 # What can't be logged
 
 
@@ -179,7 +407,7 @@ def test_a_key_that_is_no_string_is_refused(key, value):
         as_report({"a": {(1, 2): 1.0}})
 
 
-@pytest.mark.parametrize("key", ["", "_step", "step", "workers", "a\ud800"])
+@pytest.mark.parametrize("key", ["", "_step", "workers", "a\ud800"])
 def test_a_key_that_would_be_lost_or_is_taken_is_refused(key):
     for _ in range(2):  # the keys that are known are not looked at again
         with pytest.raises(ValueError, match="metric key"):
@@ -229,6 +457,7 @@ def test_a_key_that_is_there_twice_is_refused(metrics):
 
 class Name(str, enum.Enum):  # noqa: UP042 - the kind that has no plain format
     LOSS = "loss"
+    STEP = "step"
 
 
 def test_names_of_an_enum_of_the_user_s_arrive_where_that_is_not_known():
@@ -262,7 +491,8 @@ class Media:
         return wandb.Image(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), caption="a frame")
 
     def image_of_a_file(self):
-        return wandb.Image(self.file("frame.png", Path(self.image()._path).read_bytes()))
+        PIL.Image.new("RGB", (4, 4)).save(self.folder / "frame.png")
+        return wandb.Image(self.folder / "frame.png")
 
     def image_with_masks(self):
         masks = {"truth": {"mask_data": np.ones((4, 4), int), "class_labels": {1: "goal"}}}
@@ -373,6 +603,173 @@ def test_what_can_not_be_pickled_is_told_at_the_caller_with_its_key():
         pack(as_report({"loss": 1.0, "table": table}))
 
 
+# Tables that grow
+
+
+def growing(mode: str = "INCREMENTAL") -> wandb.Table:
+    return wandb.Table(columns=["reward"], log_mode=mode)
+
+
+def sent(table: wandb.Table, key: str = "rollouts", **others) -> list | None:
+    """The rewards that a report with this table brings to the actor; None without a table."""
+    report = unpack(pack(as_report({key: table, **others})))
+    return [reward for (reward,) in report[key].data] if key in report else None
+
+
+def test_of_an_incremental_table_that_grows_each_report_has_the_rows_that_are_new():
+    table, found = growing(), []
+    for step in range(5):
+        for reward in range(step):
+            table.add_data(reward)
+        found.append(sent(table))
+    assert found == [[], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert sent(table) is None
+    assert len(table.data) == 10
+
+
+def test_an_incremental_table_that_is_new_at_each_step_is_sent_whole():
+    for reward in range(3):
+        table = growing()
+        table.add_data(reward)
+        assert sent(table) == [reward]
+
+
+@pytest.mark.parametrize("mode", ["MUTABLE", "IMMUTABLE"])
+def test_other_tables_that_grow_are_sent_whole(mode):
+    table = growing(mode)
+    for step in range(3):
+        table.add_data(step)
+        assert sent(table) == [*range(step + 1)]
+
+
+def test_each_key_has_its_own_rows_of_an_incremental_table_and_an_artifact_all():
+    table = growing()
+    for step in range(3):
+        table.add_data(step)
+        assert (sent(table), sent(table, "others")) == ([step], [step])
+    assert len(unpack(pack({"rollouts": table}, "file"))["rollouts"].data) == 3
+
+
+def test_what_could_not_be_sent_of_an_incremental_table_comes_with_the_next_report(media):
+    table, page = growing(), media.html()
+    table.add_data(0)
+    forget_files(media.folder)
+    for report in ({"z": object()}, {"page": page}, {"page": page, "last": growing()}):
+        with pytest.raises(TypeError):
+            sent(table, **report)
+    table.remember = lambda: None
+    with pytest.raises(TypeError, match="metric 'rollouts' can't be sent"):
+        sent(table)
+    del table.remember
+    assert sent(table) == [0]
+
+
+def test_rows_that_are_added_while_a_report_is_packed_come_with_the_next():
+    table = growing()
+    table.add_data(0)
+    report = as_report({"rollouts": table})
+    table.add_data(1)
+    assert [unpack(pack(report))["rollouts"].data, sent(table)] == [[[0]], [1]]
+
+
+def rewards(log: Log, key: str) -> list[list]:
+    """Those in the files of a table, one list for each row."""
+    pages = [log.path / "files" / row[f"{key}.path"] for row in log.rows if f"{key}.path" in row]
+    return [[row[-1] for row in json.loads(page.read_text())["data"]] for page in pages]
+
+
+def test_w_b_s_idiom_for_a_growing_table_makes_each_row_once(opened, tmp_path):
+    made, increments, versions, ranks = opened(), growing(), growing("MUTABLE"), [growing(), growing()]
+    made.join()
+    made.join("ranks/", workers=2)
+    for step in range(5):
+        for table in (increments, versions, *ranks):
+            table.add_data(step)
+        made.report(step, {"increments": increments, "versions": versions})
+        reports = [(f"rank {i}", step, True, pack(as_report({"rollouts": table}))) for i, table in enumerate(ranks)]
+        [row] = made.pipelines["ranks/"].push(Batch("r", "r", ("node", 1), step, step, step + 1, True, reports))
+        made.run.log([row])
+    assert made.finish()[""].ok
+    log = Log(folders(tmp_path)[0])
+    assert rewards(log, "increments") == [[step] for step in range(5)]
+    assert [row["increments.increment_num"] for row in log.rows if "increments.path" in row] == [*range(5)]
+    assert rewards(log, "versions") == [[*range(step + 1)] for step in range(5)]
+    assert rewards(log, "ranks/rollouts") == [[step, step] for step in range(5)]
+
+
+# The files of media
+
+
+def in_temporary_folder() -> int:
+    return sum(path.is_file() for path in Path(MEDIA_TMP.name).rglob("*"))
+
+
+@pytest.fixture
+def no_files():
+    forget_files(Path(MEDIA_TMP.name))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_media_that_were_sent_leave_no_temporary_file_and_may_be_sent_again(media, no_files, kind):
+    value = getattr(media, kind)()
+    contents, of_user = [Path(path).read_bytes() for path in files_of(value)], [*media.folder.iterdir()]
+    table = wandb.Table(columns=["a"], data=[[value]])
+    for report in ({"a": value}, {"a": [value, value]}, {"a": table}, {"a": value}):
+        packed = pack(as_report(report))
+        assert in_temporary_folder() == 0
+        assert [*media.folder.iterdir()] == of_user
+    arrived = unpack(packed)["a"]
+    assert [Path(path).read_bytes() for path in files_of(arrived)] == contents
+
+
+def test_a_worker_that_sends_many_media_has_no_files_of_them(media, no_files):
+    kept = []
+    for _ in range(50):
+        kept.append({"image": media.image(), "page": media.html(), "table": growing()})
+        kept[-1]["table"].add_data(media.image_with_masks())
+        pack(as_report(kept[-1]))
+    assert in_temporary_folder() == 0
+
+
+def test_a_file_of_the_user_s_in_w_b_s_folder_stays(no_files):
+    path = Path(MEDIA_TMP.name, "mine.html")
+    path.write_text("mine")
+    pack(as_report({"page": wandb.Html(str(path), inject=False)}))
+    assert path.exists()
+
+
+def test_nothing_is_left_of_what_a_run_has(opened, tmp_path, media, no_files):
+    made = opened()
+    made.join()
+    for step in range(3):
+        cells = [[media.image_with_masks(), np.zeros((300, 2))]]
+        report = {"page": media.html(), "frames": [media.image(), media.image()]}
+        report["table"] = wandb.Table(columns=["image", "array"], data=cells)
+        made.report(step, report | {"chart": wandb.plot.bar(wandb.Table(["page", "n"], [[media.html(), 1]]), "n", "n")})
+        assert in_temporary_folder() == 0
+    assert made.finish()[""].ok
+    log = Log(folders(tmp_path)[0])
+    assert all((log.path / "files" / row["table.path"]).is_file() for row in log.rows)
+    entries = [entry for artifact in log.of("artifact") for entry in artifact["manifest"]["contents"]]
+    assert entries
+    assert all(Path(entry["local_path"]).is_file() for entry in entries)
+
+
+@pytest.mark.parametrize("order", [("image", "table"), ("table", "image")], ids=str)
+def test_one_image_may_be_alone_and_in_a_table_of_the_same_row(opened, tmp_path, media, no_files, order):
+    image = media.image()
+    values = {"image": image, "table": wandb.Table(columns=["image"], data=[[image]])}
+    made = opened()
+    made.join()
+    made.report(0, {key: values[key] for key in order})
+    assert in_temporary_folder() == 0
+    assert made.finish()[""].ok
+    log = Log(folders(tmp_path)[0])
+    assert (log.path / "files" / log.rows[0]["image.path"]).is_file()
+    [artifact] = log.of("artifact")
+    assert len(artifact["manifest"]["contents"]) == 2
+
+
 def test_a_reference_stays_one(media):
     video = media.video()
     video._path = "s3://bucket/episode.mp4"
@@ -383,9 +780,12 @@ def test_reports_of_numbers_need_no_wandb():
     """A worker that logs numbers is spared the second that wandb takes to import."""
     program = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
+import matplotlib, numpy, pandas, plotly
 from backbone.values import as_report, pack
-sys.stdout.buffer.write(pack(as_report({{"a": 1.5, "b": [1, 2], "c": "text"}})))
+report = {{"a": 1.5, "b": [1, 2], "c": "text", "d": pandas.Series([1, 2]), "e": numpy.ma.array([1, 2]), "f": {{}}}}
+sys.stdout.buffer.write(pack(as_report(report, 0)))
 assert "wandb" not in sys.modules
 """
     packed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
-    assert pickle.loads(packed) == {"a": 1.5, "b": pytest.approx([1, 2]), "c": "text"}
+    numbers = pytest.approx([1, 2])
+    assert pickle.loads(packed) == {"a": 1.5, "b": numbers, "c": "text", "d": numbers, "e": numbers}

@@ -1,9 +1,10 @@
 """Contract tests of what is used of wandb without being public: they fail when wandb changes it.
 
 Those of `has_login` and `mode_of_this_folder` are in test_arguments.py, of `with_endpoints` in test_nodes.py, of
-`agent_is_running` in test_guest.py, of `add_reference` in test_writer.py.
+`agent_is_running` in test_guest.py, of `add_reference` in test_artifacts.py.
 """
 
+import json
 import os
 import pty
 import re
@@ -14,12 +15,15 @@ import sys
 import termios
 from pathlib import Path
 
-from backbone import transaction_log, wandb_internals
+from backbone import media, transaction_log, wandb_internals
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects
 import pytest
 import wandb
 from conftest import ROOT, Log, folders, no_account, read_rows, wait_for
+from matplotlib import pyplot
 from wandb.sdk.data_types._private import MEDIA_TMP
 from wandb.util import get_core_path
 from wandb_server import Server
@@ -234,37 +238,107 @@ os._exit(0)
 def test_data_types_are_told_from_other_values():
     table = wandb.Table(columns=["x"], data=[[1]])
     for value in (table, wandb.Html("x"), wandb.Histogram([1]), wandb.plot.bar(table, "x", "x")):
-        assert wandb_internals.is_data_type(value)
-        assert wandb_internals.is_table(value) == (value is table)
+        assert media.is_data_type(value)
+        assert media.is_table(value) == (value is table)
     for value in (1.0, "x", [table], {"x": table}, np.zeros(2), wandb.Html, None):
-        assert not wandb_internals.is_data_type(value)
-        assert not wandb_internals.is_table(value)
+        assert not media.is_data_type(value)
+        assert not media.is_table(value)
 
 
-def test_media_have_a_file_and_may_be_made_again_of_it(begin):
+def test_figures_and_frames_become_what_wandb_makes_of_them(begin):
+    pyplot.switch_backend("agg")
+    (drawn, axes), (shown, more) = pyplot.subplots(), pyplot.subplots()
+    axes.plot([1, 2])
+    more.imshow(np.zeros((4, 4)))
+    plot, frame = plotly.graph_objects.Figure(plotly.graph_objects.Scatter(y=[1, 2])), pd.DataFrame({"a": [1]})
+    run = begin()
+    for theirs in (drawn, axes, shown, plot, frame):
+        run.log({"theirs": theirs, "ours": media.made_of(theirs)})
+    run.finish()
+    pyplot.close("all")
+    rows = Log(Path(run.sync_dir)).rows
+    assert [row["ours._type"] for row in rows] == [*["plotly-file"] * 2, "image-file", "plotly-file", "table-file"]
+    assert [row["theirs._type"] for row in rows] == [row["ours._type"] for row in rows]
+
+
+def files_in(folder: str) -> list[Path]:
+    return [path for path in Path(folder).rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def empty_folder():
+    for path in files_in(MEDIA_TMP.name):
+        path.unlink()
+
+
+def test_media_give_up_their_temporary_file_and_may_be_made_again_in_another_process(begin, empty_folder):
     page = wandb.Html("<b>x</b>")
-    content = wandb_internals.media_file(page).read_bytes()
-    assert b"<b>x</b>" in content
-    assert wandb_internals.media_file(page).is_relative_to(MEDIA_TMP.name)
-    again = wandb_internals.media(wandb.Html, page.__dict__, content)
-    assert wandb_internals.media_file(again) != wandb_internals.media_file(page)
+    [temporary] = files_in(MEDIA_TMP.name)
+    content = temporary.read_bytes()
+    for _ in range(2):
+        parts = media.parts(page)
+        assert (parts[0], parts[2]) == (wandb.Html, content)
+        assert files_in(MEDIA_TMP.name) == []
+    again = media.assembled(*parts)
+    [temporary] = files_in(MEDIA_TMP.name)
+    assert media.parts(again)[2] == content
+    assert files_in(MEDIA_TMP.name) == [temporary]  # a run needs it
     run = begin()
     run.log({"page": again})
     run.finish()
     [row] = read_rows(Path(run.sync_dir))
     assert Path(run.sync_dir, "files", row["page.path"]).read_bytes() == content
+    assert files_in(MEDIA_TMP.name) == []
     for value in (wandb.Histogram([1]), wandb.Table(columns=["x"]), 1.0):
-        assert wandb_internals.media_file(value) is None
+        assert media.parts(value) is None
 
 
 def test_media_may_be_made_again_where_the_temporary_folder_was_cleaned():
-    page = wandb.Html("x")
-    content = wandb_internals.media_file(page).read_bytes()
+    parts = media.parts(wandb.Html("x"))
     for path in Path(MEDIA_TMP.name).iterdir():
         path.unlink()
     Path(MEDIA_TMP.name).rmdir()
-    again = wandb_internals.media(wandb.Html, page.__dict__, content)
-    assert wandb_internals.media_file(again).read_bytes() == content
+    again = media.assembled(*parts)
+    assert media.parts(again)[2] == parts[2]
+
+
+def test_what_wandb_has_copied_of_a_table_or_an_artifact_is_removed(begin, empty_folder):
+    run, rows = begin(), [[wandb.Html("in a table"), np.zeros((300, 2))]]
+    table, chart = (wandb.Table(columns=["page", "array"], data=rows) for _ in range(2))
+    run.log({"table": table, "chart": wandb.plot.bar(chart, "page", "page")})
+    artifact = wandb.Artifact("pages", "pages")
+    artifact.add(wandb.Html("in an artifact"), "page")
+    run.log_artifact(artifact)
+    assert len(files_in(MEDIA_TMP.name)) == 4  # of the array one for each table
+    media.remove_copied_files([table, 1.0])
+    assert len(files_in(MEDIA_TMP.name)) == 2
+    media.remove_copied_files([wandb.plot.bar(chart, "page", "page"), artifact])
+    assert files_in(MEDIA_TMP.name) == []
+    run.finish()
+    entries = [entry for each in Log(Path(run.sync_dir)).of("artifact") for entry in each["manifest"]["contents"]]
+    assert len(entries) == 8  # each table with its page and array, the page with its description
+    assert all(Path(entry["local_path"]).is_file() for entry in entries)
+
+
+def test_wandb_cuts_tables_and_lists_of_images_where_we_do(begin, monkeypatch):
+    monkeypatch.setattr(wandb.Table, "MAX_ARTIFACT_ROWS", 3)
+    table = wandb.Table(columns=["x"], data=[[i] for i in range(5)])
+    images = [wandb.Image(np.full((2, 2), i, np.uint8)) for i in range(wandb.Image.MAX_ITEMS + 1)]
+    pages = [wandb.Html("x") for _ in images]
+    ours = [media.within_limit(value) for value in (table, images, pages)]
+    run = begin()
+    run.log({"table": table, "images": images, "pages": pages})
+    run.finish()
+    log = Log(Path(run.sync_dir))
+    [entry] = log.of("artifact")[0]["manifest"]["contents"]
+    assert json.loads(Path(entry["local_path"]).read_text())["data"] == ours[0][0].data == [[0], [1], [2]]
+    [row] = log.rows
+    assert [row["images.count"], row["pages.count"]] == [len(ours[1][0]), len(ours[2][0])] == [108, 109]
+    assert [why for _, why in ours] == [
+        "5 rows, of which W&B takes 3: the others are lost",
+        "109 elements, of which W&B takes 108: the others are lost",
+        "",
+    ]
 
 
 def test_an_incremental_table_is_made_the_next_one_of_those_logged(begin):

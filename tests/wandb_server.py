@@ -1,4 +1,5 @@
-"""A W&B server on loopback, as much of one as `wandb` needs to log in, make a run, resume it and upload its rows.
+"""A W&B server on loopback, as much of one as `wandb` needs to log in, make a run, resume it and upload its rows and
+artifacts.
 
 It keeps the views that `wandb-workspaces` saves, too.
 """
@@ -23,6 +24,7 @@ class Server:
         self.runs: dict[str, dict] = {}  # id -> config, name, rows by offset, exit code
         self.projects: set[str] = set()  # of entity `e`, as far as they are listed
         self.views: dict[str, dict] = {}  # id -> what was sent
+        self.artifacts: dict[str, dict] | None = None  # id -> what was sent, and its state; None: it takes none
         self.fail: int | str | None = None
         self.troubles: list[int] = []  # that pass: statuses for the first uploads
         self.trials: list[dict] = []  # of a sweep, that an agent will be told to run
@@ -107,7 +109,45 @@ class Server:
         if operation == "Heartbeat":
             commands = [{"type": "run"} | self.trials.pop(0)] if self.trials else []
             return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
+        if "rtifact" in operation and self.artifacts is not None:
+            return self.artifact(operation, variables)
         return self.dashboard(operation, variables)
+
+    def artifact(self, operation: str, variables: dict) -> dict:
+        given, url = variables.get("input", variables), f"http://127.0.0.1:{self.port}/file"
+        if operation == "CreateArtifact":
+            id_ = given["clientID"]
+            self.artifacts.setdefault(id_, given | {"id": id_, "state": "PENDING"})
+            node = self.version(id_) | {"artifactSequence": {"latestArtifact": None}}
+            return {"createArtifact": {"artifact": node}}
+        if operation == "CreateArtifactManifest":
+            file = {"id": "f", "uploadUrl": url, "uploadHeaders": []}
+            return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
+        if operation == "CreateArtifactFiles":
+            rest = {"storagePath": "s", "uploadUrl": url, "uploadHeaders": [], "uploadMultipartUrls": None}
+            files = [rest | {"artifact": {"id": file["artifactID"]}} for file in given["artifactFiles"]]
+            return {"createArtifactFiles": {"files": edges(files)}}
+        if operation == "CommitArtifact":
+            self.artifacts[given["artifactID"]]["state"] = "COMMITTED"
+            return {"commitArtifact": {"artifact": self.version(given["artifactID"])}}
+        if operation == "ArtifactType":  # of the artifact of this name, if there is one
+            return {"project": {"artifact": None}}
+        if operation == "ArtifactByID":
+            return {"artifact": self.version(given["id"])}
+        return {}
+
+    def version(self, id_: str) -> dict:
+        made = self.artifacts[id_]
+        project = {"id": "p", "internalId": "p", "entityName": "e", "entity": {"id": "e", "name": "e"}}
+        project |= {"name": "p", "createdAt": "2026-01-01", "isBenchmark": False, "user": None}
+        sequence = {"__typename": "ArtifactSequence", "name": made["artifactCollectionName"], "project": project}
+        return {
+            "id": id_, "artifactSequence": sequence, "versionIndex": 0, "state": made["state"], "tags": [],
+            "artifactType": {"name": made["artifactTypeName"]}, "digest": made["digest"], "description": None,
+            "metadata": made.get("metadata"), "ttlDurationSeconds": -2, "ttlIsInherited": True, "historyStep": None,
+            "commitHash": None, "size": 0, "fileCount": 0, "createdAt": "2026-01-01T00:00:00Z", "updatedAt": None,
+            "aliases": [],
+        }  # fmt: skip
 
     def dashboard(self, operation: str, variables: dict) -> dict:
         if operation == "GetProjects":

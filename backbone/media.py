@@ -1,0 +1,133 @@
+"""W&B's data types: what is one, what becomes one, how its file gets to another process, how much of it W&B takes.
+
+Some of what is used here is not public. `tests/test_wandb_internals.py` fails when wandb changes it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def is_data_type(value: Any) -> bool:
+    """Whether it is a `wandb.Table`, `wandb.Histogram`, a chart of `wandb.plot` or the like."""
+    if "wandb" not in sys.modules:  # then nobody can have made one
+        return False
+    import wandb
+    from wandb.sdk.data_types.base_types.wb_value import WBValue
+
+    return isinstance(value, WBValue | wandb.plot.CustomChart)
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is a `wandb.Table`, without importing wandb."""
+    return getattr(value, "_log_type", None) == "table"
+
+
+def made_of(value: Any) -> Any:
+    """What `wandb.log` makes of a matplotlib or plotly figure, or of a pandas data frame: a plot, image or table.
+
+    None for other values. Raises an exception for images and for other libraries' frames, of which `wandb.log` makes
+    nothing: numpy would take their pixels and cells for samples.
+    """
+    library = (value.__name__ if isinstance(value, ModuleType) else type(value).__module__).partition(".")[0]
+    if library in ("matplotlib", "plotly"):  # wandb, too, looks at names: neither has to be installed
+        import wandb
+        from wandb.sdk.data_types.plotly import Plotly
+
+        try:
+            return Plotly.make_plot_media(value)
+        except Exception:  # of matplotlib's figures plotly, if it is installed, can draw some only
+            if library == "plotly":
+                raise
+            return wandb.Image(value)
+    if library == "PIL":
+        raise TypeError("W&B takes a wandb.Image of it")
+    if hasattr(value, "columns"):
+        import wandb
+
+        return wandb.Table(dataframe=value)
+    return None
+
+
+# Files
+
+
+def parts(value: Any) -> tuple[type, dict[str, Any], bytes] | None:
+    """Class, state and file of a `wandb.Image`, `wandb.Html` or the like, for `assembled`; None if it has no file.
+
+    A temporary file of wandb's is removed: if this process is killed, nobody does it. Its bytes stay with the object,
+    which may be sent again.
+    """
+    path = getattr(value, "_path", None) if is_data_type(value) else None
+    if not isinstance(path, str) or "://" in path:
+        return None
+    state = dict(vars(value))
+    content = state.pop("_content", None)
+    if content is None:
+        content = Path(path).read_bytes()
+        if state.get("_is_tmp") and not state.get("_assembled") and _is_temporary(path):
+            value._content = content
+            Path(path).unlink(missing_ok=True)
+    return type(value), state, content
+
+
+def assembled(kind: type, state: dict[str, Any], content: bytes) -> Any:
+    """Such an object again, in another process. wandb moves its file into a run's folder as if it had made it."""
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    value = kind.__new__(kind)
+    os.makedirs(MEDIA_TMP.name, exist_ok=True)  # some systems clean their temporary folder
+    descriptor, path = tempfile.mkstemp(Path(state["_path"]).name, dir=MEDIA_TMP.name)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    value.__dict__.update(state, _path=path, _is_tmp=True, _assembled=True)
+    weakref.finalize(value, Path(path).unlink, missing_ok=True)  # unless it is a run's by then
+    return value
+
+
+def _is_temporary(path: str) -> bool:
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    return Path(path).is_relative_to(MEDIA_TMP.name)
+
+
+def remove_copied_files(logged: Iterable[Any]) -> None:
+    """Removes temporary files of logged tables' cells, or of artifacts: wandb has copied them and leaves them."""
+    for value in logged:
+        target = getattr(getattr(value, "table", value), "_artifact_target", None)  # a chart has a table
+        for path in getattr(target.artifact if target else value, "_added_local_paths", ()):
+            if _is_temporary(path):
+                Path(path).unlink(missing_ok=True)
+
+
+# Limits
+
+
+def within_limit(value: Any) -> tuple[Any, str]:
+    """As much of a table, a chart or a list of media as W&B takes, and what it would cut off without a word, if any."""
+    if is_table(getattr(value, "table", None)):
+        table, excess = within_limit(value.table)
+        return dataclasses.replace(value, table=table), excess
+    if is_table(value):
+        import wandb
+
+        table = copy.copy(value)
+        table.data, excess = _cut(value.data, wandb.Table.MAX_ARTIFACT_ROWS, "rows")
+        return table, excess
+    if isinstance(value, list) and all(isinstance(item, type(value[0])) for item in value):
+        return _cut(value, getattr(value[0], "MAX_ITEMS", len(value)), "elements")
+    return value, ""
+
+
+def _cut(items: list, limit: int, kind: str) -> tuple[list, str]:
+    excess = f"{len(items)} {kind}, of which W&B takes {limit}: the others are lost" if len(items) > limit else ""
+    return items[:limit], excess
