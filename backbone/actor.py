@@ -16,13 +16,14 @@ import ray
 from ray.runtime_context import get_runtime_context
 
 from . import artifacts, exits, owner, recover, wandb_internals
+from .inbox import GONE, HOME
 from .ledger import Ledger, Ledgers, RunFinishedError, line, run_is_finished
 from .nodes import with_nodes
 from .process import has_ended, which_ray
 from .reading import Reading, lives
 from .reduction import Reduction
 from .relay import Relays
-from .run import GONE, HOME, GivenUpError, Run, Started
+from .run import GivenUpError, Run, Started
 from .writer import ServiceDiedError
 
 logger = logging.getLogger("wandb_run")
@@ -69,7 +70,7 @@ class PipelineActor:
         run = Run.open(init, letter.address, letter.process, self._lock, self._press_stop)
         run.state.hear = self._hear
         run.start()
-        self._run, self._relays = run, Relays(letter.address, run.positions, run.node_is_gone)
+        self._run, self._relays = run, Relays(letter.address, run.inbox.positions, run.inbox.node_is_gone)
 
     def _come_back(self) -> None:
         """What a restarted actor does first. If it can't, it dies, and tries again until it has given up."""
@@ -93,7 +94,7 @@ class PipelineActor:
             with self._lock:
                 if self._run and "ledgers" not in self._run.state.facts:
                     readings = self._read()
-                    if self._run.owner_end:
+                    if self._run.inbox.owner_end:
                         return self._end_with_owner()
                 elif lives(self._letter.address.folder, self._letter.process):
                     alive = began
@@ -138,7 +139,7 @@ class PipelineActor:
         waiting = {HOME, *self._relays.nodes}
         while waiting & {HOME, *self._relays.nodes}:
             for node, reading in self._read(look=True):
-                done = reading.leaving if closing and node != HOME else reading.is_empty and not reading.is_cut
+                done = reading.is_last if closing and node != HOME else reading.is_empty
                 waiting -= {node} if done else set()
             for node in self._relays.silent(Relays.PATIENCE):
                 self._relays.give_up(node, f"it did not answer within {Relays.PATIENCE:.0f} s")
@@ -235,7 +236,7 @@ class PipelineActor:
         letter, raylet = self._letter, os.getppid()
         try:
             if self._run:
-                end = self._run.owner_end
+                end = self._run.inbox.owner_end
                 if end == GONE and letter.job and has_ended(letter.job):
                     end = 0, None
                 recover.start(letter.address.folder, orphan=True)  # in case that this process is killed first

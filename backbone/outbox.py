@@ -38,12 +38,16 @@ REPORT, COMMIT = 0, 1  # metrics; COMMIT: and the worker is done with the step
 WHO = 2  # who logs from here on
 GOODBYE = 3  # that worker will log nothing more
 EXIT = 4  # the process ends by itself; an owner's has exit code and failure
-ENDED = 5  # the process has ended; this is never written, but found out by the reader
+COUNTED = (REPORT, COMMIT)
+# What only a reader says: an outbox is new (with who it is); reports were lost (see the page); its process has ended;
+# somebody has removed it.
+BEGUN, LOST, ENDED, VANISHED = 100, 101, 102, 103
 
 # The page: what the reader writes, whether the reader should stay, the lost reports of each pipeline, who it is (JSON).
 PAGE, STAYS_AT, LOST_AT, ABOUT_AT = 4096, 56, 64, 64 + 8 * 256
 READ = struct.Struct("<B7xQQQQ")  # state; segment and offset to which it has been read; records and bytes so far
 NOBODY_READS, IS_READ, CLOSED = 0, 1, 2
+NOTHING_LOST = bytes(8 * 256)
 SEGMENT = 1 << 20  # bytes, after which the next one begins
 
 

@@ -1,9 +1,12 @@
-"""Reads the outboxes of a node. Free of Ray."""
+"""Reads the outboxes of a node. Free of Ray.
+
+What is new there is a list of records in the order of time. Besides what processes have put into their outboxes it says
+when an outbox begins, when reports were lost in it, and when it ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -11,7 +14,7 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from . import outbox
 from .files import CLOSED, OUTBOXES, fcntl
@@ -28,7 +31,7 @@ class Position(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What somebody has put into an outbox."""
+    """Something that has happened in an outbox. kind: see outbox.py."""
 
     time: float  # monotonic
     outbox: str
@@ -40,22 +43,16 @@ class Record(NamedTuple):
     end: Position
 
 
-@dataclasses.dataclass
-class Reading:
-    """What is new in the outboxes of a node. `Reader.commit` is to be called when it is safe."""
+class Reading(NamedTuple):
+    """What is new. `Reader.commit` is to be called when it is safe."""
 
-    records: list[Record] = dataclasses.field(default_factory=list)  # in the order of time
-    about: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # new outboxes, and who they are
-    positions: dict[str, Position] = dataclasses.field(default_factory=dict)  # to which outboxes have been read
-    lost: dict[str, dict[int, int]] = dataclasses.field(default_factory=dict)  # outbox -> lost reports by pipeline
-    ended: list[str] = dataclasses.field(default_factory=list)  # outboxes whose process is gone, read to their end
-    vanished: list[str] = dataclasses.field(default_factory=list)  # outboxes that somebody has removed
+    records: list[Record]  # in the order of time
     is_cut: bool = False  # there is more to read
-    leaving: bool = False  # a relay goes, and has brought all
+    is_last: bool = False  # of a relay: it has nothing more
 
     @property
     def is_empty(self) -> bool:
-        return not (self.records or self.about or self.lost or self.ended or self.vanished or self.leaving)
+        return not self.records and not self.is_cut
 
 
 class Reader:
@@ -71,52 +68,47 @@ class Reader:
         self._folder = private / (CLOSED if (private / CLOSED).exists() else OUTBOXES)
         self._boxes = dict(positions)
         self._first = {name: position.segment for name, position in positions.items()}  # segments that are there
-        self._lost: dict[str, dict[int, int]] = {}
-        self._dying: set[str] = set()  # their lock is free, and what they have left is not read yet
+        self._lost: dict[str, bytes] = {}  # by outbox
+        self._dying: set[str] = set()  # their lock is free
         self.stays: set[str] = (
             set()
         )  # those of processes that can't tell the run of this place, or may have such children
         self._changed, self._next_look, self._next_touch = 0, 0.0, 0.0
 
-    # Reading
-
     def read(self, look: bool = False) -> Reading:
-        """What has come since the last reading, in the order of time, as far as all of it has been read.
+        """What has come since the last reading.
 
         look: at each page, whether its process lives; that is done now and then anyway.
         """
-        reading, before = Reading(), dict(self._boxes)
+        before, found = dict(self._boxes), list[Record]()
         if look := look or self._has_new_pages() or time.monotonic() >= self._next_look:
-            self._look(reading)
+            self._look(found)
             self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
-        news = [name for name in self._boxes if self._has_news(name, reading)]
-        share, horizon, found = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf, []
+        news = [name for name in self._boxes if self._has_news(name, found)]
+        share, horizon = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf
         for name in news:
             records, is_cut = self._read_box(name, share)
+            horizon = min(horizon, records[-1].time) if is_cut else horizon
             found += records
-            if is_cut:
-                horizon, reading.is_cut = min(horizon, records[-1].time), True
         # Where an outbox was cut off, nothing later is handed on from the others: else two epochs could get mixed.
         found = [record for record in found if record.time <= horizon]
         if not look and any(record.kind == outbox.WHO for record in found):
             self._boxes = before
             return self.read(look=True)  # who begins may take the place of one who has just died
-        reading.positions = {record.outbox: record.end for record in found}
-        self._boxes |= reading.positions
-        reading.ended = [] if reading.is_cut else [*self._dying]
+        self._boxes |= {record.outbox: record.end for record in found}
         last = {record.outbox: record.time for record in found}
-        for name in reading.ended:  # as early as it can have been: an attempt must not share a row with the next one
+        for name in self._dying if horizon == math.inf else ():
+            # As early as it can have been: an attempt of a worker must not share a row with the next one.
             found.append(Record(last.get(name, 0.0), name, outbox.ENDED, 0, 0, 0.0, b"", self._boxes[name]))
-        reading.records = sorted(found, key=lambda record: record.time)
-        return reading
+        return Reading(sorted(found, key=lambda record: record.time), horizon < math.inf)
 
-    def _has_news(self, name: str, reading: Reading) -> bool:
+    def _has_news(self, name: str, found: list[Record]) -> bool:
         segment, offset, *_ = self._boxes[name]
         try:
             size = os.stat(self._path(name, segment)).st_size
         except FileNotFoundError:
             if not os.path.exists(self._path(name, "page")) and name not in self._dying:
-                reading.vanished.append(name)
+                found.append(Record(0.0, name, outbox.VANISHED, 0, 0, 0.0, b"", self._boxes[name]))
             return False
         return size > offset or (size >= outbox.SEGMENT and os.path.exists(self._path(name, segment + 1)))
 
@@ -132,7 +124,7 @@ class Reader:
             share -= len(content)
             for length, (_, kind, pipeline, step, at, wall_time), body in parse(content):
                 offset, total, latest = offset + length, total + length, max(latest, at)
-                count += kind not in (outbox.WHO, outbox.GOODBYE, outbox.EXIT)
+                count += kind in outbox.COUNTED
                 end = Position(segment, offset, count, total)
                 records.append(Record(latest, name, kind, pipeline, step, wall_time, body, end))
             if is_cut or not has_next or share <= 0:
@@ -164,33 +156,29 @@ class Reader:
             return False
         # The time that a folder has is coarse, so it is looked at again a little later.
         self._changed = changed if time.time_ns() - changed > 100_000_000 else 0
-        return any(name not in self._boxes for name in self.names)
+        return any(name not in self._boxes for name in self._names())
 
-    @property
-    def names(self) -> list[str]:
-        """The outboxes that are there."""
+    def _names(self) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
-            pages = [
-                entry.name.removesuffix(".page") for entry in os.scandir(self._folder) if entry.name[-5:] == ".page"
-            ]
+            pages = [entry.name[:-5] for entry in os.scandir(self._folder) if entry.name.endswith(".page")]
             return [name for name in pages if name not in outbox.own]  # to open and close one's own would free its lock
         return []
 
-    def _look(self, reading: Reading) -> None:
-        """At each page: who it is, what was lost, and whether the process lives."""
-        for name in self.names:
+    def _look(self, found: list[Record]) -> None:
+        """At each page: whether it is new, what was lost, and whether the process lives."""
+        for name in self._names():
             with contextlib.suppress(FileNotFoundError), open(self._path(name, "page"), "r+b", buffering=0) as file:
                 page = file.read(outbox.PAGE)
-                if name not in self._boxes:
-                    # Where a state was lost, an outbox begins with what was not read before.
+                if name not in self._boxes:  # where a state was lost, it has been read to some place before
                     self._boxes[name] = Position(*outbox.READ.unpack_from(page)[1:])
-                    reading.about[name] = json.loads(page[outbox.ABOUT_AT :])
+                    about = page[outbox.ABOUT_AT :]
+                    found.append(Record(0.0, name, outbox.BEGUN, 0, 0, 0.0, about, self._boxes[name]))
                 if page[0] != self._state:
                     os.pwrite(file.fileno(), bytes([self._state]), 0)
-                if page.count(0, outbox.LOST_AT, outbox.ABOUT_AT) < outbox.ABOUT_AT - outbox.LOST_AT:
-                    lost = {i: n for i, n in enumerate(struct.unpack_from("<256Q", page, outbox.LOST_AT)) if n}
-                    if lost != self._lost.get(name):
-                        self._lost[name] = reading.lost[name] = lost
+                lost = page[outbox.LOST_AT : outbox.ABOUT_AT]
+                if lost != self._lost.get(name, outbox.NOTHING_LOST):
+                    self._lost[name] = lost
+                    found.append(Record(0.0, name, outbox.LOST, 0, 0, 0.0, lost, self._boxes[name]))
                 if page[outbox.STAYS_AT]:
                     self.stays.add(name)
                 if fcntl:
@@ -206,23 +194,27 @@ class Reader:
     def set_state(self, state: int) -> None:
         """Tells all who log here."""
         self._state = state
-        for name in self.names:
-            with contextlib.suppress(FileNotFoundError), open(self._path(name, "page"), "r+b", buffering=0) as file:
-                file.write(bytes([state]))
+        for name in self._names():
+            self._write(name, bytes([state]))
+
+    def _write(self, name: str, content: bytes) -> None:
+        with contextlib.suppress(FileNotFoundError), open(self._path(name, "page"), "r+b", buffering=0) as file:
+            file.write(content)
 
     def commit(self, reading: Reading) -> None:
         """Notes how far has been read, and removes what is of no further use."""
-        for name, position in reading.positions.items():
-            with contextlib.suppress(FileNotFoundError), open(self._path(name, "page"), "r+b", buffering=0) as file:
-                file.write(outbox.READ.pack(self._state, *position))
-            for segment in range(self._first.get(name, 0), position.segment):
+        ended = {record.outbox for record in reading.records if record.kind in (outbox.ENDED, outbox.VANISHED)}
+        for name, end in {record.outbox: record.end for record in reading.records}.items():
+            last = end.segment + (name in ended)
+            for segment in range(self._first.get(name, 0), last):
                 _remove(self._path(name, segment))
-            self._first[name] = position.segment
-        for name in (*reading.ended, *reading.vanished):
-            last = self._boxes.pop(name, Position()).segment
-            for end in (*range(self._first.pop(name, 0), last + 1), "page"):
-                _remove(self._path(name, end))
-            self._lost.pop(name, None)
+            self._first[name] = last
+            if name not in ended:
+                self._write(name, outbox.READ.pack(self._state, *end))
+                continue
+            _remove(self._path(name, "page"))
+            for known in (self._boxes, self._first, self._lost):
+                known.pop(name, None)
             self._dying.discard(name)
             self.stays.discard(name)
 
@@ -245,10 +237,8 @@ def parse(content: bytes) -> Iterator[tuple[int, tuple, bytes]]:
         yield position - begin, head, content[position - head[0] : position]
 
 
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.truncate(path, 0)  # a fork of the process may have it open
-        os.unlink(path)
+def lost_by_pipeline(content: bytes) -> dict[int, int]:
+    return {i: n for i, (n,) in enumerate(struct.iter_unpack("<Q", content)) if n}
 
 
 def lives(private: Path, process: str) -> bool:
@@ -266,3 +256,9 @@ def lives(private: Path, process: str) -> bool:
         except OSError:  # it has the lock
             return True
     return False
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.truncate(path, 0)  # a fork of the process may have it open
+        os.unlink(path)

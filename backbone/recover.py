@@ -25,10 +25,11 @@ from pathlib import Path
 
 from . import owner
 from .files import state_path
+from .inbox import GONE
 from .ledger import Ledger, Ledgers, line
 from .owner import Letter
 from .reading import lives
-from .run import GONE, HOME, Run
+from .run import Run
 from .state import State
 
 logger = logging.getLogger("wandb_run")
@@ -77,11 +78,11 @@ def _finish(run: Run) -> None:
     minute = time.monotonic() + 60
     run.state.warn("recovered", "the pipeline actor is gone; the run was finished without it")
     run.read_to_end(minute)
-    for node in {node for node, _ in run.boxes} - {HOME}:
-        run.node_is_gone(node, "what was logged there at last")
+    for node in run.inbox.nodes:
+        run.inbox.node_is_gone(node, "what was logged there at last")
     run.end(run.pipelines, minute)
     run.start()
-    exit_code, failure = run.owner_end or GONE
+    exit_code, failure = run.inbox.owner_end or GONE
     run.finish(exit_code, failure, time.monotonic() + (run.writer.timeout or float("inf")))
 
 

@@ -35,35 +35,35 @@ class Relay:
         if not is_private_folder(folder):
             raise FileNotFoundError(f"{folder} is not there for Ray: a container with a temporary folder of its own?")
         self._key, self._folder, self._reader = key, folder, Reader(folder, positions)
-        self._last, self._heard, self._closed = Reading(), time.monotonic(), False
+        self._last, self._heard, self._closed = Reading([]), time.monotonic(), False
 
     def read(self) -> Reading:
         """What is new; after a second without news, nothing. What the last call has brought is safe now."""
         self._reader.commit(self._last)
-        self._last, deadline = Reading(), time.monotonic() + 1
-        while True:
-            self._last = reading = self._reader.read(look=self._closed)
-            if not reading.is_empty:
+        self._last, deadline = Reading([]), time.monotonic() + 1
+        while time.monotonic() < deadline:
+            self._last = self._reader.read(look=self._closed)
+            if not self._last.is_empty:
                 self._heard = time.monotonic()
-            elif time.monotonic() - self._heard > self.IDLE and not self._reader.stays and not self._closed:
+                return self._last
+            if self._closed or (time.monotonic() - self._heard > self.IDLE and not self._reader.stays):
                 return self._leave()
-            reading.leaving = self._closed and reading.is_empty
-            if not reading.is_empty or time.monotonic() > deadline:
-                return reading
             time.sleep(0.02)
+        return self._last
 
     def _leave(self) -> Reading:
         """Goes, unless somebody has logged meanwhile. Whoever logs from now on tells the run of this place again."""
-        (self._folder / "known").unlink(missing_ok=True)
-        internal_kv._internal_kv_del(self._key, namespace=KV)
-        self._reader.set_state(outbox.NOBODY_READS)
-        self._last = reading = self._reader.read(look=True)
-        reading.leaving = reading.is_empty
-        if not reading.leaving:
-            self._heard = time.monotonic()
-            self._reader.set_state(outbox.IS_READ)
-            internal_kv._internal_kv_put(self._key, os.fsencode(self._folder), namespace=KV)
-        return reading
+        if not self._closed:
+            (self._folder / "known").unlink(missing_ok=True)
+            internal_kv._internal_kv_del(self._key, namespace=KV)
+            self._reader.set_state(outbox.NOBODY_READS)
+            self._last = self._reader.read(look=True)
+        if self._last.is_empty:
+            return Reading([], is_last=True)
+        self._heard = time.monotonic()
+        self._reader.set_state(outbox.IS_READ)
+        internal_kv._internal_kv_put(self._key, os.fsencode(self._folder), namespace=KV)
+        return self._last
 
     def close(self) -> None:
         """Nothing more is taken here."""
@@ -117,7 +117,7 @@ class Relays:
             try:
                 reading = ray.get(call)
                 readings.append((node, reading))
-                if reading.leaving:
+                if reading.is_last:
                     del self._relays[node]
             except ray.exceptions.RayError as error:
                 self._fail(node, error)
@@ -142,7 +142,7 @@ class Relays:
         return [node for node, (_, since) in [*self._calls.items()] if time.monotonic() - since > seconds]
 
     def close(self) -> None:
-        """Nothing more is taken anywhere. What they still bring ends with a reading that is `leaving`."""
+        """Nothing more is taken anywhere. What they still bring ends with a reading that `is_last`."""
         internal_kv._internal_kv_del(self._address.key("open"), namespace=KV)
         self.look()  # behind that: whoever logs for the first time notes its place before it looks for that key
         for relay in self._relays.values():

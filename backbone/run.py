@@ -6,8 +6,6 @@ Without Ray, so that whoever finds what a dead actor has left goes on by the sam
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import pickle
 import shutil
 import sqlite3
@@ -17,19 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import outbox
 from .artifacts import Artifacts
 from .files import Address, state_path
+from .inbox import HOME, Inbox
 from .ledger import Ledger, Ledgers, line
-from .pipeline import Pipeline, Report
-from .reading import Position, Reader, Reading, Record
+from .pipeline import Pipeline
+from .reading import Reader, Reading
 from .reduction import Reduction
 from .state import Row, State
 from .writer import Writer
 
 DEATHS = 3  # of a pipeline actor in a row; after more it is given up
-HOME = ""  # the run's own node, among those that have outboxes
-GONE = 1, "the process that the run belonged to is gone"
 
 
 class GivenUpError(RuntimeError):
@@ -43,20 +39,6 @@ class Started(NamedTuple):
     config: dict[str, Any]
     project: str
     pipeline: int  # number of the pipeline that has joined
-
-
-@dataclasses.dataclass
-class Box:
-    """An outbox, as far as the run knows it."""
-
-    process: str  # whose it is
-    parent: str  # the worker that a child process is counted as
-    name: str  # of the worker that logs there now
-    task: bool = False
-    label: str = ""  # what that worker wants to be called
-    position: Position = dataclasses.field(default_factory=Position)
-    lost: dict[int, int] = dataclasses.field(default_factory=dict)  # reports, by pipeline
-    exit: tuple[int, str | None] | None = None  # it ends by itself; an owner's exit code and failure
 
 
 class Run:
@@ -74,16 +56,14 @@ class Run:
         lock: threading.Condition | threading.RLock,
         stop: Callable[[], None] | None = None,
     ):
-        self.state, self.address, self._owner, self._lock = state, address, owner, lock
+        self.state, self.address, self._lock = state, address, lock
         self.pipelines = Pipeline.all(state)
-        found = state.db.execute("SELECT * FROM outboxes").fetchall()
-        self.boxes: dict[tuple[str, str], Box] = {(node, name): pickle.loads(box) for node, name, box in found}
-        self.reader = Reader(address.folder, self.positions(HOME))
+        self.inbox = Inbox(state, self.pipelines, owner)
+        self.reader = Reader(address.folder, self.inbox.positions(HOME))
         self.writer = Writer(state, init, stop)
         self.artifacts: Artifacts = None  # until `start`
-        self.owner_end: tuple[int, str | None] | None = None  # exit code and failure, when the owner has ended
         self.paused = False  # the clock: a node does not answer
-        self._clock, self._read_at, self._ticked = state.facts.get("clock", 0.0), time.monotonic(), 0.0
+        self._read_at, self._ticked = time.monotonic(), 0.0
         self._held: list[tuple[str, Reading]] = []  # readings that are not safe yet
         self._rows: list[Row] = []  # that W&B has not got, for the same reason
 
@@ -129,14 +109,14 @@ class Run:
         self.state.note(address=address, deaths=0)
         lost = address.folder / "pipelines"
         if lost.exists():  # it is the state of this very run that was there
-            self.unheard("the time before the run's state was lost")
+            self.inbox.unheard("the time before the run's state was lost")
             for prefix, reduction, workers in pickle.loads(lost.read_bytes()):
                 self._add(prefix, reduction, workers)
 
     def _leave(self) -> None:
         """Forgets the outboxes of an earlier life."""
-        for node in {node for node, _ in self.boxes if node != HOME}:
-            self.node_is_gone(node, "the run's earlier life had outboxes there")
+        for node in self.inbox.nodes:
+            self.inbox.node_is_gone(node, "the run's earlier life had outboxes there")
         self.state.do("DELETE FROM outboxes")
         self.state.commit()
         shutil.rmtree(self.address.folder, ignore_errors=True)
@@ -173,10 +153,6 @@ class Run:
     def pipeline(self, prefix: str) -> Pipeline | None:
         return next((pipeline for pipeline in self.pipelines if pipeline.prefix == prefix), None)
 
-    def positions(self, node: str) -> dict[str, Position]:
-        """How far the outboxes of a node have been read."""
-        return {name: box.position for (where, name), box in self.boxes.items() if where == node}
-
     # Reading
 
     def read(self, brought: Sequence[tuple[str, Reading]] = (), look: bool = False) -> list[tuple[str, Reading]]:
@@ -186,90 +162,29 @@ class Run:
         then the same readings are waited for, and nothing new is read. Raises ServiceDiedError if wandb-core is dead.
         """
         if not self.paused:
-            self._clock += min(1.0, time.monotonic() - self._read_at)  # at most: the process may have been stopped
+            self.inbox.clock += min(1.0, time.monotonic() - self._read_at)  # at most: the process may have been stopped
         brought = [*([] if self._held else [(HOME, self.reader.read(look))]), *brought]
         for node, reading in brought:
-            self._take(node, reading)
+            self.inbox.take(node, reading)
         self._held += brought
-        if self._clock - self._ticked >= 1 and not any(reading.is_cut for _, reading in self._held):
-            self._ticked = self._clock
+        if self.inbox.clock - self._ticked >= 1 and not any(reading.is_cut for _, reading in self._held):
+            self._ticked = self.inbox.clock
             for pipeline in self.pipelines:
-                pipeline.steps.tick(self._clock)
+                pipeline.steps.tick(self.inbox.clock)
             arrived = self.writer.look()
             self.state.arrived(arrived if self.state.facts.get("mode") != "online" else ())
-        if self._ticked == self._clock or not all(reading.is_empty for _, reading in self._held):
+        if self._ticked == self.inbox.clock or not all(reading.is_empty for _, reading in self._held):
             self._save()
         done, self._held = self._held, []
         self._read_at = time.monotonic()
         return done
-
-    def _take(self, node: str, reading: Reading) -> None:
-        for name, about in reading.about.items():
-            self.boxes.setdefault((node, name), Box(about["name"], about["parent"], about["name"]))
-        for name, lost in reading.lost.items():
-            box = self.boxes[node, name]
-            for pipeline in self.pipelines:
-                pipeline.counts["reports"] += lost.get(pipeline.number, 0) - box.lost.get(pipeline.number, 0)
-            box.lost = lost
-        for record in reading.records:
-            self._take_record(node, record)
-        for name in {*reading.about, *reading.positions, *reading.lost}:
-            if box := self.boxes.get((node, name)):  # it has not ended
-                box.position = reading.positions.get(name, box.position)
-                self.state.do("INSERT OR REPLACE INTO outboxes VALUES (?, ?, ?)", node, name, pickle.dumps(box))
-        for name in reading.vanished:
-            self.unheard(f"{self.boxes[node, name].process}: somebody has removed its outbox")
-            self._forget(node, name)
-
-    def _take_record(self, node: str, record: Record) -> None:
-        box = self.boxes[node, record.outbox]
-        if record.kind in (outbox.REPORT, outbox.COMMIT):
-            report = Report(record.wall_time, box.label or box.name, record.content)
-            who = box.name, record.step, record.kind == outbox.COMMIT, self._clock, box.parent, box.task
-            self.pipelines[record.pipeline].log(report, *who)
-        elif record.kind == outbox.WHO:
-            now = json.loads(record.content)
-            if box.task and box.name != now["name"]:
-                self._end(box.name)
-            box.name, box.label, box.task = now["name"], now["label"], now["task"]
-        elif record.kind == outbox.GOODBYE:
-            self._end(box.name)
-        elif record.kind == outbox.EXIT:
-            box.exit = pickle.loads(record.content) if record.content else (0, None)
-            if box.process == self._owner and record.content:  # it may live on, without Ray
-                self.owner_end = box.exit
-        elif record.kind == outbox.ENDED:
-            self._forget(node, record.outbox)
-
-    def _end(self, worker: str, died: bool = False) -> None:
-        for pipeline in self.pipelines:
-            pipeline.steps.end(worker, self._clock, died)
-
-    def _forget(self, node: str, name: str) -> None:
-        """The process of an outbox is gone, and all is read that it has left."""
-        box = self.boxes.pop((node, name))
-        self._end(box.name, died=not box.exit)
-        if box.process == self._owner:
-            self.owner_end = box.exit or GONE
-        self.state.do("DELETE FROM outboxes WHERE node = ? AND name = ?", node, name)
-
-    def node_is_gone(self, node: str, why: str) -> None:
-        """What was not brought from it can't be read any more."""
-        self.unheard(f"node {node[:6]}: {why}")
-        for name in self.positions(node):
-            self._forget(node, name)
-
-    def unheard(self, what: str) -> None:
-        """There may be reports that nobody can read."""
-        self.state.note(unheard=[*self.state.facts.get("unheard", ()), what])
-        self.state.warn(f"unheard {what}", f"reports may be missing of {what}")
 
     def _save(self) -> None:
         """Commits what has changed, then gives rows to W&B."""
         for pipeline in self.pipelines:
             self._rows += pipeline.rows()
             pipeline.save()
-        self.state.note(clock=self._clock)
+        self.state.note(clock=self.inbox.clock)
         self.state.commit()
         for pipeline in self.pipelines:
             pipeline.saved()
@@ -282,7 +197,7 @@ class Run:
             self.state.arrived(row.number for row in rows)
 
     def expect(self, prefix: str, workers: int) -> None:
-        self.pipeline(prefix).steps.expect(workers, self._clock)
+        self.pipeline(prefix).steps.expect(workers, self.inbox.clock)
         with contextlib.suppress(sqlite3.Error):
             self._save()
 
@@ -291,7 +206,7 @@ class Run:
     def read_to_end(self, deadline: float) -> None:
         """Closes the outboxes at home: nothing more is taken there, and what is there is read."""
         self.reader.close()
-        self._until(deadline, lambda: any(not r.is_empty or r.is_cut for _, r in self.read(look=True)))
+        self._until(deadline, lambda: not all(reading.is_empty for _, reading in self.read(look=True)))
 
     def end(self, pipelines: Sequence[Pipeline], deadline: float) -> None:
         """Closes all steps of pipelines with the reports that came."""

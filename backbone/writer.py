@@ -128,7 +128,7 @@ class Writer:
             run = wandb.init(**init | dict(mode="offline"))
         if not run.disabled:  # else artifacts are staged in the home folder, and gone when `wandb sync` needs them
             for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
-                os.environ.setdefault(name, f"{run.sync_dir}/artifacts")
+                os.environ[name] = os.environ.get(name) or f"{run.sync_dir}/artifacts"
             with contextlib.suppress(FileExistsError), open(self._folder / ".gitignore", "x") as file:
                 file.write("*\n")  # Ray, too, obeys it, and would bring all runs along in a job's working directory
         return run

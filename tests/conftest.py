@@ -308,7 +308,7 @@ def opened(tmp_path, monkeypatch) -> Iterator[Callable]:
     yield opened
     for each in made:
         each.writer.run.finish()
-        each.store.close()
+        each.state.close()
 
 
 @pytest.fixture

@@ -1,0 +1,114 @@
+"""What is read from outboxes: who logs there, who ends, and for which pipeline a report is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+
+from . import outbox
+from .pipeline import Pipeline, Report
+from .reading import Position, Reading, Record, lost_by_pipeline
+from .state import State
+
+HOME = ""  # the run's own node, among those that have outboxes
+GONE = 1, "the process that the run belonged to is gone"  # exit code and failure of an owner that has said nothing
+
+
+@dataclasses.dataclass
+class Box:
+    """An outbox, as far as the run knows it."""
+
+    process: str  # whose it is
+    parent: str  # the worker that a child process is counted as
+    name: str  # of the worker that logs there now
+    task: bool = False
+    label: str = ""  # what that worker wants to be called
+    position: Position = dataclasses.field(default_factory=Position)
+    lost: dict[int, int] = dataclasses.field(default_factory=dict)  # reports, by pipeline
+    exit: tuple[int, str | None] | None = None  # it ends by itself; an owner's exit code and failure
+
+
+class Inbox:
+    """The outboxes of all nodes, as far as they have been read. Its state is in the state's queue.
+
+    owner: name of the process whose end ends the run.
+    """
+
+    def __init__(self, state: State, pipelines: list[Pipeline], owner: str):
+        self._state, self._pipelines, self._owner = state, pipelines, owner
+        found = state.db.execute("SELECT * FROM outboxes").fetchall()
+        self.boxes: dict[tuple[str, str], Box] = {(node, name): pickle.loads(box) for node, name, box in found}
+        self.clock: float = state.facts.get("clock", 0.0)  # of the steps, in seconds
+        self.owner_end: tuple[int, str | None] | None = None  # exit code and failure, when the owner has ended
+
+    def positions(self, node: str) -> dict[str, Position]:
+        """How far the outboxes of a node have been read."""
+        return {name: box.position for (where, name), box in self.boxes.items() if where == node}
+
+    @property
+    def nodes(self) -> set[str]:
+        """Other ones than the run's own."""
+        return {node for node, _ in self.boxes} - {HOME}
+
+    def take(self, node: str, reading: Reading) -> None:
+        """Takes what is new on a node."""
+        for record in reading.records:
+            box = self.boxes.get((node, record.outbox))
+            if record.kind == outbox.BEGUN:
+                about = json.loads(record.content)
+                self.boxes[node, record.outbox] = Box(about["name"], about["parent"], about["name"])
+            elif record.kind in (outbox.ENDED, outbox.VANISHED):
+                if record.kind == outbox.VANISHED:
+                    self.unheard(f"{box.process}: somebody has removed its outbox")
+                self._forget(node, record.outbox)
+            else:
+                self._take_record(box, record)
+        for name, end in {record.outbox: record.end for record in reading.records}.items():
+            if box := self.boxes.get((node, name)):
+                box.position = end
+                self._state.do("INSERT OR REPLACE INTO outboxes VALUES (?, ?, ?)", node, name, pickle.dumps(box))
+
+    def _take_record(self, box: Box, record: Record) -> None:
+        if record.kind in (outbox.REPORT, outbox.COMMIT):
+            report = Report(record.wall_time, box.label or box.name, record.content)
+            who = box.name, record.step, record.kind == outbox.COMMIT, self.clock, box.parent, box.task
+            self._pipelines[record.pipeline].log(report, *who)
+        elif record.kind == outbox.WHO:
+            now = json.loads(record.content)
+            if box.task and box.name != now["name"]:
+                self._end(box.name)
+            box.name, box.label, box.task = now["name"], now["label"], now["task"]
+        elif record.kind == outbox.GOODBYE:
+            self._end(box.name)
+        elif record.kind == outbox.EXIT:
+            box.exit = pickle.loads(record.content) if record.content else (0, None)
+            if box.process == self._owner and record.content:  # it may live on, without Ray
+                self.owner_end = box.exit
+        elif record.kind == outbox.LOST:
+            before, box.lost = box.lost, lost_by_pipeline(record.content)
+            for number, lost in box.lost.items():
+                self._pipelines[number].counts["reports"] += lost - before.get(number, 0)
+
+    def _end(self, worker: str, died: bool = False) -> None:
+        for pipeline in self._pipelines:
+            pipeline.steps.end(worker, self.clock, died)
+
+    def _forget(self, node: str, name: str) -> None:
+        """The process of an outbox is gone, and all is read that it has left."""
+        box = self.boxes.pop((node, name))
+        self._end(box.name, died=not box.exit)
+        if box.process == self._owner:
+            self.owner_end = box.exit or GONE
+        self._state.do("DELETE FROM outboxes WHERE node = ? AND name = ?", node, name)
+
+    def node_is_gone(self, node: str, why: str) -> None:
+        """What was not brought from it can't be read any more."""
+        self.unheard(f"node {node[:6]}: {why}")
+        for name in self.positions(node):
+            self._forget(node, name)
+
+    def unheard(self, what: str) -> None:
+        """There may be reports that nobody can read."""
+        self._state.note(unheard=[*self._state.facts.get("unheard", ()), what])
+        self._state.warn(f"unheard {what}", f"reports may be missing of {what}")
