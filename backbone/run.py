@@ -103,6 +103,7 @@ class Run:
             run._leave()
             run = cls(state, init, address, owner, lock, stop)
             run._begin(address)
+        state.commit()
         return run
 
     def _begin(self, address: Address) -> None:
