@@ -46,11 +46,11 @@ class TrainingPipelineActor(PipelineActor):
     prefix = "training/"
     job_type = "training"
     reduction = Reduction(
-        sums=("tokens", "e2e/speed"),
+        sums=("tokens", "e2e/speed", "off_policy/dropped"),
         totals=("tokens",),
         largest=("learning_rate",),
         weights=dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "mismatch_kl"), "tokens"),
-        statistics={"e2e/latency_ms": ("mean", "p50", "p99")},
+        statistics={"e2e/latency_ms": ("mean", "p50", "p99"), "off_policy": ("mean", "max")},
     )
 
 
@@ -65,12 +65,14 @@ class InferencePipelineActor(PipelineActor):
         totals=("rollouts",),
         largest=("policy_version",),
         statistics={
-            "reward": ("mean", "min", "max", "std"),
+            "reward": ("mean", "min", "max", "std", "p10", "p90"),
             "reward/*": ("mean",),
             "response_length": ("mean", "p90", "max"),
             "e2e/latency_ms": ("mean", "p50", "p99"),
             "staleness": ("mean", "max"),
         },
+        worst=("time/step_s",),
+        best={"reward/mean": "max"},
     )
 
 
@@ -349,7 +351,8 @@ def _progress(step: float) -> float:
 def generate_training_metrics(step: int, rng: np.random.Generator) -> Metrics:
     """One worker's report of one optimiser step of a GRPO/PPO run.
 
-    Scalars are that worker's measurement, `e2e/latency_ms` its 8 micro-batches' times in ms (float array).
+    Scalars are that worker's measurement. Arrays are samples: `e2e/latency_ms` of its 8 micro-batches (ms), `off_policy`
+    of the 32 rollouts that the step consumed (their age in training steps: true only where they are consumed).
     Keys, units and shapes follow what verl, NeMo-RL and prime-rl log.
     """
     learned, spike = _progress(step), step % 37 == 13  # gradients are averaged: every worker sees it
@@ -376,16 +379,21 @@ def generate_training_metrics(step: int, rng: np.random.Generator) -> Metrics:
         "e2e/latency_ms": latency,
         "perf/mfu": 0.38 * rng.uniform(0.95, 1.05) / (1.5 if checkpoint else 1),
         "time/wait_for_batch_s": wait_s,
+        "off_policy": np.minimum(age := rng.poisson(0.2 + 1.2 * staleness, 32), 4),
+        "off_policy/dropped": int((age > 4).sum()),  # too old to be used
     }
 
 
-def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
+def generate_inference_metrics(step: int, rng: np.random.Generator, rank: int = 0) -> Metrics:
     """One worker's report of one batch of 32 rollouts (4 groups, half of them of each source) and their 64 requests.
 
-    Arrays are samples: `reward`, `success_rate`, `response_length` (tokens), `truncated_fraction` per rollout,
-    `reward/<source>` per rollout of that source, `groups/…` per group, `e2e/latency_ms` (ms) per request, `staleness`
-    (training steps) per rollout; bool arrays are outcomes.
+    Arrays are samples: `reward`, `success_rate`, `response_length` (tokens), `truncated_fraction`, `errors` (of the
+    environment or verifier) per rollout, `reward/<source>` per rollout of that source, `groups/…` per group,
+    `e2e/latency_ms` (ms) per request, `staleness` (training steps) per rollout; bool arrays are outcomes.
+
+    rank: of the engine. Number 1 is sick now and then, and 20 % slower than the others.
     """
+    slow = 1.2 if rank == 1 and step % 20 >= 8 else 1.0
     learned, syncing = _progress(step), step % SYNC_EVERY == SYNC_EVERY - 1
     chance = np.repeat([0.2 + 0.74 * _progress(1.6 * step), 0.1 + 0.66 * _progress(0.6 * step)], 2)  # gsm8k is easier
     chance = np.repeat(np.clip(chance + rng.normal(0, 0.2, 4), 0.02, 0.98), GROUP)  # prompts differ
@@ -404,13 +412,16 @@ def generate_inference_metrics(step: int, rng: np.random.Generator) -> Metrics:
         "response_length": np.minimum(wanted, 1024).astype(int),
         "truncated_fraction": truncated,
         "rollouts": 32,
-        "e2e/speed": 5_200 * load * (rng.uniform(0.03, 0.3) if syncing else 1),
+        "e2e/speed": 5_200 / slow * load * (rng.uniform(0.03, 0.3) if syncing else 1),
         "e2e/latency_ms": rng.lognormal(math.log(1_100 * load), 0.75, 64) * (1.6 if syncing else 1),
         "kv_cache_utilization": min(0.95, 0.4 + 0.12 * (step % SYNC_EVERY) + rng.uniform(0, 0.06)),
         "requests/running": int(rng.integers(24, 65)),
         "requests/waiting": int(rng.poisson(rng.choice([1, 12]))),
         "policy_version": step // SYNC_EVERY * SYNC_EVERY,
         "staleness": np.minimum(rng.poisson(0.02 + 0.25 * (step % SYNC_EVERY), 32), 2),
+        "errors": rng.random(32) < 0.01,
+        "time/step_s": slow * rng.lognormal(math.log(4.1), 0.03),
+        "time/wait_for_policy_s": rng.uniform(0.5, 1.5) if syncing else rng.uniform(0, 0.05),
     }
 
 

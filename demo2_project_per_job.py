@@ -13,8 +13,12 @@ Report has to be made, and the link from an inference run to its training run is
 
 import sys
 
+import common
 from common import InferencePipelineActor, TrainingPipelineActor, WandbRun
-from session import Args, InferenceWorker, TrainingWorker, parse_args, ray_session, run_to_end
+from session import Args, paced, parse_args, ray_session, run_to_end
+
+import numpy as np
+import ray
 
 
 def strategy(args: Args) -> tuple[WandbRun, WandbRun]:
@@ -39,13 +43,33 @@ def strategy(args: Args) -> tuple[WandbRun, WandbRun]:
     return training, inference
 
 
+@ray.remote(scheduling_strategy="SPREAD")
+class TrainingWorker:
+    """Stands for a rank of a trainer."""
+
+    def work(self, run: WandbRun, args: Args, rank: int) -> None:
+        rng = np.random.default_rng([args.seed, 0, rank])
+        for step in paced(args):
+            run.log(common.generate_training_metrics(step, rng), step, label=f"rank {rank}")
+
+
+@ray.remote(scheduling_strategy="SPREAD")
+class InferenceWorker:
+    """Stands for an inference engine, which has a clock of its own."""
+
+    def work(self, run: WandbRun, args: Args, rank: int) -> None:
+        rng = np.random.default_rng([args.seed, 1, rank])
+        for step in paced(args):
+            run.log(common.generate_inference_metrics(step, rng, rank), step, label=f"engine {rank}")
+
+
 def main() -> int:
     args = parse_args(__doc__)
     with ray_session(args):
         training, inference = strategy(args)
-        workers = [TrainingWorker.remote(training, args, rank) for rank in range(args.training_workers)]
-        workers += [InferenceWorker.remote(inference, args, rank) for rank in range(args.inference_workers)]
-        return run_to_end(args, workers, training, inference)
+        trainers = [TrainingWorker.remote().work.remote(training, args, i) for i in range(args.training_workers)]
+        engines = [InferenceWorker.remote().work.remote(inference, args, i) for i in range(args.inference_workers)]
+        return run_to_end(args, training=(training, trainers), inference=(inference, engines))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,19 @@
 
 Choose it when runs, weights, rollouts and scores must be traceable to each other. Filter by job type or by tag
 (`demo4`, `seed-N`), group by group, and follow a score or a rollout to the checkpoint that it came from (aliases
-`latest`, `step-N`, `best`). Rollouts can be read: `trajectories` has a table for each checkpoint, and the page of the
-inference run one that grows. Evaluation has its own axis, and training doesn't wait for it. It costs the most
-configuration.
+`latest`, `step-N`, `best`). An evaluation is logged at the training step of its checkpoint, so that its curve lies over
+training's; training doesn't wait for it. It costs the most configuration.
 
     uv run python demo4_extensions.py --steps 40 --experiment my-fourth
 """
 
 import io
 import sys
+import time
 
 import common
 from common import InferencePipelineActor, PipelineActor, Reduction, TrainingPipelineActor, WandbRun, pipeline_actor
-from session import Args, EvaluationWorker, InferenceWorker, TrainingWorker, parse_args, ray_session, run_to_end
+from session import Args, paced, parse_args, ray_session, run_to_end
 
 import numpy as np
 import ray
@@ -27,11 +27,7 @@ import ray
 
 @pipeline_actor
 class EvaluationPipelineActor(PipelineActor):
-    """Pipeline of the evaluations.
-
-    `gsm8k/accuracy`, `gsm8k/pass@4`, … need no rule: of bool arrays, here one outcome for each problem, a row has the
-    fraction over all workers.
-    """
+    """Pipeline of the evaluations. Bool arrays, one outcome for each problem, need no rule: a row has the fraction."""
 
     prefix = "evaluation/"
     job_type = "evaluation"
@@ -59,54 +55,80 @@ def strategy(args: Args) -> tuple[WandbRun, WandbRun, WandbRun]:
     return training, inference, run("evaluation", EvaluationPipelineActor, workers=1)
 
 
-class Checkpoints:
-    """Logs a checkpoint every `CHECKPOINT_EVERY` steps, all as versions of one artifact, and has it evaluated."""
+@ray.remote(scheduling_strategy="SPREAD")
+class TrainingWorker:
+    """Stands for a rank of a trainer. Rank 0 saves a checkpoint now and then, and has it evaluated."""
 
-    def __init__(self, evaluator: ray.actor.ActorHandle) -> None:
-        self.evaluator, self.best = evaluator, -np.inf
-
-    def __call__(self, run: WandbRun, step: int, metrics: common.Metrics) -> None:
-        if step % common.CHECKPOINT_EVERY:
-            return
-        aliases, score = ["latest", f"step-{step}"], float(metrics["explained_variance"])
-        if score > self.best:
-            self.best = score
-            aliases.append("best")
-        weights = io.BytesIO()
-        np.save(weights, np.full((64, 64), step, dtype=np.float32))
-        metadata = {"step": step, "explained_variance": score}
-        run.log_artifact("checkpoint", "model", {"weights.npy": weights.getvalue()}, metadata=metadata, aliases=aliases)
-        self.evaluator.evaluate.remote(step)  # doesn't wait for it
+    def work(self, run: WandbRun, args: Args, rank: int, evaluator: ray.actor.ActorHandle) -> None:
+        rng, best = np.random.default_rng([args.seed, 0, rank]), -np.inf
+        for step in paced(args):
+            metrics = common.generate_training_metrics(step, rng)
+            if rank == 0 and step % common.CHECKPOINT_EVERY == 0:
+                score = float(metrics["explained_variance"])
+                log_checkpoint(run, step, score, score > best)
+                best = max(best, score)
+                evaluator.evaluate.remote(step)  # doesn't wait for it
+            run.log(metrics, step, label=f"rank {rank}")
 
 
-def use_checkpoint(run: WandbRun, step: int, metrics: common.Metrics) -> None:
-    """Says which checkpoint is evaluated."""
-    run.use_artifact(f"checkpoint:step-{metrics['checkpoint_step']}")
+def log_checkpoint(run: WandbRun, step: int, score: float, is_best: bool) -> None:
+    """All checkpoints are versions of one artifact."""
+    weights, aliases = io.BytesIO(), ["latest", f"step-{step}", *["best"] * is_best]
+    np.save(weights, np.full((64, 64), step, dtype=np.float32))
+    metadata = {"step": step, "explained_variance": score}
+    run.log_artifact("checkpoint", "model", {"weights.npy": weights.getvalue()}, metadata=metadata, aliases=aliases)
+
+
+@ray.remote(scheduling_strategy="SPREAD")
+class EvaluationWorker:
+    """Stands for an evaluation job, which sleeps until there is a checkpoint."""
+
+    def __init__(self, run: WandbRun, args: Args):
+        self.run, self.args, self.rng = run, args, np.random.default_rng([args.seed, 2])
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates the checkpoint of a training step."""
+        time.sleep(self.args.step_seconds)
+        self.run.use_artifact(f"checkpoint:step-{step}")
+        self.run.log(common.generate_evaluation_metrics(step, self.rng), step, commit=True)
+
+    def finished(self, *trainers: None) -> None:
+        """Returns when the trainers have ended, and all is evaluated that they have asked for."""
+
+
+@ray.remote(scheduling_strategy="SPREAD")
+class InferenceWorker:
+    """Stands for an inference engine. Engine 0 logs rollouts to be read."""
+
+    def work(self, run: WandbRun, args: Args, rank: int) -> None:
+        rng = np.random.default_rng([args.seed, 1, rank])
+        for step in paced(args):
+            metrics = common.generate_inference_metrics(step, rng, rank)
+            if rank == 0 and step % common.CHECKPOINT_EVERY == 0:
+                log_rollouts(run, step, metrics, np.random.default_rng([args.seed, step]))
+            run.log(metrics, step, label=f"engine {rank}")
 
 
 COLUMNS = ["step", "policy_version", "source", "prompt", "response", "reward", "length", "truncated"]
 
 
-def log_rollouts(run: WandbRun, step: int, metrics: common.Metrics) -> None:
-    """Logs what is worth reading of the first batch of each checkpoint: the best, the worst and three other rollouts.
+def log_rollouts(run: WandbRun, step: int, metrics: common.Metrics, rng: np.random.Generator) -> None:
+    """Logs what is worth reading of a batch: the best, the worst and three other rollouts.
 
-    They become a version of an artifact, and the next rows of the table on the run's page.
+    They become a version of an artifact, and the next rows of a table on the run's page, which shows the last 100 of
+    such increments; the artifacts have them all.
     """
-    if step % common.CHECKPOINT_EVERY:
-        return
     import wandb  # here, in the one worker that needs it
 
     worst, *others, best = np.argsort(metrics["reward"])
-    rng = np.random.default_rng([run.config["seed"], step])
     prompts = rng.integers(3, 20, (4, 3)).tolist()  # the numbers in them; one for each group
     chosen = [best, worst, *rng.choice(others, 3, replace=False)]
     rows = [[step, metrics["policy_version"], *rollout(i, metrics, *prompts[i // common.GROUP])] for i in chosen]
     run.log({"rollouts_table": wandb.Table(COLUMNS, rows, log_mode="INCREMENTAL")}, step)
 
-    checkpoint = f"checkpoint:step-{metrics['policy_version']}"
+    checkpoint, aliases = f"checkpoint:step-{metrics['policy_version']}", ["latest", f"step-{step}"]
     run.use_artifact(checkpoint)
     files, metadata = {"rollouts": wandb.Table(COLUMNS, rows)}, {"step": step, "checkpoint": checkpoint}
-    aliases = ["latest", f"step-{step}"]
     run.log_artifact("trajectories", "rollouts", files, metadata=metadata, aliases=aliases)
 
 
@@ -128,13 +150,12 @@ def main() -> int:
     args = parse_args(__doc__)
     with ray_session(args):
         training, inference, evaluation = strategy(args)
-        evaluator = EvaluationWorker.remote(evaluation, args, use_checkpoint)
-        checkpoints = Checkpoints(evaluator)
-        workers = [TrainingWorker.remote(training, args, rank, checkpoints) for rank in range(args.training_workers)]
-        workers += [
-            InferenceWorker.remote(inference, args, rank, log_rollouts) for rank in range(args.inference_workers)
-        ]
-        return run_to_end(args, [*workers, evaluator], training, inference, evaluation)
+        evaluator = EvaluationWorker.remote(evaluation, args)
+        ranks, engines = range(args.training_workers), range(args.inference_workers)
+        trainers = [TrainingWorker.remote().work.remote(training, args, rank, evaluator) for rank in ranks]
+        rollouts = [InferenceWorker.remote().work.remote(inference, args, rank) for rank in engines]
+        runs = dict(training=(training, trainers), inference=(inference, rollouts))
+        return run_to_end(args, **runs, evaluation=(evaluation, [evaluator.finished.remote(*trainers)]))
 
 
 if __name__ == "__main__":

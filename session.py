@@ -1,19 +1,17 @@
-"""The demos' stage: Ray, workers, bars and the last lines. Nothing in here is needed to log."""
+"""The demos' stage: Ray, bars and the last lines. Nothing in here is needed to log."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import queue
 import random
-import re
 import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from types import FrameType
@@ -26,87 +24,21 @@ from arguments import Args, parse_args
 from backbone import exits, wandb_internals
 from backbone.ledger import line
 from backbone.process import ray_answers
-from common import CHECKPOINT_EVERY, Ledger, Metrics, RunFinishedError, WandbRun
+from common import CHECKPOINT_EVERY, Ledger, WandbRun
 
-import numpy as np
 import ray
 from tqdm import tqdm
 
-__all__ = ["Args", "EvaluationWorker", "InferenceWorker", "TrainingWorker"]
-__all__ += ["parse_args", "ray_session", "run_to_end"]
-NAMES = ("training", "inference", "evaluation")  # of the pipelines, in the order of a demo's runs
+__all__ = ["Args", "paced", "parse_args", "ray_session", "run_to_end"]
 HEADLINES = {"training": "loss", "inference": "reward/mean", "evaluation": "gsm8k/accuracy"}  # on the bars
 FIRST_LOOK = "loss|entropy|kl|reward/mean|success_rate|e2e/speed|e2e/latency_ms/mean|[a-z0-9]+/accuracy"  # in LEET
 
-# Workers
 
-Hook = Callable[[WandbRun, int, Metrics], None]
-
-
-class _Worker:
-    """Reports made-up metrics of one step after the other.
-
-    hook: what else worker 0 logs; called as hook(run, step, metrics) before each report.
-    """
-
-    def __init__(self, run: WandbRun, args: Args, rank: int = 0, hook: Hook | None = None):
-        self.run, self.args, self.rank, self.hook = run, args, rank, hook
-
-    def steps(self) -> Iterable[int]:
-        return range(self.args.steps)
-
-    def work(self) -> None:
-        # the numbers depend on seed, pipeline, worker and step alone, not on timing
-        rng = np.random.default_rng([self.args.seed, self.pipeline, self.rank])
-        for number, step in enumerate(self.steps()):
-            time.sleep(self.args.step_seconds * random.uniform(0.8, 1.2))
-            metrics = self.generate(step, rng)
-            try:
-                if self.hook and self.rank == 0:
-                    self.hook(self.run, step, metrics)
-                self.run.log(metrics, number, commit=True)
-            except RunFinishedError:  # the driver was interrupted
-                return
-
-
-@ray.remote(scheduling_strategy="SPREAD")
-class TrainingWorker(_Worker):
-    """Stands for a trainer's rank."""
-
-    pipeline, generate = 0, staticmethod(common.generate_training_metrics)
-
-
-@ray.remote(scheduling_strategy="SPREAD")
-class InferenceWorker(_Worker):
-    """Stands for an inference engine."""
-
-    pipeline, generate = 1, staticmethod(common.generate_inference_metrics)
-
-
-# Next to the thread that works there is one that hears of checkpoints.
-@ray.remote(scheduling_strategy="SPREAD", concurrency_groups={"waking": 1})  # pyrefly: ignore[unexpected-keyword]
-class EvaluationWorker(_Worker):
-    """Stands for an evaluation job, which sleeps until there is a checkpoint."""
-
-    pipeline, generate = 2, staticmethod(common.generate_evaluation_metrics)
-
-    def __init__(self, run: WandbRun, args: Args, hook: Hook | None = None):
-        super().__init__(run, args, hook=hook)
-        self.checkpoints: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-
-    @ray.method(concurrency_group="waking")
-    def evaluate(self, step: int | None) -> None:
-        """Says that there is the checkpoint of training step `step`; None that no more comes."""
-        self.checkpoints.put(step)
-
-    def steps(self) -> Iterator[int]:
-        for _ in range(0, self.args.steps, CHECKPOINT_EVERY):
-            if (step := self.checkpoints.get()) is None:
-                return
-            yield step
-
-
-# Session
+def paced(args: Args) -> Iterator[int]:
+    """The steps of a worker, each after the time that it takes to make one."""
+    for step in range(args.steps):
+        time.sleep(args.step_seconds * random.uniform(0.8, 1.2))
+        yield step
 
 
 @contextlib.contextmanager
@@ -168,20 +100,20 @@ def _ray_at(address: str | None) -> dict[str, Any]:
     return dict(address=address, runtime_env=dict(py_modules=modules))  # workers import these
 
 
-def run_to_end(args: Args, workers: Sequence[ray.actor.ActorHandle], *runs: WandbRun) -> int:
-    """Has the workers work, each at its own pace, finishes the runs and prints where they are.
+def run_to_end(args: Args, **pipelines: tuple[WandbRun, Sequence[ray.ObjectRef]]) -> int:
+    """Waits until the workers have ended, finishes the runs and prints where they are.
 
-    runs: of the training, the inference and, if there is one, the evaluation pipeline.
+    pipelines: by name, the run and the calls of its workers.
     Returns the exit status: 0, or 1 if a worker failed or something that was logged is not where it should be.
     """
-    named = dict(zip(NAMES, runs, strict=False))
-    bars, failure = _Bars(args, named), "interrupted"
+    runs = {name: run for name, (run, _) in pipelines.items()}
+    bars, failure = _Bars(args, runs), "interrupted"
     try:
-        failure = _follow(workers, named, bars)
+        failure = _follow(pipelines, bars)
     finally:
         exit_code, ledgers = int(bool(failure)), []
         exits.unfinished.finish(exit_code, failure)
-        for run in runs:
+        for run in runs.values():
             with contextlib.suppress(Exception):  # it can't be finished, which has been told
                 ledgers.append(run.finish(exit_code, failure=failure))
         bars.close()
@@ -190,25 +122,20 @@ def run_to_end(args: Args, workers: Sequence[ray.actor.ActorHandle], *runs: Wand
     return 0 if all_well and not failure else 1
 
 
-def _follow(workers: Sequence[Any], runs: Mapping[str, WandbRun], bars: _Bars) -> str | None:
+def _follow(pipelines: Mapping[str, tuple[WandbRun, Sequence[ray.ObjectRef]]], bars: _Bars) -> str | None:
     """Returns when all workers have ended; what the first failure was."""
-    names = [re.search(r"\((\w+)Worker", repr(worker))[1].lower() for worker in workers]
-    places = [(name, names[:i].count(name)) for i, name in enumerate(names)]
-    working = {worker.work.remote().future(): place for worker, place in zip(workers, places, strict=True)}
-    alive, failure = {name: names.count(name) for name in names}, None
+    working = {
+        call.future(): f"{name} worker {i}" for name, (_, calls) in pipelines.items() for i, call in enumerate(calls)
+    }
+    failure = None
     while working:
         for future in wait(working, timeout=0.1, return_when="FIRST_COMPLETED").done:
-            name, index = working.pop(future)
+            worker = working.pop(future)
             if error := future.exception():
                 cause = getattr(error, "cause", None)
-                why = f"{name} worker {index} failed: "
-                why += f"{type(cause).__name__}: {line(cause)}" if cause else "its process died"
+                why = f"{worker} failed: " + (f"{type(cause).__name__}: {line(cause)}" if cause else "its process died")
                 bars.say(why)
                 failure = failure or why
-                alive[name] -= 1
-                runs[name].expect(alive[name])
-                if (name, index) == ("training", 0) and "evaluation" in names:  # nobody else wakes it
-                    workers[names.index("evaluation")].evaluate.remote(None)
         bars.update()
     return failure
 

@@ -75,19 +75,19 @@ class Pipeline:
 
     def _row(self, step: int, closed: OpenStep) -> list[Row]:
         """All reports of a step as a row; as none if none of them can be read."""
+        # The order in which they came has no effect.
         reports = sorted((self._take(id_) for ids in closed.reports.values() for id_ in ids), key=lambda it: it.metrics)
-        read = [
-            report for report in map(self._unpack, reports) if report is not None
-        ]  # in an order that is always the same
+        read = [(metrics, report.who) for report in reports if (metrics := self._unpack(report)) is not None]
         if not read:
             return []
-        row = reduce_reports(read, self.reduction, self._warn)
+        metrics, who = zip(*read, strict=True)
+        row = reduce_reports(metrics, self.reduction, self._warn, who)
         row |= _add(row, self.totals, self.reduction) | {"step": step, "workers": len(closed.speakers)}
         self.counts.update(rows=1, partial=len(closed.speakers) < self.steps.workers)
         if step >= self.last_row.get("step", 0):
             self.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        metrics, packed = self._fit({self.prefix + key: value for key, value in row.items()})
-        return [self._state.add_row(self.number, len(read), metrics, packed, max(it.wall_time for it in reports))]
+        fitting, packed = self._fit({self.prefix + key: value for key, value in row.items()})
+        return [self._state.add_row(self.number, len(read), fitting, packed, max(it.wall_time for it in reports))]
 
     def _take(self, id_: int) -> Report:
         report = self._fresh.pop(id_, None)

@@ -28,6 +28,7 @@ class Rule(NamedTuple):
     weight: str | None = None  # key of the same report
     total: bool = False
     statistics: Sequence[str] = ("mean", "min", "max")
+    worst: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +47,21 @@ class Reduction:
     largest: Sequence[str] = ()  # the largest worker's value passes through
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of a mean: key -> key of its weight
     statistics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of samples: mean, p99, …
+    worst: Sequence[
+        str
+    ] = ()  # the largest worker's value is logged too, as `<key>/max`, and whose it is, `<key>/worst`
+    best: Mapping[str, str] = dataclasses.field(default_factory=dict)  # key of a row -> max or min, for the runs' table
 
     def __post_init__(self) -> None:
-        for keys in (self.sums, self.totals, self.largest):
+        for keys in (self.sums, self.totals, self.largest, self.worst):
             if isinstance(keys, str):
                 raise TypeError(f"{keys!r} must be a sequence of keys: ({keys!r},)")
         for name in itertools.chain.from_iterable(self.statistics.values()):
             if not re.fullmatch(r"mean|min|max|std|histogram|p\d\d?", name):
                 raise ValueError(f"statistic {name!r} must be mean, min, max, std, histogram or a percentile as p99")
+        for key, best in self.best.items():
+            if best not in ("max", "min"):
+                raise ValueError(f"the best value of {key!r} must be its max or its min, not {best!r}")
         object.__setattr__(self, "_rules", {})
 
     def rule(self, key: str) -> Rule:
@@ -62,7 +70,7 @@ class Reduction:
             how = "sum" if _first(self.sums, key) else "largest" if _first(self.largest, key) else "mean"
             weight = self.weights.get(_first(self.weights, key))
             names = self.statistics.get(_first(self.statistics, key), Rule().statistics)
-            self._rules[key] = Rule(how, weight, bool(_first(self.totals, key)), names)
+            self._rules[key] = Rule(how, weight, bool(_first(self.totals, key)), names, bool(_first(self.worst, key)))
         return self._rules[key]
 
 
@@ -71,9 +79,12 @@ def _first(patterns: Iterable[str], key: str) -> str | None:
 
 
 def reduce_reports(
-    reports: Sequence[Mapping[str, Any]], reduction: Reduction, warn: Warn = lambda kind, what: None
+    reports: Sequence[Mapping[str, Any]],
+    reduction: Reduction,
+    warn: Warn = lambda kind, what: None,
+    who: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The reports of one step as one row. The rule sits in the value:
+    """The reports of one step as one row. who: whose each of them is. The rule sits in the value:
 
     - a scalar is a worker's measurement: averaged over the reports that have it, unless `reduction` names its key
     - an array (any shape) holds samples: pooled over the reports before any statistic is taken; the statistics become
@@ -99,11 +110,24 @@ def reduce_reports(
                 computed |= _statistics(key, values, reduction.rule(key).statistics, warn)
             else:
                 row[key] = _object(key, values, warn)
+            if who and reduction.rule(key).worst:
+                computed |= _worst(key, reports, who)
         except Exception as error:  # of a class that the user has derived from one of W&B's
             warn(REFUSED, f"the values of {key!r} can't be reduced to one: {line(error)}")
     for key in row.keys() & computed.keys():
         warn("logged and computed", f"{key!r} is logged, and computed from samples as well: the computed value is kept")
     return row | computed
+
+
+def _worst(key: str, reports: Sequence[Mapping], who: Sequence[str]) -> dict[str, Any]:
+    """The largest value that a worker has reported, and the worker's name: a mean hides one that is slow."""
+    largest = [
+        (np.nanmax(report[key]).item(), name)
+        for report, name in zip(reports, who, strict=True)
+        if np.size(report.get(key, ()))
+    ]
+    value, name = max(largest)
+    return {f"{key}/max": value, f"{key}/worst": name}
 
 
 def _plain(value: Any) -> Any:

@@ -126,7 +126,7 @@ class Run:
         """Starts it with W&B, or goes on, unless it is finished."""
         if "ledgers" not in self.state.facts:
             try:
-                self.writer.start([pipeline.prefix for pipeline in self.pipelines])
+                self.writer.start([(pipeline.prefix, pipeline.reduction.best) for pipeline in self.pipelines])
                 self.state.commit()
             except Exception:
                 left = self.pipelines or self.state.facts.get("restarts")  # by an actor that died
@@ -138,7 +138,7 @@ class Run:
         """Adds a pipeline, or goes on with it."""
         pipeline = self.pipeline(prefix)
         if not pipeline:
-            self.writer.define(prefix, [other.prefix for other in self.pipelines])
+            self.writer.define(prefix, [other.prefix for other in self.pipelines], reduction.best)
             pipeline = self._add(prefix, reduction, workers)
         pipeline.begin(reduction, workers, self.writer.totals(prefix))
         self._save()

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -74,7 +74,7 @@ class Writer:
 
     # Starting
 
-    def start(self, prefixes: Iterable[str] = ()) -> None:
+    def start(self, pipelines: Sequence[tuple[str, Mapping[str, str]]] = ()) -> None:
         """Starts the run, or goes on with that of these pipelines; logs what is in the state and not in the run."""
         facts = self._state.facts
         mine = facts.get("paths", [])
@@ -95,8 +95,8 @@ class Writer:
         )
         highest = run.starting_step - 1 if mode == "online" else max(self._there, default=-1)
         self._tails += [] if run.disabled else [Tail(Path(run.sync_dir))]
-        for i, prefix in enumerate(prefixes := list(prefixes)):
-            self.define(prefix, prefixes[:i])
+        for i, (prefix, best) in enumerate(pipelines):
+            self.define(prefix, [other for other, _ in pipelines[:i]], best)
         for row in self._state.missing(self.there(), highest):
             self.log(row)
 
@@ -142,8 +142,10 @@ class Writer:
                 os.environ.pop(f"WANDB_{name.upper()}", None)
         return init
 
-    def define(self, prefix: str, others: Iterable[str]) -> None:
-        """Gives a pipeline's keys their step axis. `others`: prefixes of the pipelines that are there.
+    def define(self, prefix: str, others: Iterable[str], best: Mapping[str, str]) -> None:
+        """Gives a pipeline's keys their step axis. others: prefixes of the pipelines that are there.
+
+        best: key -> max or min, which the runs' table shows beside the last value.
 
         Which of two overlapping globs wins is undefined, so beside bare keys (`*`) each key is defined by its name.
         """
@@ -152,6 +154,9 @@ class Writer:
         else:
             self.run.define_metric(f"{prefix}*", step_metric=f"{prefix}step", step_sync=False)
         self.run.define_metric(f"{prefix}step", hidden=True)
+        for key, op in best.items():
+            axis = f"{prefix}step"
+            self.run.define_metric(f"{prefix}{key}", step_metric=axis, step_sync=False, summary=f"{op},last")
         self.run.define_metric(f"{prefix}workers", step_metric=f"{prefix}step", step_sync=False, hidden=True)
 
     def totals(self, prefix: str) -> dict[str, float]:
