@@ -8,12 +8,11 @@ import datetime
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone import wandb_internals
+from backbone import files, wandb_internals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +76,9 @@ def parse_args(doc: str, argv: Sequence[str] | None = None) -> Args:
     args.address = _address(args.address, parser)
     args.dir = args.dir.expanduser().absolute()
     try:
-        (args.dir / "wandb").mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.dir / "wandb").close()
+        files.make_runs_folder(args.dir)
     except OSError as error:
-        parser.error(f"--dir {args.dir} can't be written: {error.strerror}")
+        parser.error(f"--dir {error}")
     return Args(**vars(args))
 
 

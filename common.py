@@ -32,6 +32,7 @@ from backbone.reduction import Reduction, reduce_reports
 import numpy as np
 import ray
 from ray.runtime_context import get_runtime_context
+from ray.util import client
 
 __all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
 __all__ += ["generate_evaluation_metrics", "generate_inference_metrics", "generate_training_metrics"]
@@ -124,7 +125,7 @@ class WandbRun:
             self._host._views.append(self)
         else:
             self._views: list[WandbRun] = []
-            self._owned.watch_for_stop(self._outbox.process)
+            self._owned.watch_for_stop()
             if get_runtime_context().worker.mode != ray.WORKER_MODE:
                 exits.unfinished.add(self)
 
@@ -309,6 +310,10 @@ class WandbRun:
 
 def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, init: Mapping[str, Any]) -> None:
     """Raises on arguments that can't work, before anything is started."""
+    if client.ray.is_connected():
+        raise RuntimeError(
+            "Ray Client (ray://) can't host a WandbRun: use `ray job submit`, or ray.init(address='auto') on a node"
+        )
     if not ray.is_initialized():
         raise RuntimeError("Ray is not running: call ray.init() before making a WandbRun")
     if not (isinstance(pipeline, ray.actor.ActorClass) and isinstance(pipeline, PipelineActor)):

@@ -47,9 +47,10 @@ SMOOTH = dict(smoothing_type="exponentialTimeWeighted", smoothing_factor=0.6, sm
 
 
 def logged(pipeline: Any, generate: Callable) -> list[str]:
-    """The keys of a pipeline's rows, without prefix: of a report that is reduced as its actor does it."""
-    row = common.reduce_reports([generate(0, np.random.default_rng(0))], pipeline.reduction)
-    return [*row, *(f"{key}_total" for key in pipeline.reduction.totals)]
+    """The keys of numbers in a pipeline's rows, without prefix: of a report that is reduced as its actor does it."""
+    row = common.reduce_reports([generate(0, np.random.default_rng(0))], pipeline.reduction, who=["worker"])
+    numbers = [key for key, value in row.items() if not isinstance(value, str)]
+    return [*numbers, *(f"{key}_total" for key in pipeline.reduction.totals)]
 
 
 def panels(

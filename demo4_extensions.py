@@ -60,15 +60,17 @@ class TrainingWorker:
     """Stands for a rank of a trainer. Rank 0 saves a checkpoint now and then, and has it evaluated."""
 
     def work(self, run: WandbRun, args: Args, rank: int, evaluator: ray.actor.ActorHandle) -> None:
-        rng, best = np.random.default_rng([args.seed, 0, rank]), -np.inf
+        rng, best, evaluations = np.random.default_rng([args.seed, 0, rank]), -np.inf, []
         for step in paced(args):
             metrics = common.generate_training_metrics(step, rng)
             if rank == 0 and step % common.CHECKPOINT_EVERY == 0:
                 score = float(metrics["explained_variance"])
                 log_checkpoint(run, step, score, score > best)
                 best = max(best, score)
-                evaluator.evaluate.remote(step)  # doesn't wait for it
-            run.log(metrics, step, label=f"rank {rank}")
+                evaluations.append(evaluator.evaluate.remote(step))  # doesn't wait for it
+            run.log(metrics, step, commit=True, label=f"rank {rank}")
+        if evaluations:  # Ray drops calls that are under way when the actor ends that made them
+            ray.wait(evaluations, num_returns=len(evaluations))
 
 
 def log_checkpoint(run: WandbRun, step: int, score: float, is_best: bool) -> None:

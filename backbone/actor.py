@@ -18,7 +18,7 @@ from ray.runtime_context import get_runtime_context
 from . import artifacts, exits, owner, recover, wandb_internals
 from .inbox import GONE, HOME
 from .ledger import Ledger, Ledgers, RunFinishedError, line, run_is_finished
-from .nodes import with_nodes
+from .nodes import give_back, with_nodes
 from .process import has_ended, which_ray
 from .reading import Reading, lives
 from .reduction import Reduction
@@ -45,7 +45,7 @@ class PipelineActor:
         owner.move_in(self._letter)
         self._lock = threading.RLock()  # guards all that follows
         self._run: Run | None = None
-        self._pressed, self._over = False, threading.Event()  # "Stop run"; that, or the end of the run
+        self._over = False  # the run
         self._relays: Relays | None = None
         if get_runtime_context().was_current_actor_reconstructed:
             self._come_back()
@@ -66,8 +66,8 @@ class PipelineActor:
     def _begin(self) -> None:
         """Starts the run, or goes on with what a dead actor has left."""
         letter = self._letter
-        init = letter.init | dict(settings=with_nodes(letter.init["settings"]))
-        run = Run.open(init, letter.address, letter.process, self._lock, self._press_stop)
+        init = letter.init | dict(settings=with_nodes(letter.init["settings"], letter.address.nonce))
+        run = Run.open(init, letter.address, letter.process, self._lock, exits.stop_file(letter.address.folder).touch)
         run.state.hear = self._hear
         run.start()
         self._run, self._relays = run, Relays(letter.address, run.inbox.positions, run.inbox.node_is_gone)
@@ -89,10 +89,10 @@ class PipelineActor:
     def _read_on(self) -> None:
         """Reads as often as there is something, less often where there is nothing, until the owner has ended."""
         pause, readings, alive = 0.02, [], time.monotonic()
-        while not self._over.is_set() or self._pressed:
+        while not self._over:
             began = time.monotonic()
             with self._lock:
-                if self._run and "ledgers" not in self._run.state.facts:
+                if self._run and not self._run.reader.is_closed:
                     readings = self._read()
                     if self._run.inbox.owner_end:
                         return self._end_with_owner()
@@ -149,16 +149,6 @@ class PipelineActor:
 
     # Calls
 
-    @ray.method(concurrency_group="hold")
-    def wait_for_stop(self) -> bool:
-        """Returns when somebody presses "Stop run" on the run's page, or at the end: whether it was pressed."""
-        self._over.wait()
-        return self._pressed
-
-    def _press_stop(self) -> None:
-        self._pressed = True
-        self._over.set()
-
     @ray.method(concurrency_group="control")
     def expect(self, prefix: str, workers: int) -> None:
         with self._lock:
@@ -212,7 +202,8 @@ class PipelineActor:
                     run.end(ends, deadline)
                 if prefix is not None:
                     return {prefix: run.ledger(run.pipeline(prefix))}
-            ledgers = run.finish(exits.INTERRUPTED if self._pressed and exit_code else exit_code, failure, deadline)
+            stopped = exits.stop_file(self._letter.address.folder).exists()
+            ledgers = run.finish(exits.INTERRUPTED if stopped and exit_code else exit_code, failure, deadline)
             recover.write_ledgers(self._letter.address.folder, ledgers)
             return ledgers
         except ServiceDiedError:
@@ -225,7 +216,8 @@ class PipelineActor:
         ray.actor.exit_actor()
 
     def _forget(self) -> None:
-        self._over.set()
+        self._over = True
+        give_back(self._letter.address.nonce)
         with self._lock:
             if self._run:
                 self._run.state.remove()
@@ -236,7 +228,7 @@ class PipelineActor:
         letter, raylet = self._letter, os.getppid()
         try:
             if self._run:
-                end = self._run.inbox.owner_end
+                end = self._run.inbox.owner_end or GONE
                 if end == GONE and letter.job and has_ended(letter.job):
                     end = 0, None
                 recover.start(letter.address.folder, orphan=True)  # in case that this process is killed first
@@ -261,6 +253,6 @@ def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
     if not issubclass(cls, PipelineActor):
         raise TypeError(f"{cls.__name__} must be derived from PipelineActor")
     lives = dict(max_restarts=-1, max_task_retries=-1, lifetime="detached")
-    threads = {"hold": 1, "control": 8}  # next to the one that starts the run
+    threads = {"control": 8}  # next to the one that starts the run
     # pyrefly: ignore[unexpected-keyword] - Ray's own types lack some of its options
     return ray.remote(concurrency_groups=threads, num_cpus=0, **lives)(cls)

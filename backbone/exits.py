@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from . import wandb_internals
@@ -100,6 +101,11 @@ def how_it_ends(error: BaseException | None) -> tuple[int, str | None]:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     name = type(error).__name__
     return code, (name if line(error) == name else f"{name}: {line(error)}") if code else None
+
+
+def stop_file(folder: Path) -> Path:
+    """Is in a run's private folder when somebody has pressed "Stop run"."""
+    return folder / "stop"
 
 
 def interrupt() -> None:

@@ -80,6 +80,15 @@ def is_private_folder(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and owned
 
 
+def make_runs_folder(path: str | Path) -> None:
+    """Makes the folder `wandb` below `path`, where runs are. Raises an OSError of one line if it can't be written."""
+    try:
+        Path(path, "wandb").mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(path, "wandb")).close()
+    except OSError as error:
+        raise OSError(f"{path} can't be written: {error.strerror}") from None
+
+
 def disk_is_full(path: Path) -> bool:
     """Nearly: nobody wants the last of a disk to be taken by a backlog."""
     found = shutil.disk_usage(path)

@@ -27,6 +27,7 @@ class Box:
     position: Position = dataclasses.field(default_factory=Position)
     lost: dict[int, int] = dataclasses.field(default_factory=dict)  # reports, by pipeline
     exit: tuple[int, str | None] | None = None  # it ends by itself; an owner's exit code and failure
+    ended: bool = False  # all of it is read; the reader may not have removed its files yet
 
 
 class Inbox:
@@ -40,7 +41,11 @@ class Inbox:
         found = state.db.execute("SELECT * FROM outboxes").fetchall()
         self.boxes: dict[tuple[str, str], Box] = {(node, name): pickle.loads(box) for node, name, box in found}
         self.clock: float = state.facts.get("clock", 0.0)  # of the steps, in seconds
-        self.owner_end: tuple[int, str | None] | None = None  # exit code and failure, when the owner has ended
+
+    @property
+    def owner_end(self) -> tuple[int, str | None] | None:
+        """Exit code and failure, when the owner has ended."""
+        return self._state.facts.get("owner_end")
 
     def positions(self, node: str) -> dict[str, Position]:
         """How far the outboxes of a node have been read."""
@@ -49,20 +54,19 @@ class Inbox:
     @property
     def nodes(self) -> set[str]:
         """Other ones than the run's own."""
-        return {node for node, _ in self.boxes} - {HOME}
+        return {node for (node, _), box in self.boxes.items() if not box.ended} - {HOME}
 
     def take(self, node: str, reading: Reading) -> None:
-        """Takes what is new on a node."""
+        """Takes what is new on a node. The reading before must have been committed by its reader."""
+        for key in [key for key, box in self.boxes.items() if key[0] == node and box.ended]:
+            del self.boxes[key]
+            self._state.do("DELETE FROM outboxes WHERE node = ? AND name = ?", *key)
         for record in reading.records:
             box = self.boxes.get((node, record.outbox))
             if record.kind == outbox.BEGUN:
                 about = json.loads(record.content)
                 self.boxes[node, record.outbox] = Box(about["name"], about["parent"], about["name"])
-            elif record.kind in (outbox.ENDED, outbox.VANISHED):
-                if record.kind == outbox.VANISHED:
-                    self.unheard(f"{box.process}: somebody has removed its outbox")
-                self._forget(node, record.outbox)
-            else:
+            elif box:  # else it had ended before an actor died that had not removed its files yet
                 self._take_record(box, record)
         for name, end in {record.outbox: record.end for record in reading.records}.items():
             if box := self.boxes.get((node, name)):
@@ -84,7 +88,12 @@ class Inbox:
         elif record.kind == outbox.EXIT:
             box.exit = pickle.loads(record.content) if record.content else (0, None)
             if box.process == self._owner and record.content:  # it may live on, without Ray
-                self.owner_end = box.exit
+                self._state.note(owner_end=box.exit)
+        elif record.kind == outbox.ENDED:
+            self._close(box)
+        elif record.kind == outbox.VANISHED:
+            self.unheard(f"{box.process}: somebody has removed its outbox")
+            self._close(box)
         elif record.kind == outbox.LOST:
             before, box.lost = box.lost, lost_by_pipeline(record.content)
             for number, lost in box.lost.items():
@@ -94,19 +103,19 @@ class Inbox:
         for pipeline in self._pipelines:
             pipeline.steps.end(worker, self.clock, died)
 
-    def _forget(self, node: str, name: str) -> None:
-        """The process of an outbox is gone, and all is read that it has left."""
-        box = self.boxes.pop((node, name))
+    def _close(self, box: Box) -> None:
+        """Its process is gone, and all is read that it has left."""
+        box.ended = True
         self._end(box.name, died=not box.exit)
         if box.process == self._owner:
-            self.owner_end = box.exit or GONE
-        self._state.do("DELETE FROM outboxes WHERE node = ? AND name = ?", node, name)
+            self._state.note(owner_end=box.exit or GONE)
 
     def node_is_gone(self, node: str, why: str) -> None:
         """What was not brought from it can't be read any more."""
         self.unheard(f"node {node[:6]}: {why}")
-        for name in self.positions(node):
-            self._forget(node, name)
+        for key in [key for key in self.boxes if key[0] == node]:
+            self._close(self.boxes.pop(key))
+            self._state.do("DELETE FROM outboxes WHERE node = ? AND name = ?", *key)
 
     def unheard(self, what: str) -> None:
         """There may be reports that nobody can read."""

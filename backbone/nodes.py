@@ -1,6 +1,7 @@
 """CPU, memory and GPUs of every node of the cluster among the run's system metrics: wandb reads what Ray exports.
 
-A node exports them where `ray[default]` is installed.
+A node exports them where `ray[default]` is installed. One run of a Ray job at a time has them, the first: they are the
+same for all.
 """
 
 from __future__ import annotations
@@ -10,16 +11,39 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.experimental import internal_kv
+from ray.runtime_context import get_runtime_context
 
-from . import wandb_internals
+from . import process, wandb_internals
 
 # In percent, bytes, percent of a GPU and MB of a GPU; all that a node exports would be 220 KB a sample.
 METRICS = r"\.ray_node_(cpu_utilization|mem_used|gpus_utilization|gram_used)$"
 
 
-def with_nodes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings, with what records the nodes unless they or the environment say what to record."""
-    return wandb_internals.with_endpoints(settings, endpoints(), METRICS)
+def with_nodes(settings: Mapping[str, Any], nonce: str) -> dict[str, Any]:
+    """A run's settings, with what records the nodes unless another run does, or they or the environment say what to.
+
+    nonce: of the run.
+    """
+    more = wandb_internals.with_endpoints(settings, endpoints(), METRICS)
+    return more if more != settings and _take(nonce.encode()) else dict(settings)
+
+
+def _key() -> bytes:
+    return f"nodes/{get_runtime_context().get_job_id()}".encode()
+
+
+def _take(nonce: bytes) -> bool:
+    """Whether this run may record the nodes for its job."""
+    is_taken = internal_kv._internal_kv_put(_key(), nonce, overwrite=False, namespace=process.KV)
+    return not is_taken or internal_kv._internal_kv_get(_key(), namespace=process.KV) == nonce
+
+
+def give_back(nonce: str) -> None:
+    """The run is finished, or could not start: another one may record the nodes."""
+    there = process.which_ray() and process.ray_answers()
+    if there and internal_kv._internal_kv_get(_key(), namespace=process.KV) == nonce.encode():
+        internal_kv._internal_kv_del(_key(), namespace=process.KV)
 
 
 def endpoints() -> dict[str, str]:

@@ -91,10 +91,10 @@ class Outbox:
             room = self._waits_for_room(len(content))
         with self._lock:
             now = time.monotonic()
-            if now >= self._next_look:
-                self._look(now, pipeline)
             if not (room and self._write(kind, pipeline, step, content, now, label)) and kind <= COMMIT:
                 self._lose(pipeline, 1)
+            if now >= self._next_look:  # behind the record: a relay that goes says so, and then reads once more
+                self._look(now, pipeline)
         if self.is_closed:
             raise run_is_finished(self.address.name)
 
@@ -105,12 +105,12 @@ class Outbox:
             if not self._append(RECORD.pack(len(about), WHO, 0, 0, now, time.time()) + about):
                 return False
             self._who = who  # not before: an interrupt would leave reports that are taken for somebody else's
-        done = self._append(RECORD.pack(len(content), kind, pipeline, step, now, time.time()) + content)
-        self._records += done
-        return done
+        return self._append(RECORD.pack(len(content), kind, pipeline, step, now, time.time()) + content, 1)
 
-    def _append(self, record: bytes) -> bool:
+    def _append(self, record: bytes, reports: int = 0) -> bool:
         """Writes a record whole or not at all; whether there was room."""
+        if self._page is None:  # it could not be opened again
+            return False
         if self._unsure is not None:  # an exception came out of the middle of this
             self._settle(self._unsure)
         start = self._unsure = os.lseek(self._segment_file, 0, os.SEEK_END)
@@ -122,30 +122,31 @@ class Outbox:
         except OSError:
             written = 0
         if written == len(record):
-            self._unsure = None
-            self._bytes += written
+            if self._unsure is not None:  # else a signal handler has logged in between, and counted this one, too
+                self._unsure, self._records, self._bytes = None, self._records + reports, self._bytes + written
             return True
         self._settle(start)
         return False
 
     def _settle(self, start: int) -> None:
-        """Takes back what is no whole record behind `start`: nobody could read beyond it."""
+        """Counts the whole records behind `start`, and takes back what is none: nobody could read beyond it."""
+        end, records = start, 0
         with contextlib.suppress(OSError):
             content = self._path(self._segment).read_bytes()
-            while start + RECORD.size <= len(content):
-                end = start + RECORD.size + RECORD.unpack_from(content, start)[0]
-                if end > len(content):
+            while end + RECORD.size <= len(content):
+                length, kind, *_ = RECORD.unpack_from(content, end)
+                if end + RECORD.size + length > len(content):
                     break
-                start = end
-            if start < len(content):
-                os.ftruncate(self._segment_file, start)
-        self._unsure = None
+                end, records = end + RECORD.size + length, records + (kind in COUNTED)
+            if end < len(content):
+                os.ftruncate(self._segment_file, end)
+        self._unsure, self._records, self._bytes = None, self._records + records, self._bytes + end - start
 
     def _waits_for_room(self, size: int) -> bool:
         """Whether there is room for so many bytes, maybe when the reader has got on."""
         before, deadline = None, 0.0
-        while not self.is_closed:
-            read = READ.unpack_from(self._page)[3:]
+        while (page := self._page) is not None and not self.is_closed:
+            read = READ.unpack_from(page)[3:]
             unread, now = self._bytes - read[1], time.monotonic()
             if self._records - read[0] < self.LIMIT and (not unread or unread + size <= self.LIMIT_BYTES):
                 self._room, self._room_bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
@@ -167,7 +168,7 @@ class Outbox:
         if self._page is None:
             return
         if os.fstat(self._page_file).st_nlink == 0:  # somebody has cleaned the temporary folder
-            lost = self._records - READ.unpack_from(self._page)[3]
+            lost = max(0, self._records - READ.unpack_from(self._page)[3])
             self.close()
             self._lost = {}
             self.open()
@@ -191,7 +192,8 @@ class Outbox:
                 return True
             if time.monotonic() > deadline:
                 return False
-            self._look(time.monotonic())
+            if time.monotonic() >= self._next_look:
+                self._look(time.monotonic())
             time.sleep(0.01)
         return True
 
@@ -226,7 +228,8 @@ class Outbox:
                 try:
                     self._open(self.process.find_folder(self.address), uuid.uuid4().hex)
                 except OSError:  # the disk is full, or the folder has just been removed
-                    self.process.find_folder(self.address)  # raises if the run is finished
+                    with contextlib.suppress(OSError):
+                        self.process.find_folder(self.address)  # raises if the run is finished
                     self._next_look = time.monotonic() + 1
             return self._page is not None
 

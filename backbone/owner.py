@@ -7,6 +7,7 @@ without.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -15,13 +16,14 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import exits
-from .files import OUTBOXES, Address, check_run_id, is_private, this_machine
+from . import arguments, exits
+from .files import OUTBOXES, Address, is_private, make_runs_folder, this_machine
 from .ledger import line
 
 logger = logging.getLogger("wandb_run")
@@ -55,7 +57,7 @@ def travelling(own_id: str | None) -> tuple[dict[str, str], Claim, str]:
 
     own_id: the run's id, if the code says so.
     """
-    environ = job_environment() | dict(os.environ)
+    environ = {name: os.path.expandvars(value) for name, value in job_environment().items()} | dict(os.environ)
     environ = {k: v for k, v in environ.items() if k.startswith("WANDB_") or k.upper() in NETWORK}
     environ.pop("WANDB_SERVICE", None)  # of wandb in this process
     run, sweep = environ.get("WANDB_RUN_ID"), environ.get("WANDB_SWEEP_ID")
@@ -167,42 +169,6 @@ def command_line() -> list[str]:
     return [NO_PROGRAM] if words[:1] in ([], ["-c"]) else words
 
 
-def arguments(init: Mapping[str, Any]) -> dict[str, Any]:
-    """What the code says to `wandb.init`; settings are a dict, without those that are arguments as well."""
-    init = {key: value for key, value in init.items() if value is not None}
-    settings = init.get("settings") or {}
-    if not isinstance(settings, Mapping):  # wandb.Settings
-        settings = {key: getattr(settings, key) for key in settings.model_fields_set}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    same = {"run_id": "id", "root_dir": "dir", "run_job_type": "job_type"}
-    return {same[key]: settings.pop(key) for key in same if key in settings} | init | dict(settings=settings)
-
-
-def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What goes to `wandb.init`, with an absolute `dir`. `own`: what holds unless `init` or the environment say else.
-
-    Raises ValueError for what can't work.
-    """
-    variables = {name.removeprefix("WANDB_").lower(): value for name, value in environ.items()}
-    said = dict(id=variables.get("run_id"), dir=variables.get("dir"), job_type=variables.get("job_type"))
-    said = {key: value for key, value in said.items() if value}
-
-    def given(name: str) -> Any:
-        found = next((place[name] for place in (init, init["settings"], variables) if name in place), None)
-        return None if str(found).lower() in ("false", "0", "") else found
-
-    if given("sync_tensorboard") or given("mode") == "shared":
-        raise ValueError("sync_tensorboard and mode='shared' make wandb ignore the numbers of rows: use neither here")
-    if name := next((name for name in ("resume_from", "fork_from") if given(name)), None):
-        raise ValueError(f"{name} counts in W&B's own steps, which are rows here: use id= and resume='allow'")
-    if given("resume") in (True, "auto") and "id" not in said | init:
-        raise ValueError(
-            "resume='auto' goes on with the last run of a folder, whichever it was: use id= and resume='allow'"
-        )
-    init = own | said | init
-    return init | dict(dir=os.path.abspath(os.path.expanduser(init["dir"])))
-
-
 # The start
 
 
@@ -211,39 +177,46 @@ class Owned(NamedTuple):
 
     actor: Any  # Ray's handle
     letter: Letter
-    claim: Claim
     stop: Callable[[], None]  # what "Stop run" does
+    undo: contextlib.ExitStack  # of the start
 
-    def watch_for_stop(self, process: Any) -> None:
-        """Calls `stop` when somebody presses "Stop run". Not in a plain task, whose process could not end before that."""
+    def watch_for_stop(self) -> None:
+        """Calls `stop` once, in a thread, when somebody presses "Stop run" on the run's page.
 
-        def stopped(call: Any) -> None:
-            if not call.exception() and call.result():
-                threading.Thread(target=self.stop, daemon=True).start()  # it may call what waits for an answer
+        Not by a call of the actor that returns then: Ray lets no worker end by itself while it waits for an answer.
+        """
 
-        if not process.in_task:
-            self.actor.wait_for_stop.remote().future().add_done_callback(stopped)
+        def watch() -> None:
+            while self.letter.address.folder.exists():  # until the run is finished
+                if exits.stop_file(self.letter.address.folder).exists():
+                    return self.stop()
+                time.sleep(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def give_up(self) -> None:
         """The run could not start."""
-        import ray
-
-        ray.kill(self.actor)
-        self.claim.give_back()
-        self.forget()
+        self.undo.close()
 
     def forget(self) -> None:
         """The run is finished."""
-        from . import process
+        forget(self.letter.address)
 
-        process.forget(self.letter.address)
-        shutil.rmtree(self.letter.address.folder, ignore_errors=True)
+
+def forget(address: Address) -> None:
+    """Nothing of a run of this process is needed any more."""
+    from . import nodes, process
+
+    nodes.give_back(address.nonce)
+    process.forget(address)
+    shutil.rmtree(address.folder, ignore_errors=True)
 
 
 def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
     """Starts the pipeline actor on this node, where the run's folder and the login are.
 
-    pipeline: the actor class. init: for `wandb.init`. Raises ValueError for what can't work.
+    pipeline: the actor class. init: for `wandb.init`. Raises ValueError, TypeError or OSError for what can't work; then
+    nothing is left of it.
     """
     import ray
     from ray.experimental import internal_kv
@@ -252,21 +225,26 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
 
     from . import process
 
-    context, init = get_runtime_context(), arguments(init)
-    environ, claim, aside = travelling(init.get("id"))
-    own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
-    init = complete(init, own, environ)
-    check_run_id(init["id"])
-    if aside:
-        logger.warning("run %s %s", init.get("name") or init["id"], aside)
-    stop = init["settings"].pop("stop_fn", None) or exits.interrupt
-    address = make_private_folder(init.get("name") or init["id"], context.get_node_id())
-    box = process.outbox(address)
-    box.open()
-    job = context.get_job_id() if context.worker.mode == ray.WORKER_MODE else ""
-    letter = Letter(address, box.process.name, job, init, environ, os.getcwd(), command_line())
-    write_letter(letter)
-    internal_kv._internal_kv_put(address.key("open"), b"", namespace=process.KV)
-    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
-    options = dict(name=address.actor, namespace=process.NAMESPACE, scheduling_strategy=here)
-    return Owned(pipeline.options(**options).remote(address.folder), letter, claim, stop)
+    context, init = get_runtime_context(), arguments.said(init)
+    with contextlib.ExitStack() as undo:
+        environ, claim, aside = travelling(init.get("id"))
+        undo.callback(claim.give_back)
+        own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
+        init = arguments.complete(init, own, environ)
+        if aside:
+            logger.warning("run %s %s", init.get("name") or init["id"], aside)
+        stop = init["settings"].pop("stop_fn", None) or exits.interrupt
+        address = make_private_folder(init.get("name") or init["id"], context.get_node_id())
+        undo.callback(forget, address)
+        box = process.outbox(address)
+        box.open()
+        job = context.get_job_id() if context.worker.mode == ray.WORKER_MODE else ""
+        letter = Letter(address, box.process.name, job, init, environ, os.getcwd(), command_line())
+        write_letter(letter)
+        make_runs_folder(init["dir"])
+        internal_kv._internal_kv_put(address.key("open"), b"", namespace=process.KV)
+        here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+        options = dict(name=address.actor, namespace=process.NAMESPACE, scheduling_strategy=here)
+        actor = pipeline.options(**options).remote(address.folder)
+        undo.callback(ray.kill, actor)
+        return Owned(actor, letter, stop, undo.pop_all())

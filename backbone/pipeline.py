@@ -128,7 +128,7 @@ class Pipeline:
             self._state.do("INSERT INTO reports VALUES (?, ?, ?, ?, ?)", self.number, id_, *self._fresh[id_])
             self._queued.add(id_)
         state = pickle.dumps((self.steps, self.counts, self.totals, self.last_row, self._last_id))
-        self._state.do("UPDATE pipelines SET state = ? WHERE number = ?", state, self.number)
+        self._state.do("UPDATE pipelines SET state = ? WHERE number = ?", state, self.number, key=self.number)
 
     def saved(self) -> None:
         """A commit has succeeded."""

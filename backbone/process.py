@@ -182,7 +182,8 @@ def call(address: Address, method: str, *arguments: Any) -> Any:
 
     Raises what the method raised, RunFinishedError where the actor has left, or ActorGoneError.
     """
-    if not which_ray() or not ray_answers():
+    here, box = which_ray(), _outboxes.get(address.nonce)
+    if not here or (box and box.process.ray not in (None, here)) or not ray_answers():
         raise ActorGoneError("Ray is not running any more")
     try:
         actor = ray.get_actor(address.actor, namespace=NAMESPACE)

@@ -218,6 +218,10 @@ class Reader:
             self._dying.discard(name)
             self.stays.discard(name)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._folder.name == CLOSED
+
     def close(self) -> None:
         """Whoever logs here from now on is told that the run is finished; what was logged before can be read."""
         with contextlib.suppress(OSError):

@@ -119,6 +119,7 @@ class Run:
         for node in self.inbox.nodes:
             self.inbox.node_is_gone(node, "the run's earlier life had outboxes there")
         self.state.do("DELETE FROM outboxes")
+        self.state.note(owner_end=None)
         self.state.commit()
         shutil.rmtree(self.address.folder, ignore_errors=True)
 
@@ -162,7 +163,7 @@ class Run:
         look: see `Reader.read`. Returns the readings that are safe now. Raises sqlite3.Error where the disk is full;
         then the same readings are waited for, and nothing new is read. Raises ServiceDiedError if wandb-core is dead.
         """
-        if not self.paused:
+        if not self.paused and not self._held:
             self.inbox.clock += min(1.0, time.monotonic() - self._read_at)  # at most: the process may have been stopped
         brought = [*([] if self._held else [(HOME, self.reader.read(look))]), *brought]
         for node, reading in brought:
@@ -196,6 +197,7 @@ class Run:
             self.writer.log(row)
         if self.state.facts.get("mode") == "disabled":
             self.state.arrived(row.number for row in rows)
+        self.state.commit()  # which increments of tables W&B has, and what it has refused
 
     def expect(self, prefix: str, workers: int) -> None:
         self.pipeline(prefix).steps.expect(workers, self.inbox.clock)

@@ -50,15 +50,20 @@ class State:
         self.db.executescript(SCHEMA)
         facts = self.db.execute("SELECT * FROM facts").fetchall()
         self.facts: dict[str, Any] = {name: pickle.loads(value) for name, value in facts}
-        self._queue: list[tuple[str, tuple]] = []
+        self._queue: dict[object, tuple[str, tuple]] = {}
         (last,) = self.db.execute("SELECT max(number) FROM rows").fetchone()
         self._last = -1 if last is None else last  # row's number
         self._refused = dict(self.db.execute("SELECT number, refused FROM rows WHERE refused > 0"))
         self.hear: Callable[[str], None] = lambda warning: None  # is told the first warning of a kind
 
-    def do(self, statement: str, *values: Any) -> None:
-        """To be done with the next commit."""
-        self._queue.append((statement, values))
+    def do(self, statement: str, *values: Any, key: object = None) -> None:
+        """To be done with the next commit. key: the same for all statements of which only the last one counts.
+
+        So the queue doesn't grow with the commits that fail.
+        """
+        key = object() if key is None else key
+        self._queue.pop(key, None)
+        self._queue[key] = statement, values
 
     def commit(self) -> None:
         """Raises sqlite3.Error where the disk is full. Then all of it stays to be done."""
@@ -66,7 +71,7 @@ class State:
             return
         self.db.execute("BEGIN")
         try:
-            for statement, values in self._queue:
+            for statement, values in self._queue.values():
                 self.db.execute(statement, values)
             self.db.execute("COMMIT")
         except BaseException:
@@ -79,7 +84,7 @@ class State:
         """Remembers facts of the run by name."""
         self.facts |= facts
         for name, value in facts.items():
-            self.do("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, pickle.dumps(value))
+            self.do("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, pickle.dumps(value), key=name)
 
     def warn(self, kind: str, what: str) -> None:
         """Counts a warning; only the first one of a kind is told."""

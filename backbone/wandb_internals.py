@@ -37,7 +37,7 @@ def define_by_name(run: wandb.Run, key: str, axis: str) -> None:
     """Gives one key its step axis, whatever is in its name: `define_metric` takes `*` for a pattern, `.` for nesting."""
     from wandb.proto.wandb_internal_pb2 import MetricRecord
 
-    record = MetricRecord(name=key.replace("\\", "\\\\").replace(".", "\\."), step_metric=axis)
+    record = MetricRecord(name=key.replace(".", "\\."), step_metric=axis)
     record.options.defined = True
     run._metric_callback(record)
 
@@ -148,6 +148,26 @@ def open_in_leet(folder: Path, runs: Sequence[Path], metrics: str) -> None:
         state |= {"selected_runs": names, "pinned_run": names[0], "latest_run": names[-1]}
         state.setdefault("metrics_filter", {"query": metrics})
         memory.write_text(json.dumps(state))
+
+
+def recorded_config(config: Any) -> dict[str, Any]:
+    """What `wandb.init(config=config)` records if it is called in this process; no public function says that.
+
+    A mapping that is no `dict`, such as OmegaConf's, is taken with what it looks up; wandb raises a TypeError.
+    """
+    import wandb
+
+    known = wandb.Config()  # also takes config-defaults.yaml, which is not in what follows
+    known._set_artifact_callback(lambda key, artifact: artifact)  # those stay for `wandb.init`
+    config = config if isinstance(config, dict) else _plain(config)
+    return known._sanitize_dict(wandb.helper.parse_config(config), allow_val_change=True)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences of all kinds as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [*map(_plain, value)] if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
 
 
 def unless_said(settings: dict[str, Any]) -> dict[str, Any]:

@@ -93,26 +93,28 @@ class Writer:
             paths=mine + ([] if run.disabled else [run.sync_dir]),
             first=first,
         )
-        highest = run.starting_step - 1 if mode == "online" else max(self._there, default=-1)
         self._tails += [] if run.disabled else [Tail(Path(run.sync_dir))]
         for i, (prefix, best) in enumerate(pipelines):
             self.define(prefix, [other for other, _ in pipelines[:i]], best)
-        for row in self._state.missing(self.there(), highest):
+        if mode == "online":  # what a dead actor has left in its folder may not have been sent
+            there, highest = range(run.starting_step).__contains__, run.starting_step - 1
+        else:
+            there, highest = self.there(), max(self._there, default=-1)
+        for row in self._state.missing(there, highest):
             self.log(row)
 
     def _wandb_init(self, restart: bool) -> wandb.Run:
         import wandb
 
-        settings = self._init["settings"]
+        init = self._to_go_on() if restart else self._init
+        settings = init["settings"]
         defaults = dict(silent=True, console="off", init_timeout=10, finish_timeout=60)
         settings = wandb_internals.unless_said(defaults | wandb_internals.repository()) | settings
         self.timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout)
         settings |= dict(finish_timeout_raises=True)
         if stop := self._stop:
             settings["stop_fn"] = lambda: stop()  # noqa: PLW0108 - wandb copies settings, and a method's object with them
-        init = self._init | dict(settings=wandb.Settings(**settings), reinit="create_new")
-        if restart:
-            init = self._to_go_on(init)
+        init = init | dict(settings=wandb.Settings(**settings), reinit="create_new")
         before = transaction_log.folders(self._folder, init["id"], begun=True)
         try:
             run = wandb.init(**init)
@@ -133,9 +135,12 @@ class Writer:
                 file.write("*\n")  # Ray, too, obeys it, and would bring all runs along in a job's working directory
         return run
 
-    def _to_go_on(self, init: dict[str, Any]) -> dict[str, Any]:
-        """Arguments for a run that goes on by itself. What has been edited in the app meanwhile stays as it is."""
-        init |= dict(resume="allow", mode=self._state.facts["mode"])
+    def _to_go_on(self) -> dict[str, Any]:
+        """Arguments for a run that goes on by itself. What has been edited in the app meanwhile stays as it is.
+
+        To be called before wandb reads the environment, which it does once.
+        """
+        init = self._init | dict(resume="allow", mode=self._state.facts["mode"])
         if init["mode"] == "online":
             for name in ("name", "notes", "tags", "config"):
                 init.pop(name, None)

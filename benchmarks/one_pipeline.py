@@ -9,7 +9,8 @@ scaling    the same number of reports from 4, 16 and 64 workers, flat out: 10 nu
 thousand   1,000 workers that report every second, every quarter of one, and flat out
 start      demo 1 with its default flags, and a script that only starts Ray and two actors
 
-Workers are simulated by a few processes: each has an outbox of its own, with its sending thread. What is lost is
+idle       1,000 workers that have logged and go on to live
+Workers are simulated by a few processes: each worker has an outbox of its own, as if it were a process. What is lost is
 read from the transaction log.
 """
 
@@ -31,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backbone.outbox import Outbox
+from backbone.process import Process
 from common import WandbRun
 
 import numpy as np
@@ -40,11 +42,9 @@ from measuring import ROOT, cpu_seconds, lost, megabytes, processes, show, start
 
 def as_worker(run: WandbRun, name: str) -> WandbRun:
     """A copy of the run whose reports are another worker's, as if it had a process of its own."""
-    own = copy.copy(run)
-    own._outbox.release(id(own))  # this process's
-    own._outbox = Outbox(run._actor, run._prefix, run.name)
-    own._outbox.add(id(own))
-    own._outbox.open().backlog.begin_task(f"process {name}")
+    own, process = copy.copy(run), Process()
+    process.name = f"worker {name}"
+    own._outbox = Outbox(run._address, process)
     return own
 
 
@@ -54,7 +54,7 @@ class Workers:
 
     def __init__(self, run: WandbRun, names: Sequence[str], report: dict[str, Any]):
         self.runs, self.report = [as_worker(run, name) for name in names], report
-        self.drive(range(1), 1, 0.0)  # a worker's first call waits until the actor knows it
+        self.drive(range(1), 1, 0.0)  # a worker's first call opens its outbox
 
     def drive(self, steps: range, calls: int, seconds: float) -> np.ndarray:
         """Each worker reports each step in so many calls. The seconds that these took."""
@@ -72,9 +72,18 @@ class Workers:
 
 
 def carry(
-    at_most: int, workers: int, steps: int, calls: int = 1, seconds: float = 0.0, arrays: bool = False
+    at_most: int,
+    workers: int,
+    steps: int,
+    calls: int = 1,
+    seconds: float = 0.0,
+    arrays: bool = False,
+    idle: float = 0.0,
 ) -> dict[str, float]:
-    """So many workers, in `at_most` so many processes, report so many steps: flat out, or every so many seconds."""
+    """So many workers, in `at_most` so many processes, report so many steps: flat out, or every so many seconds.
+
+    Then they say nothing for `idle` seconds.
+    """
     report: dict[str, Any] = {f"group/metric_{i}": i / 7 for i in range(10)}
     if arrays:
         report = {f"group/samples_{i}": np.random.default_rng(i).random(64) for i in range(4)}
@@ -85,13 +94,20 @@ def carry(
         groups = [Workers.remote(run, [f"{i}-{j}" for j in range(i, workers, count)], report) for i in range(count)]
         wait_for_quiet(groups)
         actor, process, sizes = max(processes("ray::TrainingPipelineActor")), max(processes("ray::Workers")), []
+        folders, disk = (run._address.folder, Path(directory, "wandb")), 0
         cpu, actor_cpu, began = cpu_seconds(), cpu_seconds(actor), time.perf_counter()
         drives = [group.drive.remote(range(1, 1 + steps), calls, seconds) for group in groups]
         while (arrived := run.progress()[0].reports - workers) < reports:
+            disk = max(disk, sum(map(size_on_disk, folders)))
             if arrived >= reports / 10:
                 sizes.append((megabytes(process), megabytes(actor)))
             time.sleep(0.25 if arrived < 0.9 * reports else 0.02)
         took, actor_cpu, there = ray.get(drives), cpu_seconds(actor) - actor_cpu, time.perf_counter()
+        if idle:
+            quiet = cpu_seconds(actor)
+            time.sleep(idle)
+            quiet = (cpu_seconds(actor) - quiet) / idle
+            there += idle
         ledger = run.finish()
         finished, cpu = time.perf_counter(), cpu_seconds() - cpu
         for group in groups:
@@ -106,10 +122,21 @@ def carry(
             "p99 us": float(np.percentile(np.concatenate(took), 99)) * 1e6,
             "process +MB": float(worker_growth),
             "actor +MB": float(actor_growth),
+            "disk MB": disk / 2**20,
             "rows": ledger.rows,
             "finish s": finished - there,
+            **({"idle % of a core": 100 * quiet} if idle else {}),
             "lost": lost(logs, reports + workers, "tokens"),
         }
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the files below a folder but for the transaction logs, which are wandb's."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # it has been read, and removed
+            total += path.stat().st_size if path.suffix != ".wandb" else 0
+    return total
 
 
 EMPTY = """
@@ -148,7 +175,8 @@ def loads(args: Namespace) -> dict[str, dict[str, dict[str, Any]]]:
         for name, seconds in (("1 s", 1.0), ("0.25 s", 0.25), ("flat out", 0.0))
     }
     million = {f"{args.million:,} reports": dict(workers=1, steps=args.million // 10, calls=10)}
-    return {"million": million, "scaling": scaling, "thousand": thousand}
+    idle = {f"{args.workers:,} workers": dict(workers=args.workers, steps=1, idle=20.0)}
+    return {"million": million, "scaling": scaling, "thousand": thousand, "idle": idle}
 
 
 def targets(result: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
@@ -157,11 +185,17 @@ def targets(result: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str
     for row in result.get("million", {}).values():
         found["growth of the worker's process, MB"] = target(row["process +MB"], "<", 50)
         found["growth of the pipeline actor, MB"] = target(row["actor +MB"], "<", 50)
+        found["on the disk at any time, MB"] = target(row["disk MB"], "<", 100)
         found[f"finish after {row['rows']:,} rows, s"] = target(row["finish s"], "<", 2)
     if rows := result.get("scaling"):
         for kind in ("numbers", "arrays"):
             few, many = (rows[f"{workers} workers, {kind}"]["CPU s per 1,000"] for workers in (4, 64))
             found[f"CPU a report, 64 / 4 workers, {kind}"] = target(many / few, "<=", 1)
+    if rows := result.get("thousand"):
+        row = next(iter(rows.values()))
+        found["cores of the actor, 1,000 reports/s"] = target(row["actor CPU s per 1,000"], "<=", 0.5)
+    for row in result.get("idle", {}).values():
+        found["idle, % of a core"] = target(row["idle % of a core"], "<=", 5)
     if rows := result.get("start"):
         found["demo 1 / empty script"] = target(rows["demo 1"]["x empty"], "<", 1.8)
     return found
@@ -169,7 +203,7 @@ def targets(result: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("million", "scaling", "thousand", "start")
+    parts = ("million", "scaling", "thousand", "idle", "start")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="what to measure (all)")
     parser.add_argument("--million", type=int, default=1_000_000, help="reports of one worker (%(default)s)")
     parser.add_argument("--reports", type=int, default=128_000, help="of 4, 16 and 64 workers (%(default)s)")

@@ -39,7 +39,7 @@ DEMOS = {
 
 ONE_EACH = ("--training-workers", "1", "--inference-workers", "1")  # where more workers show no more
 
-LONG = ("faults", "guest", "ends", "takeover", "exits", "online", "demos", "cluster", "writer")
+LONG = ("faults", "owner", "ends", "takeover", "exits", "online", "demos", "cluster", "writer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

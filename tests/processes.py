@@ -35,7 +35,7 @@ def everything(pid: int) -> list[int]:
 
 def pipeline_process(made) -> int:
     """The process of a run's pipeline actor."""
-    return state.actors(made._actor._actor_id.hex())["Pid"]
+    return state.actors(made._owned.actor._actor_id.hex())["Pid"]
 
 
 def session() -> Path:

@@ -1,35 +1,60 @@
-"""What a pipeline actor opens, here without an actor and Ray: the state, the pipelines, the W&B run."""
+"""What a pipeline actor opens, here without an actor and Ray: the state, the pipelines, the W&B run.
+
+Its workers are on another node, so what they log comes as a relay brings it. That is a reading, which a test can make
+itself; at home it takes processes that log.
+"""
 
 import json
 import pickle
-import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from backbone import outbox, wandb_internals
-from backbone.files import OUTBOXES, Address, this_machine
+from backbone import outbox, values, wandb_internals
+from backbone.files import OUTBOXES, Address, state_path, this_machine
 from backbone.ledger import Ledger
 from backbone.pipeline import Pipeline
 from backbone.reading import Position, Reading, Record
 from backbone.reduction import Reduction
 from backbone.run import Run
-from backbone.state import Row
-from backbone.values import as_report, pack
+from backbone.state import Row, State
 
 QUIET = dict(x_disable_stats=True, x_disable_meta=True)
-ELSEWHERE = "node"  # where the workers of `Opened` are: what they log comes as a relay brings it
+ELSEWHERE = "node"  # where the workers are
 
 
-def private_folder() -> Path:
-    """Of a run."""
-    folder = Path(tempfile.mkdtemp(prefix="wandb-run-"))
-    (folder / OUTBOXES).mkdir()
-    return folder
+class Event(NamedTuple):
+    """What is in an outbox; see outbox.py for the kinds."""
+
+    process: str
+    kind: int
+    content: bytes = b""
+    step: int = 0
+    pipeline: int = 0
+    wall_time: float = 0.0
 
 
-class Opened:
-    """The run of a pipeline actor. One that is opened again in the same folder goes on as a restarted actor does."""
+def begun(process: str, parent: str = "") -> Event:
+    return Event(process, outbox.BEGUN, json.dumps(dict(name=process, parent=parent)).encode())
+
+
+def who(process: str, name: str, label: str = "", task: bool = True) -> Event:
+    """From here on this worker logs in the process: a task, unless it is said to be none."""
+    return Event(process, outbox.WHO, json.dumps(dict(name=name, label=label, task=task)).encode())
+
+
+def report(process: str, step: int, metrics: dict, commit: bool = True, pipeline: int = 0, at: float = 0.0) -> Event:
+    """at: wall clock."""
+    kind, content = outbox.COMMIT if commit else outbox.REPORT, values.pack(values.as_report(metrics, step))
+    return Event(process, kind, content, step, pipeline, at)
+
+
+class Kept:
+    """A run without its W&B run: what is read becomes rows, and these wait in the state for W&B's start.
+
+    One that is opened in the same folder again goes on as a restarted actor does. life: of the run's id.
+    """
 
     def __init__(self, folder: Path, life: str = "life", **init):
         self.init = dict(project="p", name="n", id="run", dir=str(folder), mode="offline", settings=QUIET) | init
@@ -38,43 +63,81 @@ class Opened:
             (private / OUTBOXES).mkdir(parents=True)
             private.chmod(0o700)
         self.address = Address("n", f"{self.init['id']}-{life}", private, this_machine(), "")
-        self.run = Run.open(self.init, self.address, "owner", threading.RLock())
-        self.run.start()
-        self.state, self.writer, self.artifacts = self.run.state, self.run.writer, self.run.artifacts
+        self.run = self._open()
+        self.state, self.writer, self.inbox = self.run.state, self.run.writer, self.run.inbox
+
+    def _open(self) -> Run:
+        runs = Path(self.init["dir"], "wandb")
+        runs.mkdir(exist_ok=True)
+        state = State(state_path(runs, self.init["id"]))
+        return Run(state, self.init, self.address, "owner", threading.RLock())
+
+    def join(self, prefix: str = "", reduction: Reduction | None = None, workers: int = 1) -> Pipeline:
+        pipeline = self.run.pipeline(prefix) or self.run._add(prefix, Reduction(), 1)
+        pipeline.begin(reduction or Reduction(), workers, {})
+        self.run._save()
+        return pipeline
+
+    def bring(self, *events: Event, node: str = ELSEWHERE) -> None:
+        """One reading of a relay. Outboxes that are new begin by themselves."""
+        records, ends = [], dict(self.inbox.positions(node))
+        for event in events:
+            is_new = event.process not in ends and event.kind != outbox.BEGUN
+            for each in [begun(event.process), event] if is_new else [event]:
+                n = ends[each.process].records + 1 if each.process in ends else 0
+                ends[each.process] = end = Position(0, 100 * n, n, 100 * n)
+                about = each.process, each.kind, each.pipeline, each.step, each.wall_time, each.content, end
+                records.append(Record(time.monotonic(), *about))
+        self.run.read([(node, Reading(records))])
+
+    def say(self, step: int, metrics: dict, prefix: str = "", worker: str = "w", commit: bool = True) -> None:
+        """A worker's report."""
+        self.bring(report(worker, step, metrics, commit, self.run.pipeline(prefix).number, time.time()))
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those whose content is kept."""
+        kept = self.state.db.execute("SELECT number, metrics, wall_time FROM rows WHERE metrics NOT NULL ORDER BY 1")
+        return [Row(number, pickle.loads(metrics), wall_time) for number, metrics, wall_time in kept]
+
+    def in_no_row(self, prefix: str = "") -> int:
+        """How many reports are in no row."""
+        pipeline = self.run.pipeline(prefix)
+        return pipeline.counts["reports"] - sum(n for n, _ in self.state.account(pipeline.number).values())
+
+    def end(self, patience: float = 60.0) -> None:
+        """Reads to the end, and closes all steps."""
+        deadline = time.monotonic() + patience
+        self.run.read_to_end(deadline)
+        self.run.end(self.run.pipelines, deadline)
+
+    def close(self) -> None:
+        self.state.close()
+
+
+class Opened(Kept):
+    """A run of a pipeline actor."""
+
+    def _open(self) -> Run:
+        run = Run.open(self.init, self.address, "owner", threading.RLock())
+        run.start()
+        self.artifacts = run.artifacts
+        return run
 
     def join(self, prefix: str = "", reduction: Reduction | None = None, workers: int = 1) -> Pipeline:
         self.run.join(prefix, reduction or Reduction(), workers)
         return self.run.pipeline(prefix)
 
-    def say(self, step: int, metrics: dict, prefix: str = "", worker: str = "w", commit: bool = True, **said) -> None:
-        """A worker's report. said: `wall_time`, `label`."""
-        box, before = self.run.inbox.boxes.get((ELSEWHERE, worker)), []
-        if not box:
-            about = json.dumps(dict(name=worker, parent="")).encode()
-            before = [Record(0.0, worker, outbox.BEGUN, 0, 0, 0.0, about, Position())]
-        number = box.position.records + 1 if box else 1
-        kind, content = outbox.COMMIT if commit else outbox.REPORT, pack(as_report(metrics, step))
-        end, wall_time = Position(0, 100 * number, number, 100 * number), said.get("wall_time", time.time())
-        record = Record(time.monotonic(), worker, kind, self.run.pipeline(prefix).number, step, wall_time, content, end)
-        self.run.read([(ELSEWHERE, Reading([*before, record]))])
-
-    report = say
-
-    def push(self, step: int, metrics: dict, prefix: str = "", **said) -> Row:
+    def push(self, step: int, metrics: dict, prefix: str = "") -> Row:
         """A worker's report, which is a row at once; W&B has not got it."""
         self.writer.run, run = None, self.writer.run
-        self.say(step, metrics, prefix, **said)
+        self.say(step, metrics, prefix)
         self.writer.run = run
-        number, packed, wall_time = self.state.db.execute(
-            "SELECT number, metrics, wall_time FROM rows ORDER BY number DESC LIMIT 1"
-        ).fetchone()
-        return Row(number, pickle.loads(packed), wall_time)
+        return self.rows[-1]
 
     def finish(self, exit_code: int = 0, failure: str | None = None) -> dict[str, Ledger]:
-        deadline = time.monotonic() + (self.writer.timeout or float("inf"))
-        self.run.read_to_end(deadline)
-        self.run.end(self.run.pipelines, deadline)
-        return self.run.finish(exit_code, failure, deadline)
+        self.end()
+        return self.run.finish(exit_code, failure, time.monotonic() + (self.writer.timeout or float("inf")))
 
     def abandon(self) -> None:
         """As an actor that is killed right after its rows were written."""

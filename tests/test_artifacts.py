@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 
 from backbone import artifacts
@@ -117,17 +118,17 @@ def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opene
     queue = made.artifacts
     queue.log(*staged(made, "first", b"1", aliases=["best"]))
     queue.use("other:latest")
-    queue.finish(60)
+    queue.finish(time.monotonic() + 60)
     folder, what = staged(made, "second", b"2")
     task = pickle.dumps(("log", what | {"folder": folder}))
-    made.store.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))  # and killed before W&B had it
+    made.state.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))  # and killed before W&B had it
     made.abandon()
     made = opened()
     queue = made.artifacts
     table, reference = wandb.Table(columns=["x"], data=[[1]]), "s3://bucket/weights"  # whose library isn't here
     queue.log(*staged(made, "third", b"3", table=table, at=reference))
     queue.use("other:best")
-    queue.finish(60)
+    queue.finish(time.monotonic() + 60)
     account = made.finish()[""]
     first, second = (Log(path) for path in folders(tmp_path))
     assert [artifact["name"] for artifact in first.of("artifact")] == ["first"]
@@ -148,9 +149,9 @@ def test_one_table_may_be_logged_in_many_rows_and_artifacts(opened, tmp_path):
     queue = made.artifacts
     table = wandb.Table(columns=["reward"], data=[[0.5]])
     for step in range(3):
-        made.report(step, {"rollouts": table})
+        made.say(step, {"rollouts": table})
         queue.log(*staged(made, "trajectories", b"notes", rollouts=table))
-        queue.finish(60)
+        queue.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.rows, account.lost_values, account.lost_artifacts, account.warnings) == (3, 0, 0, [])
     log = Log(folders(tmp_path)[0])
@@ -185,10 +186,40 @@ def test_an_artifact_that_can_not_be_logged_is_counted_and_named(opened):
     Path(folder, "a.bin").unlink()
     queue.log(folder, what)
     queue.log(*staged(made, "there", b"2"))
-    queue.finish(60)
+    queue.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.lost_artifacts, account.ok) == (1, False)
     assert account.warnings[0].startswith("1 artifacts were not logged or used: ")
+
+
+def test_an_artifact_whose_call_ray_repeats_is_logged_once(opened, tmp_path):
+    """The actor has died when it had taken it and not answered; the next one gets the call again."""
+    made = opened()
+    made.join()
+    folder, what = staged(made, "checkpoint", b"1")
+    made.artifacts.log(folder, what)
+    made.artifacts.finish(time.monotonic() + 60)
+    made.abandon()
+    made = opened()
+    made.artifacts.log(folder, what)
+    made.artifacts.log(*staged(made, "checkpoint", b"1"))  # the same again, by the user
+    made.artifacts.finish(time.monotonic() + 60)
+    assert made.finish()[""].lost_artifacts == 0
+    logged = [artifact["name"] for path in folders(tmp_path) for artifact in Log(path).of("artifact")]
+    assert logged == ["checkpoint", "checkpoint"]
+
+
+def test_an_artifact_that_the_state_has_no_room_for_is_counted_and_named(opened):
+    made = opened()
+    made.join()
+    made.state.db.execute("PRAGMA max_page_count = 1")  # or what there is
+    metadata = {"text": "x" * 1_000_000}
+    folder, what = staged(made, "large", b"1")
+    made.artifacts.log(folder, what | dict(metadata=metadata))
+    made.state.db.execute("PRAGMA max_page_count = 1073741823")
+    account = made.finish()[""]
+    assert (account.lost_artifacts, account.ok) == (1, False)
+    assert account.warnings == ["artifact 'large' is lost: database or disk is full"]
 
 
 def bytes_below(folder: Path) -> list[bytes]:
@@ -204,12 +235,12 @@ def test_online_the_copies_are_gone_when_the_server_has_them(opened, tmp_path, s
     made.join()
     for step in range(3):
         made.artifacts.log(*staged(made, f"checkpoint-{step}", b"%d" % step))
-    made.artifacts.finish(60)
+    made.artifacts.finish(time.monotonic() + 60)
     assert {artifact["state"] for artifact in server.artifacts.values()} == {"COMMITTED"}
     assert not [*tmp_path.rglob("a.bin")]
     folder, what = staged(made, "last", b"3")
     task = pickle.dumps(("log", what | {"folder": folder}))
-    made.store.db.execute("INSERT INTO artifacts (task, done) VALUES (?, 1)", (task,))  # and killed before it went
+    made.state.db.execute("INSERT INTO artifacts (task, done) VALUES (?, 1)", (task,))  # and killed before it went
     made.abandon()
     made = opened(mode="online")
     assert not [*tmp_path.rglob("a.bin")]
@@ -222,7 +253,7 @@ def test_of_a_table_in_an_artifact_what_is_beyond_w_b_s_limit_is_told(opened, tm
     made = opened()
     made.join()
     made.artifacts.log(*staged(made, "rollouts", b"1", table=wandb.Table(columns=["x"], data=[[i] for i in range(5)])))
-    made.artifacts.finish(60)
+    made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.lost_artifacts, account.ok) == (1, False)
     assert account.warnings == ["'table' of artifact 'rollouts' has 5 rows, of which W&B takes 3: the others are lost"]
@@ -241,6 +272,6 @@ def test_no_temporary_file_is_left_of_the_media_in_an_artifact(opened):
         cells = [[page, wandb.Html("in a table"), np.zeros((300, 2))]]
         table = wandb.Table(columns=["page", "other", "array"], data=cells)
         made.artifacts.log(*staged(made, "pages", b"1", page=page, table=table))
-    made.artifacts.finish(60)
+    made.artifacts.finish(time.monotonic() + 60)
     assert bytes_below(Path(MEDIA_TMP.name)) == []
     assert made.finish()[""].lost_artifacts == 0

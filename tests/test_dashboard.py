@@ -39,8 +39,9 @@ def server(server):
 
 
 def metrics(*found: Log) -> set[str]:
-    """The keys of the runs' rows; a table's parts (`rollouts_table.path`) left out."""
-    return {key for log in found for key in log.keys if "." not in key}
+    """The keys of numbers in the runs' rows; a table's parts (`rollouts_table.path`) left out."""
+    items = (item for log in found for row in log.rows for item in row.items())
+    return {key for key, value in items if "." not in key and key[0] != "_" and not isinstance(value, str)}
 
 
 def check_panels(panels: list[dict], *found: Log, prefix: str = "", axis: str = "step") -> None:

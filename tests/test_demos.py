@@ -20,13 +20,15 @@ TRAINING_KEYS = {
     *("loss", "value_loss", "explained_variance", "learning_rate", "entropy", "kl", "clip_fraction", "mismatch_kl"),
     *("grads/grad_norm_0", "grads/grad_norm_1", "grads/grad_norm_total", "tokens", "tokens_total", "perf/mfu"),
     *("e2e/speed", "e2e/latency_ms/mean", "e2e/latency_ms/p50", "e2e/latency_ms/p99", "time/wait_for_batch_s"),
+    *("off_policy/mean", "off_policy/max", "off_policy/dropped"),
 }
 INFERENCE_KEYS = {
     *("reward/mean", "reward/min", "reward/max", "reward/std", "success_rate", "truncated_fraction"),
     *("response_length/mean", "response_length/p90", "response_length/max", "rollouts", "rollouts_total"),
     *("e2e/speed", "e2e/latency_ms/mean", "e2e/latency_ms/p50", "e2e/latency_ms/p99", "kv_cache_utilization"),
     *("requests/running", "requests/waiting", "policy_version", "staleness/mean", "staleness/max"),
-    *("reward/gsm8k/mean", "reward/code/mean", "groups/all_solved", "groups/none_solved"),
+    *("reward/gsm8k/mean", "reward/code/mean", "groups/all_solved", "groups/none_solved", "reward/p10", "reward/p90"),
+    *("errors", "time/step_s", "time/step_s/max", "time/step_s/worst", "time/wait_for_policy_s"),
 }
 EVALUATION_KEYS = {f"{source}/{key}" for source in ("gsm8k", "math", "code") for key in ("accuracy", "pass@4")}
 EVALUATION_KEYS |= {"response_length/mean", "checkpoint_step"}
@@ -40,7 +42,8 @@ def under(prefix: str, keys: set[str]) -> set[str]:
 def independent(generate: Callable, pipeline: int, workers: int = 2, steps=range(STEPS)) -> list[list[dict]]:
     """What the workers reported, per step."""
     rngs = [np.random.default_rng([42, pipeline, worker]) for worker in range(workers)]
-    return [[generate(step, rng) for rng in rngs] for step in steps]
+    ranks = [(rank,) if generate is generate_inference_metrics else () for rank in range(workers)]
+    return [[generate(step, rng, *rank) for rng, rank in zip(rngs, ranks, strict=True)] for step in steps]
 
 
 def check_training_rows(rows: list[dict], prefix: str = "") -> None:
@@ -57,6 +60,9 @@ def check_training_rows(rows: list[dict], prefix: str = "") -> None:
         assert row[f"{prefix}e2e/speed"] == pytest.approx(sum(report["e2e/speed"] for report in reports), rel=1e-9)
         pooled = np.concatenate([report["e2e/latency_ms"] for report in reports])
         assert row[f"{prefix}e2e/latency_ms/p99"] == pytest.approx(np.percentile(pooled, 99), rel=1e-9)
+        ages = np.concatenate([report["off_policy"] for report in reports])
+        assert (row[f"{prefix}off_policy/mean"], row[f"{prefix}off_policy/max"]) == (ages.mean(), ages.max())
+        assert row[f"{prefix}off_policy/dropped"] == sum(report["off_policy/dropped"] for report in reports)
 
 
 def check_inference_rows(rows: list[dict], prefix: str = "") -> None:
@@ -67,6 +73,7 @@ def check_inference_rows(rows: list[dict], prefix: str = "") -> None:
             "reward/mean": pooled["reward"].mean(),
             "reward/std": pooled["reward"].std(),
             "reward/min": pooled["reward"].min(),
+            "reward/p10": np.percentile(pooled["reward"], 10),
             "success_rate": pooled["success_rate"].mean(),
             "reward/gsm8k/mean": pooled["reward/gsm8k"].mean(),
             "reward/code/mean": pooled["reward/code"].mean(),
@@ -80,14 +87,18 @@ def check_inference_rows(rows: list[dict], prefix: str = "") -> None:
             "rollouts_total": 64 * (step + 1),
             "policy_version": step // 5 * 5,
             "staleness/max": pooled["staleness"].max(),
+            "errors": pooled["errors"].mean(),
+            "time/step_s": pooled["time/step_s"].mean(),
+            "time/step_s/max": pooled["time/step_s"].max(),
         }.items():
             assert row[prefix + key] == pytest.approx(value, rel=1e-9), key
+        assert row[f"{prefix}time/step_s/worst"] == f"engine {np.argmax(pooled['time/step_s'])}"
 
 
 def check_evaluation_rows(rows: list[dict]) -> None:
     reports = independent(generate_evaluation_metrics, 2, 1, CHECKPOINTS)
-    for number, (row, checkpoint, [report]) in enumerate(zip(rows, CHECKPOINTS, reports, strict=True)):
-        assert (row["step"], row["workers"], row["checkpoint_step"]) == (number, 1, checkpoint)
+    for row, checkpoint, [report] in zip(rows, CHECKPOINTS, reports, strict=True):
+        assert (row["step"], row["workers"], row["checkpoint_step"]) == (checkpoint, 1, checkpoint)
         for key in EVALUATION_KEYS - {"checkpoint_step"}:
             assert row[key] == pytest.approx(report[key.removesuffix("/mean")].mean(), rel=1e-9), key
 
@@ -127,7 +138,7 @@ def test_a_demo_is_quiet_says_where_its_runs_are_and_leaves_nothing_else(ran, de
     assert ledgers == expected + ["2 rows from 2 reports"] * (demo == "demo4")  # so nothing is lost, and nobody silent
     assert {path.name for path in directory.iterdir()} == {"wandb"}
     left = {path.name for path in (directory / "wandb").iterdir() if not path.name.startswith("offline-run-")}
-    assert left <= {"latest-run", "debug.log", "debug-internal.log", ".wandb-leet.json"}
+    assert left <= {"latest-run", "debug.log", "debug-internal.log", ".wandb-leet.json", ".gitignore"}
     leet = json.loads((directory / "wandb" / ".wandb-leet.json").read_text())
     assert sorted(leet["selected_runs"]) == sorted(path.name for path in folders(directory))
     assert re.search(leet["metrics_filter"]["query"], "math/accuracy")

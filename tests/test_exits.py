@@ -2,7 +2,9 @@
 
 import functools
 import io
+import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from common import WandbRun
 
 import pytest
 from conftest import Log, each_log, wait_for
+from processes import pipeline_process
 
 # The handler first: where the tests run in the background of a shell, processes ignore the signal.
 INTERRUPT = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)"
@@ -59,13 +62,13 @@ def test_a_with_block_ends_as_a_process_with_that_exception_would(run, end, exit
         pytest.param("sys.exit(3)", 3, 3, "SystemExit: 3", marks=pytest.mark.slow),
         ("raise ValueError('no GPU')", 1, 1, "ValueError: no GPU"),
         pytest.param(INTERRUPT, 1, 255, "KeyboardInterrupt", marks=pytest.mark.slow),
-        ("ray.shutdown()", 0, 0, None),  # the actor lives on, and nobody can call it
+        ("ray.shutdown()\nsys.exit(3)", 3, 3, "SystemExit: 3"),  # the actor lives on, and nobody can call it
     ],
 )
 def test_without_finish_a_run_ends_as_its_driver(drive, tmp_path, end, status, exit_code, failure):
     done = drive(f"run()\n{end}")
     assert done.returncode == status, done.stderr
-    wait_for(lambda: not [*tmp_path.glob("wandb/.*.store")])
+    wait_for(lambda: not [*tmp_path.glob("wandb/.*.state")])
     [log] = each_log(tmp_path)
     assert (log.exit_code, log.summary.get("failure"), len(log.rows)) == (exit_code, failure, 1)
 
@@ -130,15 +133,20 @@ pids = ray.get([dropped.make.remote("dropped"), killed.make.remote("killed")])
 os.kill(pids[1], signal.SIGKILL)
 del dropped
 ray.get(task.remote("task"))
-while [name for name in os.listdir("wandb") if name.endswith(".store")]:
+while [name for name in os.listdir("wandb") if name.endswith(".state")]:
     time.sleep(0.1)
+alive = Owner.remote()
+ray.get(alive.make.remote("alive"))
 """,
         "--lr",
         "3",
     )
     assert done.returncode == 0, done.stderr
+    wait_for(lambda: not [*tmp_path.glob("wandb/.*.state")])
     found = {log.run["display_name"]: log for log in each_log(tmp_path)}
-    assert {name: log.exit_code for name, log in found.items()} == {"dropped": 0, "killed": 1, "task": 0}
+    assert {name: log.exit_code for name, log in found.items()} == {
+        "dropped": 0, "killed": 1, "task": 0, "alive": 0,
+    }  # fmt: skip
     for log in found.values():
         environment = log.of("environment")[0]
         assert (environment["program"].rpartition("/")[2], environment["args"]) == ("program.py", ["--lr", "3"])
@@ -167,7 +175,8 @@ signal.signal(signal.SIGTERM, mine)
 before = signal.getsignal(signal.SIGINT)
 with ray_session(args := parse_args("", ["--address", os.environ["CLUSTER"]])):
     assert signal.getsignal(signal.SIGTERM) is not mine
-    assert run_to_end(args, [TrainingWorker.remote()], WandbRun("p", "n", **args.init)) == 1
+    run = WandbRun("p", "n", **args.init)
+    assert run_to_end(args, training=(run, [TrainingWorker.remote().work.remote()])) == 1
 assert signal.getsignal(signal.SIGTERM) is mine
 assert signal.getsignal(signal.SIGINT) is before
 """,
@@ -239,7 +248,7 @@ def test_a_demo_has_a_live_bar_for_each_pipeline_on_a_terminal(run, monkeypatch)
     bars = session._Bars(parse_args("", ["--mode", "offline", "--steps", "12"]), {"training": made})
     for step in range(3):
         made.log({"loss": 0.25}, step, commit=True)
-    made.flush()
+    wait_for(lambda: made.progress()[0].rows == 3)
     bars.update()
     assert re.search(r"training +#+.* 3/12 steps, loss 0\.250", terminal.getvalue())
     made.finish()
@@ -265,18 +274,23 @@ def test_hooks_are_given_back_and_bear_those_of_others(run):
     assert Log(made.path).exit_code == 3
 
 
-def test_a_stop_function_of_the_users_stays_in_the_driver(run, server, monkeypatch):
+def test_a_stop_function_of_the_users_is_called_once_in_the_driver_also_after_the_actor_has_restarted(
+    run, server, monkeypatch
+):
     for name, value in (server.environment | OFTEN).items():
         monkeypatch.setenv(name, value)
     stopped, asked = threading.Event(), []  # an Event can't be pickled
 
     def stop() -> None:
-        asked.append(made.progress())  # the answer comes by another thread
+        asked.append(made.progress()[0])  # the answer comes by another thread
         stopped.set()
 
     with run(mode="online", settings={"stop_fn": stop}) as made:
+        os.kill(pipeline_process(made), signal.SIGKILL)
+        wait_for(lambda: made.progress()[0].restarts == 1)
         server.stopped = {made.id}
-        made.log({"a": 1.0}, 0)
         assert stopped.wait(60)
-        assert asked[0][0].reports == 1
+        made.log({"a": 1.0}, 0)
+    assert [ledger.restarts for ledger in asked] == [1]
     assert server.runs[made.id]["exit_code"] == 0  # it did not end the driver
+    assert made.finish().ok

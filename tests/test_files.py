@@ -1,4 +1,4 @@
-"""The files that a run keeps: private ones, one process's at a time; and which of the folders there are its own."""
+"""The files that a run keeps: private ones, one process's at a time; where they are, and which folders are its own."""
 
 import os
 import pickle
@@ -8,17 +8,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from backbone import disk
-from backbone.files import check_run_id, has_locks, remove_database, store_path
+from backbone import files, transaction_log
+from backbone.files import (
+    Address,
+    check_run_id,
+    has_locks,
+    is_private,
+    is_private_folder,
+    make_private_folder,
+    remove_database,
+    state_path,
+    this_machine,
+)
+from backbone.state import State
 
 import pytest
-from backbone.store import Store
+import wandb
 from conftest import ROOT
 
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    return tmp_path / ".run.store"
+    return tmp_path / ".run.state"
 
 
 def left(path: Path) -> list[bytes]:
@@ -26,7 +37,7 @@ def left(path: Path) -> list[bytes]:
     return [file.read_bytes()[:6] for file in path.parent.glob(f"{path.name}.set-aside-*")]
 
 
-# Whose store it is
+# Whose state it is
 
 
 class Intruder:
@@ -41,10 +52,10 @@ class Intruder:
 
 @pytest.fixture
 def planted(path, tmp_path) -> Path:
-    """A store that runs code when it is opened; returns the folder that this makes."""
-    store = Store(path)
-    store.db.execute("INSERT INTO facts VALUES ('name', ?)", (pickle.dumps(Intruder(tmp_path / "mark")),))
-    store.close()
+    """A state that runs code when it is opened; returns the folder that this makes."""
+    state = State(path)
+    state.db.execute("INSERT INTO facts VALUES ('name', ?)", (pickle.dumps(Intruder(tmp_path / "mark")),))
+    state.close()
     return tmp_path / "mark"
 
 
@@ -76,26 +87,27 @@ KINDS += [of_another_user] if os.getuid() == 0 else []  # nobody else can give a
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 def test_what_is_no_private_file_of_this_user_is_set_aside_and_never_unpickled(path, planted, caplog, make):
     make(path)
-    store = Store(path)
-    assert store.facts == {}
+    state = State(path)
+    assert state.facts == {}
     assert not planted.exists()
     assert left(path) == [b"SQLite"]
-    assert "is no private file of this user: it is set aside as .run.store.set-aside-" in caplog.text
-    store.note(name="n")
-    store.close()
-    assert Store(path).facts == {"name": "n"}
+    assert "is no private file of this user: it is set aside as .run.state.set-aside-" in caplog.text
+    state.note(name="n")
+    state.commit()
+    state.close()
+    assert State(path).facts == {"name": "n"}
 
 
 def test_a_private_file_is_opened(path, planted):
     """So that the test before can fail."""
-    Store(path).close()
+    State(path).close()
     assert planted.exists()
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
 def test_what_is_no_file_is_set_aside(path, make):
     make(path, 0o600)
-    assert Store(path).facts == {}
+    assert State(path).facts == {}
 
 
 def test_a_log_of_sqlite_s_that_is_not_private_is_set_aside(path, planted):
@@ -103,16 +115,17 @@ def test_a_log_of_sqlite_s_that_is_not_private_is_set_aside(path, planted):
     wal.write_bytes(b"planted")
     wal.chmod(0o644)
     with pytest.raises(TypeError):  # of the planted pickle, which is no text
-        Store(path).facts["name"] + ""
+        State(path).facts["name"] + ""
     assert [file.read_bytes() for file in path.parent.glob("*-wal.set-aside-*")] == [b"planted"]
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o077])
-def test_a_store_is_private_whatever_the_user_s_mask(path, mask):
+def test_a_state_is_private_whatever_the_user_s_mask(path, mask):
     before = os.umask(mask)
     try:
-        store = Store(path)
-        store.note(name="n")
+        state = State(path)
+        state.note(name="n")
+        state.commit()
     finally:
         os.umask(before)
     files = [path, *path.parent.glob(f"{path.name}-*")]
@@ -124,9 +137,10 @@ def test_a_store_is_private_whatever_the_user_s_mask(path, mask):
 
 
 def written(path: Path) -> bytes:
-    store = Store(path)
-    store.note(**{f"fact{i}": "x" * 500 for i in range(200)})
-    store.close()
+    state = State(path)
+    state.note(**{f"fact{i}": "x" * 500 for i in range(200)})
+    state.commit()
+    state.close()
     return path.read_bytes()
 
 
@@ -141,31 +155,33 @@ def written(path: Path) -> bytes:
     ],
     ids=["foreign", "half", "a piece", "an empty page", "noise"],
 )
-def test_a_damaged_store_is_set_aside_with_a_line_and_does_not_come_back(path, damage, caplog):
+def test_a_damaged_state_is_set_aside_with_a_line_and_does_not_come_back(path, damage, caplog):
     path.write_bytes(damage(written(path)))
     path.with_name(path.name + "-wal").write_bytes(b"its log")
     path.with_name(path.name + "-wal").chmod(0o600)
-    store = Store(path)
-    assert store.facts == {}
+    state = State(path)
+    assert state.facts == {}
     assert "is damaged" in caplog.text
-    store.note(name="n")
-    store.close()
+    state.note(name="n")
+    state.commit()
+    state.close()
     caplog.clear()
-    assert Store(path).facts == {"name": "n"}
+    assert State(path).facts == {"name": "n"}
     assert caplog.text == ""
 
 
-def test_an_empty_file_is_a_new_store(path, caplog):
+def test_an_empty_file_is_a_new_state(path, caplog):
     path.touch(0o600)
-    assert Store(path).facts == {}
+    assert State(path).facts == {}
     assert caplog.text == ""
 
 
-def test_nothing_is_left_of_a_store_that_is_removed(path):
-    store = Store(path)
-    store.note(name="n")
+def test_nothing_is_left_of_a_state_that_is_removed(path):
+    state = State(path)
+    state.note(name="n")
+    state.commit()
     assert len(list(path.parent.iterdir())) > 1
-    store.remove()
+    state.remove()
     assert list(path.parent.iterdir()) == []
     remove_database(path)  # which may have been done
 
@@ -175,12 +191,12 @@ def test_nothing_is_left_of_a_store_that_is_removed(path):
 OPEN = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from backbone.files import store_path
-from backbone.store import Store
-path = store_path(Path(sys.argv[1]), "run")
-Store.PATIENCE = float(sys.argv[2])
-store = Store(path)
-store.note(name="n")
+from backbone.files import state_path
+from backbone.state import State
+path = state_path(Path(sys.argv[1]), "run")
+state = State(path, patience=float(sys.argv[2]))
+state.note(name="n")
+state.commit()
 print(path, flush=True)
 sys.stdin.read()
 """
@@ -193,40 +209,41 @@ def opening(folder: Path, patience: float, **variables: str) -> subprocess.Popen
 
 
 @pytest.mark.parametrize("end", ["kill", "exit"])
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, path, end, monkeypatch):
-    monkeypatch.setattr(Store, "PATIENCE", 0.1)
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, path, end):
     first = opening(tmp_path, 3)
     assert first.stdout.readline().strip() == str(path)
     with pytest.raises(OSError, match=r"is in use: is another run of this id going on\?"):
-        Store(path)
+        State(path, patience=0.1)
     _, error = opening(tmp_path, 0.1).communicate(timeout=60)
     assert "is another run of this id going on?" in error
     if end == "kill":
         first.kill()
     first.communicate()
-    assert Store(path).facts == {"name": "n"}
+    assert State(path).facts == {"name": "n"}
 
 
-def test_a_store_is_waited_for_a_while(path):
-    store = Store(path)
-    store.note(name="n")
+def test_a_state_is_waited_for_a_while(path):
+    state = State(path)
+    state.note(name="n")
+    state.commit()
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(Store, path)
+        waiting = pool.submit(State, path, 60)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.2)
-        store.close()
+        state.close()
         assert waiting.result(timeout=60).facts == {"name": "n"}
 
 
-def test_a_store_that_is_removed_while_it_is_waited_for_is_a_new_one(tmp_path, path):
-    store = Store(path)
-    store.note(name="the finished run")
+def test_a_state_that_is_removed_while_it_is_waited_for_is_a_new_one(tmp_path, path):
+    state = State(path)
+    state.note(name="the finished run")
+    state.commit()
     waiting = opening(tmp_path, 60)
     time.sleep(1.5)
-    store.remove()
+    state.remove()
     assert waiting.stdout.readline().strip() == str(path)
     waiting.communicate()
-    assert Store(path).facts == {"name": "n"}
+    assert State(path).facts == {"name": "n"}
 
 
 # File systems without locks
@@ -274,7 +291,7 @@ def without_locks(tmp_path) -> dict[str, str]:
     return dict(LD_PRELOAD=str(library), FOLDER=str(folder), TMPDIR=str(temporary))
 
 
-def test_where_a_folder_has_no_locks_the_store_is_in_the_temporary_folder(tmp_path, without_locks):
+def test_where_a_folder_has_no_locks_the_state_is_in_the_temporary_folder(tmp_path, without_locks):
     folder, temporary = tmp_path / "lustre", tmp_path / "tmp"
     first = opening(folder, 3, **without_locks)
     path = Path(first.stdout.readline().strip())
@@ -298,15 +315,103 @@ def test_where_a_folder_has_no_locks_the_store_is_in_the_temporary_folder(tmp_pa
 def test_without_locks_sqlite_could_not_be_used_there(tmp_path, without_locks):
     """So that the test before can fail."""
     program = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('CREATE TABLE t (x)')"
-    command = [sys.executable, "-c", program, str(tmp_path / "lustre" / "store")]
+    command = [sys.executable, "-c", program, str(tmp_path / "lustre" / "state")]
     done = subprocess.run(command, env=os.environ | without_locks, capture_output=True, text=True)
     assert "sqlite3.OperationalError" in done.stderr
 
 
-def test_a_folder_that_has_locks_holds_the_store(tmp_path):
+def test_a_folder_that_has_locks_holds_the_state(tmp_path):
     assert has_locks(tmp_path)
-    assert store_path(tmp_path, "run") == tmp_path / ".run.store"
+    assert state_path(tmp_path, "run") == tmp_path / ".run.state"
     assert list(tmp_path.iterdir()) == []
+
+
+# Private folders, and where a run's is
+
+
+def readable_by_all(path: Path) -> None:
+    make_private_folder(path)
+    path.chmod(0o755)
+
+
+def a_link(path: Path) -> None:
+    make_private_folder(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def a_file(path: Path) -> None:
+    path.touch(0o700)
+
+
+def somebody_else_s(path: Path) -> None:
+    make_private_folder(path)
+    os.chown(path, 12345, 12345)
+
+
+FOLDERS = [readable_by_all, a_link, a_file, *([somebody_else_s] if os.getuid() == 0 else [])]
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o077])
+def test_a_private_folder_is_made_once_and_is_private_whatever_the_user_s_mask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        for _ in range(2):
+            make_private_folder(tmp_path / "deep" / "private")
+            (tmp_path / "deep" / "private" / "letter").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "deep" / "private").stat().st_mode & 0o777 == 0o700
+    assert is_private_folder(tmp_path / "deep" / "private")
+    assert (tmp_path / "deep" / "private" / "letter").exists()
+
+
+@pytest.mark.parametrize("make", FOLDERS, ids=lambda make: make.__name__)
+def test_what_is_no_private_folder_of_this_user_is_not_used(tmp_path, make):
+    path = tmp_path / "private"
+    make(path)
+    assert not is_private_folder(path)
+    with pytest.raises(OSError, match=r"is no private folder of this user|File exists"):
+        make_private_folder(path)
+    assert not Address("n", "nonce", path, this_machine(), "").is_here
+
+
+def test_a_run_s_home_is_its_folder_on_its_own_machine(tmp_path):
+    """A temporary folder may be on a disk that other machines see, and a container may have another one."""
+    home = Address("n", "nonce", tmp_path / "private", this_machine(), "node")
+    assert not home.is_here
+    make_private_folder(home.folder)
+    assert home.is_here
+    assert not home._replace(machine="another").is_here
+    assert pickle.loads(pickle.dumps(home)) == home
+    program = "from backbone.files import this_machine; print(this_machine())"
+    there = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True).strip()
+    assert this_machine() == there
+    assert len(there) > 20
+
+
+def test_elsewhere_each_machine_and_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    home = Address("n", "nonce", tmp_path / "private", "here", "node")
+    folders = {home.elsewhere, home._replace(nonce="other").elsewhere}
+    monkeypatch.setattr(files, "this_machine", lambda: "another-machine")
+    folders.add(home.elsewhere)
+    assert len(folders) == 3
+    assert {folder.parent for folder in folders} == {tmp_path}
+    assert (
+        len({home.key("place", "a"), home.key("place", "b"), home.key("open"), home._replace(nonce="o").key("open")})
+        == 4
+    )
+
+
+def test_what_is_unpickled_is_a_file_of_this_user_alone(tmp_path):
+    letter = tmp_path / "letter"
+    letter.touch(0o600)
+    assert is_private(letter)
+    for change in KINDS:
+        copy = tmp_path / f"letter {change.__name__}"
+        copy.touch(0o600)
+        change(copy)
+        assert not is_private(copy), change
 
 
 # Ids and folders
@@ -315,7 +420,7 @@ def test_a_folder_that_has_locks_holds_the_store(tmp_path):
 @pytest.mark.parametrize("id_", ["7", "seed-7", "a[1]", "x y", "ü" * 64, "x" * 128, "a.b", "-", "*"])
 def test_an_id_that_can_be_a_file_s_name_is_taken(id_, tmp_path):
     check_run_id(id_)
-    Store(store_path(tmp_path, id_)).close()
+    State(state_path(tmp_path, id_)).close()
 
 
 @pytest.mark.parametrize(
@@ -370,18 +475,44 @@ def test_a_run_s_folders_are_those_of_its_very_id(tmp_path):
         "my-offline-run-20260101_000000-7": "run-7.wandb",
     }.items():
         folder(tmp_path, name, log)
-    assert disk.folders(tmp_path, "7") == mine
-    assert [path.name[-2:] for path in disk.folders(tmp_path, "7", begun=True)] == ["-7", "-7", "-1", "-7"]
-    assert disk.folders(tmp_path, "7-1") == [tmp_path / "offline-run-20260101_000000-7-1"]
-    assert disk.folders(tmp_path, "1") == []
+    assert transaction_log.folders(tmp_path, "7") == mine
+    assert [path.name[-2:] for path in transaction_log.folders(tmp_path, "7", begun=True)] == ["-7", "-7", "-1", "-7"]
+    assert transaction_log.folders(tmp_path, "7-1") == [tmp_path / "offline-run-20260101_000000-7-1"]
+    assert transaction_log.folders(tmp_path, "1") == []
+
+
+@pytest.fixture
+def in_time_zone(monkeypatch):
+    """in_time_zone("UTC+3"): this process is there, three hours behind."""
+
+    def in_time_zone(zone: str) -> None:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+
+    yield in_time_zone
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_run_s_folders_come_in_the_order_in_which_they_were_made(tmp_path, in_time_zone):
+    """Their names have the time of a time zone, and a clock is set back once a year."""
+    made = []
+    for zone in ("UTC-12", "UTC+11"):
+        in_time_zone(zone)
+        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
+        run = wandb.init(project="p", id="7", dir=tmp_path, mode="offline", reinit="create_new", settings=settings)
+        run.finish()
+        made.append(Path(run.sync_dir))
+    assert made != sorted(made)
+    assert transaction_log.folders(tmp_path / "wandb", "7") == made
 
 
 def test_ids_that_look_like_patterns_are_taken_by_the_letter(tmp_path):
     bracket = folder(tmp_path, "run-20260101_000000-a[1]", "run-a[1].wandb")
     plain = folder(tmp_path, "run-20260101_000000-a1", "run-a1.wandb")
-    assert disk.folders(tmp_path, "a[1]") == [bracket]
-    assert disk.folders(tmp_path, "a1") == [plain]
-    assert disk.folders(tmp_path, "a.") == disk.folders(tmp_path, "*") == []
+    assert transaction_log.folders(tmp_path, "a[1]") == [bracket]
+    assert transaction_log.folders(tmp_path, "a1") == [plain]
+    assert transaction_log.folders(tmp_path, "a.") == transaction_log.folders(tmp_path, "*") == []
 
 
 def test_totals_are_those_of_the_pipeline_s_own_keys():
@@ -393,10 +524,10 @@ def test_totals_are_those_of_the_pipeline_s_own_keys():
         "training/n_total": float("nan"),
         "training/text_total": "x",
     }
-    assert disk.totals(metrics, "training/") == {"tokens": 5}
-    assert disk.totals({"a_total": 2}, "") == {"a": 2}
+    assert transaction_log.totals(metrics, "training/") == {"tokens": 5}
+    assert transaction_log.totals({"a_total": 2}, "") == {"a": 2}
 
 
-def test_a_store_says_what_is_wrong_with_the_disk(tmp_path):
+def test_a_state_says_what_is_wrong_with_the_disk(tmp_path):
     with pytest.raises(OSError, match="No such file"):
-        Store(tmp_path / "nowhere" / ".run.store")
+        State(tmp_path / "nowhere" / ".run.state")

@@ -7,8 +7,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from backbone import transaction_log, wandb_internals
+from backbone import nodes, transaction_log, wandb_internals
 from backbone.nodes import METRICS, with_nodes
+from common import WandbRun
 
 import pytest
 import wandb
@@ -16,7 +17,7 @@ from conftest import ROOT, Log, folders, short_folder, wait_for
 
 pytestmark = pytest.mark.xdist_group("nodes")  # in one process, for they share what takes long
 
-# Three runs on a cluster of two nodes, which last until they have system metrics of the endpoints that they read.
+# Runs on a cluster of two nodes, which last until they have system metrics of the endpoints that they read.
 RUNS = """
 import os, sys, time
 from backbone import nodes, transaction_log
@@ -30,21 +31,34 @@ ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
 found = nodes.endpoints()
 print(*found)
 
-def record(name, expected, **settings):
+def start(name, **settings):
     settings |= dict(x_stats_sampling_interval=0.5)
-    with WandbRun("nodes", name, mode="offline", dir=sys.argv[1], settings=settings) as run:
-        deadline, seen = time.monotonic() + 60, set()
-        while not seen >= expected and time.monotonic() < deadline:
-            time.sleep(0.2)
-            items = [item.key for record in transaction_log.records(run.path) for item in record.stats.item]
-            seen = {item.split(".")[1] for item in items if item.startswith("openmetrics.")}
+    return WandbRun("nodes", name, mode="offline", dir=sys.argv[1], settings=settings)
 
-record("default", set(found))
+def keys(run):
+    return [item.key for record in transaction_log.records(run.path) for item in record.stats.item]
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+def record(run, expected):
+    wait_for(lambda: {key.split(".")[1] for key in keys(run) if key.startswith("openmetrics.")} >= expected)
+
+with start("default") as one, start("beside") as other:
+    record(one, set(found))
+    wait_for(lambda: len(keys(other)) >= len(keys(one)))
+with start("after") as run:
+    record(run, set(found))
 mine = {"mine": next(iter(found.values()))}
-record("argument", {"mine"}, x_stats_open_metrics_endpoints=mine, x_stats_open_metrics_filters=["ray_node_cpu_count"])
+own = dict(x_stats_open_metrics_endpoints=mine, x_stats_open_metrics_filters=["ray_node_cpu_count"])
+with start("argument", **own) as run:
+    record(run, {"mine"})
 os.environ["WANDB__STATS_OPEN_METRICS_ENDPOINTS"] = str(mine).replace("'", '"')
 os.environ["WANDB__STATS_OPEN_METRICS_FILTERS"] = '["ray_node_mem_total"]'
-record("environment", {"mine"})
+with start("environment") as run:
+    record(run, {"mine"})
 ray.shutdown()
 cluster.shutdown()
 """
@@ -75,11 +89,13 @@ def cluster(tmp_path_factory) -> tuple[list[str], dict[str, set[str]]]:
 
 @pytest.mark.slow
 def test_a_run_records_cpu_and_memory_of_every_node_under_its_hosts_name(cluster):
-    nodes, recorded = cluster
-    assert len(set(nodes)) == 2
-    assert all(re.fullmatch(rf"{os.uname().nodename.partition('.')[0]}-[0-9a-f]{{6}}", node) for node in nodes)
+    found, recorded = cluster
+    assert len(set(found)) == 2
+    assert all(re.fullmatch(rf"{os.uname().nodename.partition('.')[0]}-[0-9a-f]{{6}}", node) for node in found)
     metrics = ("ray_node_cpu_utilization", "ray_node_mem_used")
-    assert recorded["default"] == {f"{node}.{metric}" for node in nodes for metric in metrics}
+    every = {f"{node}.{metric}" for node in found for metric in metrics}
+    assert (recorded["default"], recorded["after"]) == (every, every)
+    assert recorded["beside"] == set(), "one run of a job at a time"
 
 
 @pytest.mark.slow
@@ -129,4 +145,27 @@ def test_who_sets_endpoints_or_filters_has_those(monkeypatch):
 
 def test_a_cluster_that_exports_nothing_changes_no_setting(ray_here):
     assert [node["MetricsExportPort"] for node in ray_here.nodes()] == [-1]
-    assert with_nodes({"silent": True}) == {"silent": True}
+    assert with_nodes({"silent": True}, "nonce") == {"silent": True}
+
+
+def test_one_run_of_a_job_records_the_nodes_until_it_ends_and_then_another_one_may(run, ray_here, monkeypatch):
+    monkeypatch.setattr(nodes, "endpoints", lambda: {"node-1": "http://n:1"})
+
+    @ray_here.remote
+    class Trial:
+        def start(self, folder: Path) -> str:
+            self.run = WandbRun("p", mode="offline", dir=folder)
+            return self.run._address.nonce
+
+    def records(nonce: str) -> bool:
+        return bool(with_nodes({}, nonce))
+
+    made, trial = run(), Trial.remote()
+    mine, theirs = made._address.nonce, ray_here.get(trial.start.remote(made.path.parent.parent))
+    assert [records(mine), records(theirs)] == [True, False]
+    assert records(mine), "also when its actor has restarted"
+    assert with_nodes({"x_stats_open_metrics_endpoints": {}}, theirs), "nobody forbids one's own"
+    made.finish()
+    assert [records(theirs), records("another")] == [True, False]
+    ray_here.kill(trial)
+    wait_for(lambda: records("another"))

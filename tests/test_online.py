@@ -1,15 +1,18 @@
 """With an account: the real client against a W&B server on loopback that works, fails, stalls or goes away."""
 
 import contextlib
+import os
 import re
 import shlex
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import ONE_EACH, Log, folders, read_rows, short_folder, wait_for
-from processes import below
+from processes import below, pipeline_process
 from wandb_server import KEY, Server
 
 
@@ -91,10 +94,8 @@ def test_what_a_server_refuses_or_misses_is_on_disk_with_the_command_that_brings
         wait_for(lambda: server.runs)
         wait_for(lambda: folders(tmp_path))
         server.stop()
-    began = time.monotonic()
     stdout, stderr = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert time.monotonic() - began < 45
     assert "W&B server refused" in stderr if trouble == 403 else "did not end within" in stderr
     assert "lost" not in stdout
     [path] = folders(tmp_path)
@@ -116,17 +117,15 @@ def test_artifacts_that_find_no_server_are_counted_hold_nothing_up_and_their_fil
     wait_for(lambda: len(folders(tmp_path)) == 3)
     wait_for(lambda: all(list(read_rows(path)) for path in folders(tmp_path)))
     server.stop()
-    began = time.monotonic()
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert time.monotonic() - began < 45
     assert stderr.count("artifacts were not logged or used") == 3
     lost = [int(n) for n in re.findall(r"rows from \d+ reports.* (\d+) artifacts lost", stdout)]
     assert len(lost) == 3
     assert lost[0] >= 5  # of 6 checkpoints: the first may have found the server
     for path in folders(tmp_path):
         log = Log(path)
-        assert steps(log.rows) == list(range(6 if log.run["job_type"] == "evaluation" else 60))
+        assert steps(log.rows) == list(range(0, 60, 10 if log.run["job_type"] == "evaluation" else 1))
         kept = [*path.glob("artifacts/*/weights.npy")]
         assert len(kept) == (6 if log.run["job_type"] == "training" else 0)
 
@@ -158,9 +157,30 @@ def test_a_key_is_not_listed_by_ray(drive, server):
     program = """
 from ray._private import state
 with run(mode="online") as made:
-    print(made._actor._actor_id.hex(), state.actors(), state.jobs(), state.workers())
+    print(made._owned.actor._actor_id.hex(), state.actors(), state.jobs(), state.workers())
     print(ray.get_runtime_context().runtime_env)
 """
     done = drive(program, **server.environment)
     assert done.stdout.count(done.stdout.split()[0]) > 1, done.stderr[-2000:]
     assert KEY not in done.stdout + done.stderr
+
+
+def test_what_was_edited_in_the_app_stays_when_the_actor_restarts_and_when_the_run_is_recovered(
+    run, server, monkeypatch
+):
+    for name, value in (server.environment | {"WANDB_TAGS": "environment"}).items():
+        monkeypatch.setenv(name, value)
+    made = run(id="r", mode="online", name="first", notes="first", settings={"run_notes": "settings"})
+    made.log({"a": 1.0}, 0)
+    app, edited = server.runs["r"], dict(name="edited", tags=["edited"], notes="edited")
+    assert [app[key] for key in edited] == ["first", ["environment"], "first"]
+    app |= edited
+    os.kill(pipeline_process(made), signal.SIGKILL)
+    wait_for(lambda: made.progress()[0].restarts == 1)
+    made.log({"a": 2.0}, 1)
+    assert {key: app[key] for key in edited} == edited
+    ray.kill(made._owned.actor)
+    ledger = made.finish()
+    assert (ledger.ok, ledger.restarts, [row["a"] for row in server.rows("r")]) == (True, 1, [1.0, 2.0])
+    assert ledger.warnings == ["the pipeline actor is gone; the run was finished without it"]
+    assert {key: app[key] for key in edited} == edited

@@ -1,344 +1,351 @@
-"""A pipeline and its store, without Ray and wandb: what comes in gets into rows once and in order, whatever fails."""
+"""From outboxes to numbered rows: what comes in gets into rows once and in order, whatever fails.
+
+Without Ray, and mostly before W&B has started. How outboxes are written and read: see test_outbox.py.
+"""
 
 import contextlib
 import itertools
 import math
+import multiprocessing
 import os
+import pickle
+import random
 import resource
+import signal
 import sqlite3
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
-from backbone.pipeline import Pipeline
+from backbone import process, values
+from backbone import run as run_room
+from backbone.inbox import GONE, HOME
+from backbone.outbox import COMMIT, ENDED, EXIT, GOODBYE, LOST, REPORT, VANISHED
+from backbone.reading import Reader, Reading
 from backbone.reduction import Reduction
-from backbone.run import ledger
-from backbone.values import pack
+from backbone.state import Row, State
 from common import TrainingPipelineActor
 
 import numpy as np
 import pytest
 import wandb
-from backbone.inbox import Batch
-from backbone.store import Row, Store
+from conftest import folders, read_rows, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-NODE = "node"
-
-
-class Opened:
-    """A pipeline of a store, which can be closed and opened again as by a restarted actor."""
-
-    def __init__(self, folder: Path, reduction: Reduction | None = None, workers: int = 1, prefix: str = ""):
-        self.path, self.prefix, self.serials = folder / ".run.store", prefix, itertools.count()
-        self.store = Store(self.path)
-        self.pipeline = Pipeline(self.store, prefix, reduction or Reduction())
-        self.pipeline.begin(reduction or Reduction(), workers, {})
-
-    def reopen(self) -> None:
-        self.store.close()
-        self.store = Store(self.path)
-        self.pipeline = Pipeline.all(self.store)[self.prefix]
-
-    def push(self, *items: tuple, sender: str = "a", serial: int | None = None, **fields) -> list[Row]:
-        """A batch of (worker, step, metrics), of which the last of a worker may be (worker, None): it is gone."""
-        serial = next(self.serials) if serial is None else serial
-        packed = [(w, step, bool(commit), pack(metrics[0]) if metrics else b"") for w, step, *metrics, commit in items]
-        fields = dict(oldest=serial, said=0, last=False) | fields
-        return self.pipeline.push(Batch(self.prefix, sender, (NODE, 7), serial, items=packed, **fields))
-
-    def ledger(self):
-        return ledger(self.store, self.pipeline, lambda number: True)
+from rooms import ELSEWHERE, QUIET, Event, Kept, begun, report, who
 
 
 @pytest.fixture
-def opened(tmp_path):
+def kept(tmp_path) -> Iterator[Callable[..., Kept]]:
+    """kept(workers=2): a run with one pipeline. One that is made again goes on as a restarted actor does."""
     made = []
 
-    def opened(*arguments, **options) -> Opened:
-        made.append(Opened(tmp_path, *arguments, **options))
+    def kept(prefix: str = "", reduction: Reduction | None = None, workers: int = 1, **init) -> Kept:
+        made.append(Kept(tmp_path, **init))
+        made[-1].join(prefix, reduction, workers)
         return made[-1]
 
-    yield opened
+    yield kept
     for each in made:
-        each.store.close()
+        each.close()
 
 
-def values(rows: list[Row], key: str = "a") -> list:
+def again(made: Kept) -> Kept:
+    """As a restarted actor goes on."""
+    made.close()
+    return Kept(Path(made.init["dir"]))
+
+
+def of(rows: list[Row], key: str = "a") -> list:
     return [row.metrics.get(key) for row in rows]
+
+
+def steps(made: Kept) -> list[int]:
+    return of(made.rows, "step")
+
+
+def sizes(made: Kept) -> list[tuple[int, int]]:
+    return [(row.metrics["step"], row.metrics["workers"]) for row in made.rows]
 
 
 # Rows and their numbers
 
 
-def test_rows_are_numbered_as_they_come_over_all_pipelines(opened):
-    made = opened(prefix="training/")
-    other = Pipeline(made.store, "inference/", Reduction())
-    other.begin(Reduction(), 1, {})
-    rows = made.push(("w", 5, {"a": 1.0}, True))
-    rows += other.push(Batch("inference/", "b", (NODE, 7), 0, 0, 1, False, [("v", 5, True, pack({"a": 2.0}))]))
-    rows += made.push(("w", 6, {"a": 3.0}, True))
-    assert rows == [
+def test_rows_are_numbered_as_they_come_over_all_pipelines(kept):
+    made = kept("training/")
+    made.join("inference/")
+    made.say(5, {"a": 1.0}, "training/")
+    made.say(5, {"a": 2.0}, "inference/", worker="v")
+    made.say(6, {"a": 3.0}, "training/")
+    assert [row[:2] for row in made.rows] == [
         (0, {"training/a": 1.0, "training/step": 5, "training/workers": 1}),
         (1, {"inference/a": 2.0, "inference/step": 5, "inference/workers": 1}),
         (2, {"training/a": 3.0, "training/step": 6, "training/workers": 1}),
     ]
 
 
-def test_numbers_begin_where_the_run_does(opened):
-    made = opened()
-    made.store.note(first=40)
-    assert [row.number for row in made.push(("w", 0, {"a": 1.0}, True), ("w", 1, {"a": 1.0}, True))] == [40, 41]
-    made.store.note(first=20)
-    assert [row.number for row in made.push(("w", 2, {"a": 1.0}, True))] == [42]
+def test_numbers_begin_where_the_run_does(kept):
+    made = kept()
+    made.state.note(first=40)
+    for step in range(2):
+        made.say(step, {"a": 1.0})
+    made.state.note(first=20)
+    made.say(2, {"a": 1.0})
+    assert [row.number for row in made.rows] == [40, 41, 42]
 
 
-def test_the_order_of_the_reports_has_no_effect_on_the_row(opened):
+def test_the_order_of_the_reports_has_no_effect_on_the_row(kept):
     reports = [
         {"a": 0.1, "x": np.array([0.1, 7.0])},
         {"a": 0.7, "x": np.array([3.3])},
         {"a": 1e9, "x": np.array([1e-9])},
     ]
-    made = opened(workers=3)
-    rows = []
+    made = kept(workers=3)
     for step, order in enumerate(itertools.permutations(enumerate(reports))):
-        rows += made.push(*((f"w{i}", step, metrics, True) for i, metrics in order))
-    assert len(rows) == 6
-    assert len({tuple(sorted((k, v) for k, v in row.metrics.items() if k != "step")) for row in rows}) == 1
+        made.bring(*(report(f"w{i}", step, metrics) for i, metrics in order))
+    assert len(made.rows) == 6
+    assert len({tuple(sorted((k, v) for k, v in row.metrics.items() if k != "step")) for row in made.rows}) == 1
 
 
-def test_reports_of_one_step_may_come_in_batches_of_several_processes_and_over_a_restart(opened):
-    made = opened(Reduction(sums=("n",)), workers=2)
-    assert made.push(("w", 0, {"n": 1}, False), sender="a", serial=0) == []
-    made.reopen()
-    assert made.push(("v", 0, {"n": 2}, True), sender="b", serial=0) == []
-    assert values(made.push(("w", 0, {"n": 4}, True), sender="a", serial=1), "n") == [7]
-    assert made.pipeline.inbox.senders["a"].received == 2
+def test_a_step_may_be_reported_in_parts_by_several_processes_and_over_a_restart(kept):
+    made = kept(reduction=Reduction(sums=("n",)), workers=2)
+    made.say(0, {"n": 1}, worker="w", commit=False)
+    made = again(made)
+    made.say(0, {"n": 2}, worker="v")
+    assert made.rows == []
+    made.say(0, {"n": 4}, worker="w")
+    assert of(made.rows, "n") == [7]
 
 
-def test_the_row_of_the_highest_step_is_the_progress_whatever_came_last(opened):
-    made = opened()
-    made.push(("w", 7, {"a": 7.0, "text": "x"}, True), ("w", 3, {"a": 3.0}, True))
-    assert made.pipeline.last_row == {"a": 7.0, "step": 7, "workers": 1}
-    made.reopen()
-    made.push(("w", 4, {"a": 4.0}, True))
-    assert made.pipeline.last_row["step"] == 7
-    made.push(("w", 8, {"a": 8.0}, True))
-    assert made.pipeline.last_row["step"] == 8
+def test_a_row_s_time_is_when_the_last_of_its_reports_was_logged(kept):
+    """Not when it was made: a step may wait for a straggler, and an actor that was dead may catch up."""
+    made = kept(workers=2)
+    made.bring(report("w", 0, {"a": 1.0}, at=1000.5), report("v", 0, {"a": 1.0}, at=1700.25))
+    made.bring(report("w", 1, {"a": 1.0}, at=1800.0))
+    made = again(made)
+    made.bring(report("v", 1, {"a": 1.0}, at=1750.0))
+    assert [row.wall_time for row in made.rows] == [1700.25, 1800.0]
 
 
-def test_a_straggler_s_report_gets_a_row_of_its_own_and_nobody_s_attempt_is_mixed_with_it(opened):
-    made = opened(workers=2)
-    made.push(("w", 0, {"a": 1.0}, True), ("v", 0, {"a": 3.0}, True))
-    made.push(("u", 0, {"a": 9.0}, True), sender="late")
-    rows = made.pipeline.end()
-    assert [row.metrics for row in rows] == [{"a": 9.0, "step": 0, "workers": 1}]
-    assert (made.ledger().rows, made.ledger().partial, made.ledger().lost) == (2, 1, 0)
+def test_the_row_of_the_highest_step_is_the_progress_whatever_came_last(kept):
+    made = kept()
+    made.say(7, {"a": 7.0, "text": "x"})
+    made.say(3, {"a": 3.0})
+    assert made.run.pipeline("").last_row == {"a": 7.0, "step": 7, "workers": 1}
+    made = again(made)
+    made.say(4, {"a": 4.0})
+    assert made.run.pipeline("").last_row["step"] == 7
+    made.say(8, {"a": 8.0})
+    assert made.run.pipeline("").last_row["step"] == 8
 
 
-def test_fewer_workers_make_steps_whole_that_wait(opened):
-    made = opened(workers=2)
-    assert made.push(*(("w", step, {"a": float(step)}, False) for step in range(3))) == []
-    assert values(made.pipeline.expect(1)) == [0, 1]
-    assert values(made.push(("w", 3, {"a": 3.0}, False))) == [2]
+def test_a_straggler_s_report_gets_a_row_of_its_own(kept):
+    made = kept(workers=2)
+    made.bring(report("w", 0, {"a": 1.0}), report("v", 0, {"a": 3.0}))
+    made.say(0, {"a": 9.0}, worker="late")
+    made.end()
+    assert of(made.rows) == [2, 9]
+    assert made.run.pipeline("").counts == Counter(reports=3, rows=2, partial=1)
+    assert made.in_no_row() == 0
+
+
+def test_fewer_workers_make_steps_whole_that_wait(kept):
+    made = kept(workers=2)
+    for step in range(3):
+        made.say(step, {"a": float(step)}, commit=False)
+    assert made.rows == []
+    made.run.expect("", 1)
+    assert steps(made) == [0, 1]
+    made.say(3, {"a": 3.0}, commit=False)
+    assert steps(made) == [0, 1, 2]
 
 
 # Totals and weights
 
 
-def test_totals_add_up_over_steps_and_restarts(opened):
-    made = opened(TrainingPipelineActor.reduction, workers=2, prefix="training/")
-    rows = []
+def test_totals_add_up_over_steps_and_restarts(kept):
+    made = kept("training/", TrainingPipelineActor.reduction, workers=2)
     for step in range(3):
-        rows += made.push(*((f"w{i}", step, {"tokens": 10 * i}, True) for i in (1, 2)))
-        made.reopen()
-    assert values(rows, "training/tokens_total") == [30, 60, 90]
+        made.bring(*(report(f"w{i}", step, {"tokens": 10 * i}) for i in (1, 2)))
+        made = again(made)
+    assert of(made.rows, "training/tokens_total") == [30, 60, 90]
+    made.close()
 
 
-def test_a_total_leaves_out_what_is_no_number(opened):
-    made = opened(Reduction(sums=("n",), totals=("n",)))
-    tokens = [1, math.nan, "x", math.inf, 2]
-    rows = made.push(*(("w", step, {"n": n}, True) for step, n in enumerate(tokens)))
-    assert values(rows, "n_total") == [1, 1, None, 1, 3]
-    assert math.isnan(rows[1].metrics["n"])  # but it stays visible in its own row
+def test_a_total_leaves_out_what_is_no_number(kept):
+    made = kept(reduction=Reduction(sums=("n",), totals=("n",)))
+    for step, n in enumerate([1, math.nan, "x", math.inf, 2]):
+        made.say(step, {"n": n})
+    assert of(made.rows, "n_total") == [1, 1, None, 1, 3]
+    assert math.isnan(made.rows[1].metrics["n"])  # but it stays visible in its own row
 
 
-def test_totals_go_on_from_those_of_the_run_that_is_resumed(opened):
-    made = opened()
-    rule = Reduction(totals=("n",))
-    made.pipeline.begin(rule, 1, {"n": 100, "other": 5})
-    assert values(made.push(("w", 0, {"n": 1}, True)), "n_total") == [101]
-    made.pipeline.begin(rule, 1, {"n": 7})  # a restart: what it counted itself is right
-    assert values(made.push(("w", 1, {"n": 1}, True)), "n_total") == [102]
-    assert made.pipeline.totals == {"n": 102}
+def test_totals_go_on_from_those_of_the_run_that_is_resumed(kept):
+    made, rule = kept(), Reduction(totals=("n",))
+    pipeline = made.run.pipeline("")
+    pipeline.begin(rule, 1, {"n": 100, "other": 5})
+    made.say(0, {"n": 1})
+    pipeline.begin(rule, 1, {"n": 7})  # a restart: what it counted itself is right
+    made.say(1, {"n": 1})
+    assert of(made.rows, "n_total") == [101, 102]
+    assert pipeline.totals == {"n": 102}
 
 
-def test_a_missing_weight_is_warned_of_once_with_its_count(opened):
-    made = opened(Reduction(weights={"loss": "tokens"}))
-    made.push(*(("w", step, {"loss": 1.0}, True) for step in range(3)))
-    assert made.store.warnings == [
+def test_a_missing_weight_is_warned_of_once_with_its_count(kept):
+    made = kept(reduction=Reduction(weights={"loss": "tokens"}))
+    for step in range(3):
+        made.say(step, {"loss": 1.0})
+    assert made.state.warnings == [
         "'loss' was reported without its weight 'tokens': such a row has the plain mean (3 times)"
     ]
 
 
-def test_warnings_name_the_pipeline_and_are_told_once(opened):
-    made, heard = opened(workers=2, prefix="training/"), []
-    made.store.hear = heard.append
+def test_warnings_name_the_pipeline_and_are_told_once(kept):
+    made, heard = kept("training/", workers=2), []
+    made.state.hear = heard.append
     for step in range(3):
-        made.push(("w", step, {"a": "x"}, True), ("v", step, {"a": "y"}, True))
+        made.bring(report("w", step, {"a": "x"}), report("v", step, {"a": "y"}))
     assert heard == ["training/: 'a' differs between workers: one of them is kept"]
-    made.reopen()
-    made.push(("w", 3, {"a": "x"}, True), ("v", 3, {"a": "y"}, True))
-    assert made.store.warnings == ["training/: 'a' differs between workers: one of them is kept (4 times)"]
+    made = again(made)
+    made.bring(report("w", 3, {"a": "x"}), report("v", 3, {"a": "y"}))
+    assert made.state.warnings == ["training/: 'a' differs between workers: one of them is kept (4 times)"]
 
 
-# Batches under way
+# Who logs
 
 
-class Sender:
-    """An outbox whose batches the network and the restarts of the actor bring in any order and any number of times."""
-
-    UNDER_WAY = 4
-
-    def __init__(self, name: str):
-        self.name, self.made = name, 0
-        self.under_way: dict[int, dict] = {}  # serial -> what was sent and not answered
-
-    def send(self) -> None:
-        if len(self.under_way) < self.UNDER_WAY:
-            oldest = min(self.under_way, default=self.made)
-            self.under_way[self.made] = dict(serial=self.made, oldest=oldest, said=2 * self.made + 2)
-            self.made += 1
-
-    def deliver(self, made: Opened, serial: int, answered: bool) -> list[Row]:
-        """Brings a batch of two reports; without an answer it will come again."""
-        items = [(self.name, 2 * serial + i, {self.name: 2 * serial + i}, True) for i in range(2)]
-        rows = made.push(*items, sender=self.name, **self.under_way[serial])
-        if answered:
-            del self.under_way[serial]
-        return rows
+def test_one_process_s_tasks_are_workers_each_and_done_when_the_next_one_begins(kept):
+    made = kept(workers=2)
+    made.bring(who("p", "task 1"), report("p", 0, {"a": 1.0}, commit=False))
+    made.bring(who("p", "task 2"), report("p", 0, {"a": 3.0}, commit=False))
+    assert made.rows == []
+    made.bring(who("p", "task 3"), report("p", 1, {"a": 5.0}, commit=False))
+    assert (sizes(made), of(made.rows)) == ([(0, 2)], [2])
 
 
-@settings(max_examples=300)
-@given(st.data())
-def test_each_sender_s_reports_are_taken_once_and_in_order_however_often_and_shuffled_its_batches_come(data):
-    with tempfile.TemporaryDirectory() as folder:
-        made, senders = Opened(Path(folder), workers=1), [Sender("a"), Sender("b")]
-        rows = []
-        for action in data.draw(
-            st.lists(st.sampled_from(["send", "send", "answered", "lost", "restart"]), max_size=40)
-        ):
-            sender = data.draw(st.sampled_from(senders))
-            if action == "send":
-                sender.send()
-            elif action == "restart":
-                made.reopen()
-            elif sender.under_way:
-                serial = data.draw(st.sampled_from(sorted(sender.under_way)))
-                rows += sender.deliver(made, serial, answered=action == "answered")
-        for sender in senders:
-            for serial in data.draw(st.permutations(sorted(sender.under_way))):
-                rows += sender.deliver(made, serial, answered=True)
-        for sender in senders:
-            taken = [row.metrics[sender.name] for row in rows if sender.name in row.metrics]
-            assert taken == list(range(2 * sender.made))
-            state = made.pipeline.inbox.senders.get(sender.name)
-            assert (
-                (state.received, state.floor, state.early) == (2 * sender.made, sender.made, set()) if state else True
-            )
-        assert made.store.db.execute("SELECT count(*) FROM early").fetchone() == (0,)
-        assert made.ledger().lost == 0
-        assert "disk" not in made.store.facts.get("warnings", {})  # a batch that is there is no trouble of the disk
-        made.store.close()
+def test_a_task_that_says_goodbye_is_done_and_no_newcomer_is_taken_for_its_second_attempt(kept):
+    made = kept(workers=2)
+    made.bring(who("p", "task 1"), report("p", 0, {"a": 1.0}, commit=False), Event("p", GOODBYE))
+    made.bring(Event("p", ENDED))  # its process is killed, which is no death of the task
+    made.bring(who("q", "task 2"), report("q", 0, {"a": 3.0}, commit=False))
+    assert made.rows == []
+    made.bring(Event("q", GOODBYE))
+    assert (sizes(made), of(made.rows)) == ([(0, 2)], [2])
 
 
-def test_a_batch_that_comes_early_waits_for_those_below_it_and_not_for_what_was_answered(opened):
-    made = opened()
-    assert made.push(("w", 1, {"a": 1.0}, True), serial=1, oldest=0) == []
-    assert values(made.push(("w", 0, {"a": 0.0}, True), serial=0, oldest=0)) == [0, 1]
-    assert made.push(("w", 4, {"a": 4.0}, True), serial=4, oldest=3) == []  # 2 was answered, by an earlier actor
-    assert values(made.push(("w", 3, {"a": 3.0}, True), serial=3, oldest=3)) == [3, 4]
+def test_a_worker_that_is_given_a_label_is_the_same_worker(kept):
+    made = kept(workers=2)
+    made.bring(report("p", 0, {"a": 1.0}, commit=False), who("p", "p", "rank 3", task=False))
+    made.bring(report("p", 0, {"a": 3.0}, commit=False), report("q", 0, {"a": 8.0}))
+    assert made.rows == []
+    assert [told for (told,) in made.state.db.execute("SELECT who FROM reports ORDER BY id")] == ["p", "rank 3", "q"]
+    made.bring(report("p", 1, {"a": 1.0}))
+    assert sizes(made) == [(0, 2)]
 
 
-def test_repeats_are_counted_and_change_nothing(opened):
-    made = opened()
-    made.push(("w", 0, {"a": 1.0}, True), serial=0)
-    for _ in range(2):
-        assert made.push(("w", 0, {"a": 1.0}, True), serial=0) == []
-    account = made.ledger()
-    assert (account.reports, account.rows, account.repeats, account.lost) == (1, 1, 2, 0)
+@pytest.mark.parametrize("ends", ["by itself", "by death"])
+def test_a_process_that_ends_by_itself_has_not_died(kept, ends):
+    """After a death who comes anew makes a second attempt, after an end it is one of the workers of the step."""
+    made = kept(workers=3)
+    made.bring(report("w", 0, {"a": 1.0}, commit=False), report("v", 0, {"a": 1.0}, commit=False))
+    made.bring(*([Event("w", EXIT)] if ends == "by itself" else []), Event("w", ENDED))
+    made = again(made)
+    made.bring(report("successor", 0, {"a": 9.0}, commit=False))
+    assert sizes(made) == ([] if ends == "by itself" else [(0, 2)])
+    made.end()
+    assert sizes(made) == ([(0, 3)] if ends == "by itself" else [(0, 2), (0, 1)])
 
 
-# What was said, received and lost
+def test_attempts_of_a_worker_share_no_row_whoever_else_is_at_work(kept):
+    """A task's retry, an actor's restart, and one that is killed while another one takes its place."""
+    made = kept(workers=2)
+    made.bring(who("p", "task x 0"), report("p", 0, {"a": 1.0}, commit=False), Event("p", ENDED))
+    made.bring(who("q", "task x 1"), report("q", 0, {"a": 2.0}, commit=False), Event("q", GOODBYE))
+    made.bring(report("actor", 1, {"a": 4.0}, commit=False), report("other", 1, {"a": 4.0}))
+    made.bring(Event("actor", ENDED), report("actor's second life", 1, {"a": 8.0}))
+    made.end()
+    assert [(row.metrics["step"], row.metrics["a"]) for row in made.rows] == [(0, 1.0), (1, 4.0), (0, 2.0), (1, 8.0)]
 
 
-def test_what_a_worker_said_and_never_sent_is_lost(opened):
-    made = opened()
-    made.push(("w", 0, {"a": 1.0}, True), said=5)
-    made.push(("v", 0, {"a": 1.0}, True), sender="b", serial=0, said=1, last=True)
-    made.pipeline.died("a")
-    made.pipeline.end()
-    account = made.ledger()
-    assert (account.reports, account.rows, account.lost, account.silent, account.ok) == (6, 2, 4, 0, False)
+def test_a_child_process_is_counted_as_its_parent(kept):
+    made = kept(workers=2)
+    made.bring(begun("loader", parent="w"), report("loader", 0, {"a": 1.0}), report("w", 0, {"a": 3.0}))
+    assert made.rows == []
+    made = again(made)
+    made.bring(Event("loader", ENDED), report("v", 0, {"a": 5.0}))
+    assert sizes(made) == [(0, 2)]
+    assert of(made.rows) == [3]  # the mean of three
 
 
-def test_the_dead_have_said_all_and_their_early_batches_are_taken(opened):
-    made = opened()
-    made.push(("w", 2, {"a": 2.0}, True), serial=2, oldest=1, said=6)
-    assert values(made.pipeline.died("a")) == [2]
-    made.pipeline.end()
-    assert (made.ledger().reports, made.ledger().lost, made.ledger().silent) == (6, 5, 0)
+def lost(**counts: int) -> bytes:
+    """A page's counters; pipeline0=3."""
+    return b"".join(counts.get(f"pipeline{i}", 0).to_bytes(8, "little") for i in range(256))
 
 
-def test_the_dead_are_done_with_the_steps_they_reported(opened):
-    made = opened(workers=2)
-    made.push(("w", 0, {"a": 1.0}, False), sender="a")
-    made.push(("v", 0, {"a": 3.0}, True), sender="b")
-    assert values(made.pipeline.died("a")) == [2]
+def test_reports_that_a_process_had_no_room_for_are_counted_once(kept):
+    made = kept("training/")
+    made.join("inference/")
+    made.say(0, {"a": 1.0}, "training/")
+    made.bring(Event("w", LOST, lost(pipeline0=3)))
+    made = again(made)
+    made.bring(Event("w", LOST, lost(pipeline0=5, pipeline1=1)), Event("v", LOST, lost(pipeline1=2)))
+    counts = {prefix: made.run.pipeline(prefix).counts["reports"] for prefix in ("training/", "inference/")}
+    assert counts == {"training/": 1 + 5, "inference/": 1 + 2}
+    assert (made.in_no_row("training/"), made.in_no_row("inference/")) == (5, 3)
 
 
-def test_what_waits_behind_the_last_word_is_taken_at_the_end(opened):
-    made = opened()
-    made.push(("w", 0, {"a": 0.0}, True), serial=0, said=1, last=True)
-    made.push(("w", 2, {"a": 2.0}, True), serial=2, oldest=1, said=3)
-    assert values(made.pipeline.end()) == [2]
-    assert (made.ledger().lost, made.ledger().silent) == (1, 0)
+def test_an_outbox_that_somebody_removed_is_named_and_its_worker_has_ended(kept):
+    made = kept(workers=2)
+    made.bring(report("w", 0, {"a": 1.0}, commit=False), report("v", 0, {"a": 3.0}))
+    made.bring(Event("w", VANISHED))
+    assert sizes(made) == [(0, 2)]
+    account = made.run.ledger(made.run.pipeline(""))
+    assert (account.unheard, account.ok) == (["w: somebody has removed its outbox"], False)
+    assert account.warnings == ["reports may be missing of w: somebody has removed its outbox"]
 
 
-def test_who_says_nothing_at_the_end_is_silent_and_what_it_had_is_taken(opened):
-    made = opened(workers=2)
-    made.push(("w", 0, {"a": 1.0}, False), said=1)
-    made.push(("v", 1, {"a": 1.0}, True), sender="b", serial=1, oldest=0, said=2)
-    made.push(("u", 2, {"a": 1.0}, True), sender="c", serial=0, said=1, last=True)
-    assert sorted(row.metrics["step"] for row in made.pipeline.end()) == [0, 1, 2]
-    account = made.ledger()
-    assert (account.silent, account.lost, account.reports, account.rows) == (2, 1, 4, 3)
-    made.reopen()
-    assert made.pipeline.ended
-    assert made.ledger() == account
+def test_on_a_node_that_is_gone_all_have_died(kept):
+    made = kept(workers=2)
+    made.bring(report("w", 0, {"a": 1.0}, commit=False), report("v", 0, {"a": 3.0}, commit=False))
+    made.bring(report("elsewhere", 1, {"a": 1.0}), node="another")
+    assert made.inbox.nodes == {ELSEWHERE, "another"}
+    made.inbox.node_is_gone(ELSEWHERE, "it is dead")
+    assert made.inbox.nodes == {"another"}
+    made.bring(report("successor", 0, {"a": 5.0}), node="another")
+    assert sizes(made) == [(0, 2)]
+    made = again(made)
+    assert (made.inbox.nodes, made.inbox.positions(ELSEWHERE)) == ({"another"}, {})
+    account = made.run.ledger(made.run.pipeline(""))
+    assert (account.unheard, account.ok) == ([f"node {ELSEWHERE}: it is dead"], False)
 
 
-def test_the_late_news_of_a_death_do_not_concern_the_actor_that_came_back(opened):
-    """An actor is the same worker after a restart of it, in another process."""
-    made = opened(workers=2)
-    made.push(("actor x", 0, {"a": 1.0}, False), sender="before")
-    made.push(("actor x", 1, {"a": 1.0}, False), sender="after", serial=0)
-    made.pipeline.died("before")
-    made.push(("actor x", 1, {"a": 2.0}, False), sender="after", serial=1)
-    rows = made.pipeline.end()
-    assert [(row.metrics["step"], row.metrics["a"]) for row in rows] == [(0, 1.0), (1, 1.5)]
+# The owner's end
 
 
-def test_rows_that_are_not_there_are_lost_with_the_reports_in_them(opened):
-    made = opened(workers=2)
-    for step in range(3):
-        made.push(("w", step, {"a": 1.0}, True), ("v", step, {"a": 1.0}, True))
-    made.push(("w", 3, {"a": 1.0}, True), last=True)
-    made.pipeline.end()
-    account = ledger(made.store, made.pipeline, lambda number: number != 1)
-    assert (account.reports, account.rows, account.lost, account.partial) == (7, 3, 2, 1)
+@pytest.mark.parametrize(
+    ("said", "end"),
+    [
+        ([Event("owner", EXIT, pickle.dumps((3, "ValueError: x")))], (3, "ValueError: x")),
+        ([Event("owner", EXIT, pickle.dumps((0, None))), Event("owner", ENDED)], (0, None)),
+        ([Event("owner", EXIT), Event("owner", ENDED)], (0, None)),  # a worker of Ray's that ends by itself
+        ([Event("owner", ENDED)], GONE),
+        ([Event("owner", EXIT)], None),  # it has not ended yet
+        ([Event("owner", GOODBYE)], None),
+        ([Event("w", EXIT, pickle.dumps((3, "x"))), Event("w", ENDED)], None),
+    ],
+    ids=["says how", "says how and ends", "says nothing and ends", "is killed", "is about to end", "logs no more", "w"],
+)
+def test_a_run_ends_with_its_owner_as_that_has_said_also_after_a_restart(kept, said, end):
+    made = kept()
+    made.say(0, {"a": 1.0}, worker="owner")
+    made.bring(*said)
+    assert made.inbox.owner_end == end
+    made = again(made)
+    assert made.inbox.owner_end == end
 
 
 # Reports that can't be used
@@ -351,22 +358,26 @@ class Unknown:
         return os.path.join, ()  # which raises
 
 
-def test_a_report_that_can_not_be_unpickled_is_lost_alone_with_the_reason(opened):
-    made = opened(workers=2)
-    bad = ("w", 0, True, pack({"a": 1.0, "x": Unknown()}))
-    good = [("v", 0, True, pack({"a": 3.0})), ("w", 1, True, pack({"a": 5.0})), ("v", 1, True, pack({"a": 7.0}))]
-    rows = made.pipeline.push(Batch("", "a", (NODE, 7), 0, 0, 4, True, [bad, *good]))
-    assert values(rows) == [3, 6]
-    account = made.ledger()
-    assert (account.reports, account.rows, account.lost) == (4, 2, 1)
-    assert account.warnings[0].startswith("the pipeline actor can't read a report: join() missing 1 required")
+def unreadable(process: str, step: int) -> Event:
+    return Event(process, COMMIT, values.pack({"a": 1.0, "x": Unknown()}), step)
 
 
-def test_a_step_of_which_nothing_can_be_unpickled_has_no_row(opened):
-    made = opened()
-    items = [("w", 0, True, pack({"x": Unknown()})), ("w", 1, True, pack({"a": 1.0}))]
-    assert values(made.pipeline.push(Batch("", "a", (NODE, 7), 0, 0, 2, True, items)), "step") == [1]
-    assert (made.ledger().lost, made.ledger().rows) == (1, 1)
+def test_a_report_that_can_not_be_unpickled_is_lost_alone_with_the_reason(kept):
+    made = kept(workers=2)
+    made.bring(unreadable("w", 0), report("v", 0, {"a": 3.0}))
+    made.bring(report("w", 1, {"a": 5.0}), report("v", 1, {"a": 7.0}))
+    assert of(made.rows) == [3, 6]
+    assert (made.run.pipeline("").counts["reports"], made.in_no_row()) == (4, 1)
+    [warning] = made.state.warnings
+    assert warning.startswith("the pipeline actor can't read a report: join() missing 1 required")
+
+
+def test_a_step_of_which_nothing_can_be_unpickled_has_no_row(kept):
+    made = kept()
+    made.bring(unreadable("w", 0), report("w", 1, {"a": 1.0}))
+    assert steps(made) == [1]
+    assert made.run.pipeline("").counts == Counter(reports=2, rows=1, partial=0)
+    assert made.in_no_row() == 1
 
 
 class Incomparable(wandb.Html):
@@ -376,13 +387,28 @@ class Incomparable(wandb.Html):
     __hash__ = None
 
 
-def test_values_that_can_not_be_reduced_are_lost_values_and_their_row_stays(opened):
-    made = opened(workers=2)
-    pages = [{"a": 1.0, "page": Incomparable(text)} for text in "xy"]
-    [row] = made.push(*((f"w{i}", 0, metrics, True) for i, metrics in enumerate(pages)), last=True, said=2)
+def test_values_that_can_not_be_reduced_are_lost_values_and_their_row_stays(kept):
+    made = kept(workers=2)
+    made.bring(*(report(f"w{text}", 0, {"a": 1.0, "page": Incomparable(text)}) for text in "xy"))
+    [row] = made.rows
     assert row.metrics == {"a": 1.0, "step": 0, "workers": 2}
-    account = made.ledger()
-    assert (account.rows, account.lost, account.lost_values, account.ok) == (1, 0, 1, False)
+    account = made.run.ledger(made.run.pipeline(""))
+    assert (account.rows, made.in_no_row(), account.lost_values, account.ok) == (1, 0, 1, False)
+
+
+def test_a_row_that_is_too_large_for_the_state_loses_its_largest_values_only(kept, monkeypatch):
+    monkeypatch.setattr(State, "LARGEST", 6 << 20)
+    made = kept("t/")
+    texts = {name: name * (size << 20) for name, size in {"x": 3, "y": 4, "z": 2}.items()}
+    made.say(0, {"a": 1.0, **texts}, "t/")
+    made.say(1, {"a": 2.0, "x": texts["x"]}, "t/")
+    assert [sorted(row.metrics) for row in made.rows] == [
+        ["t/a", "t/step", "t/workers", "t/x", "t/z"],
+        ["t/a", "t/step", "t/workers", "t/x"],
+    ]
+    account = made.run.ledger(made.run.pipeline("t/"))
+    assert (account.lost_values, account.ok, made.in_no_row("t/")) == (1, False, 0)
+    assert account.warnings == ["t/: a row has 9 MB, so 't/y', its largest value, is left out"]
 
 
 # Restarts
@@ -390,100 +416,232 @@ def test_values_that_can_not_be_reduced_are_lost_values_and_their_row_stays(open
 
 CALLS = st.one_of(
     *[st.tuples(st.just("say"), st.sampled_from("uvw"), st.integers(0, 3), st.booleans())] * 4,
-    st.tuples(st.just("gone"), st.sampled_from("uvw")),
-    st.tuples(st.just("died"), st.sampled_from("uvw")),
+    st.tuples(st.just("ends"), st.sampled_from("uvw"), st.booleans()),
+    st.tuples(st.just("task"), st.sampled_from("uv"), st.integers(0, 9)),
     st.tuples(st.just("expect"), st.integers(1, 3)),
 )
 
 
-def call(made: Opened, number: int, event: tuple) -> list[Row]:
-    match event:
-        case "say", worker, step, commit:
-            metrics = {"n": number, "x": np.array([float(number)])}
-            return made.push((worker, step, metrics, commit), sender=worker, serial=number, oldest=number)
-        case "gone", worker:
-            return made.push((worker, None, False), sender=worker, serial=number, oldest=number)
-        case "died", worker:
-            return made.pipeline.died(worker) if worker in made.pipeline.inbox.senders else []
-        case "expect", workers:
-            return made.pipeline.expect(workers)
+def readings_of(calls: list[tuple]) -> Iterator[list[Event] | int]:
+    """What is brought, or expected. A process that has ended is followed by another one."""
+    lives = Counter()
+    for number, (kind, *what) in enumerate(calls):
+        name = f"{what[0]}{lives[what[0]]}"
+        match kind, *what:
+            case "say", _, step, commit:
+                metrics = {"n": number, "x": np.array([float(number)])}
+                yield [report(name, step, metrics, commit, at=float(number))]
+            case "ends", worker, died:
+                lives[worker] += 1
+                yield [*([] if died else [Event(name, EXIT)]), Event(name, ENDED)]
+            case "task", _, task:
+                yield [who(name, f"task {task}")]
+            case "expect", workers:
+                yield workers
 
 
+@settings(max_examples=60)
 @given(st.integers(1, 3), st.lists(CALLS, min_size=1, max_size=25), st.data())
-def test_a_store_that_is_opened_again_goes_on_as_if_nothing_had_happened(workers, calls, data):
+def test_a_state_that_is_opened_again_goes_on_as_if_nothing_had_happened(workers, calls, data):
     restarts = data.draw(st.sets(st.integers(0, len(calls) - 1)))
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        rule = Reduction(sums=("n",), totals=("n",))
-        straight, broken = Opened(Path(one), rule, workers), Opened(Path(two), rule, workers)
-        for number, event in enumerate(calls):
+        straight, broken = Kept(Path(one)), Kept(Path(two))
+        for made in (straight, broken):
+            made.join("", Reduction(sums=("n",), totals=("n",)), workers)
+        for number, reading in enumerate(readings_of(calls)):
             if number in restarts:
-                broken.reopen()
-            assert call(broken, number, event) == call(straight, number, event)
-        assert broken.pipeline.end() == straight.pipeline.end()
-        assert broken.pipeline.counts == straight.pipeline.counts
-        assert broken.pipeline.last_row == straight.pipeline.last_row
-        reports = sum(event[0] == "say" for event in calls)
-        assert (broken.ledger().reports, broken.ledger().lost) == (reports, 0)
-        straight.store.close()
-        broken.store.close()
+                broken = again(broken)
+            for made in (straight, broken):
+                made.run.expect("", reading) if isinstance(reading, int) else made.bring(*reading)
+            assert broken.rows == straight.rows
+        for made in (straight, broken):
+            made.end()
+        assert broken.rows == straight.rows
+        mine, other = broken.run.pipeline(""), straight.run.pipeline("")
+        assert (mine.counts, mine.last_row, mine.totals) == (other.counts, other.last_row, other.totals)
+        assert broken.state.warnings == straight.state.warnings
+        assert mine.counts["reports"] == sum(event[0] == "say" for event in calls)
+        assert broken.in_no_row() == 0
+        for made in (straight, broken):
+            made.close()
 
 
-def test_a_death_is_remembered(opened):
-    made = opened(workers=3)
-    made.push(("w", 0, {"a": 0.0}, False), sender="a")
-    made.pipeline.died("a")
-    made.reopen()
-    assert values(made.push(("v", 1, {"a": 1.0}, False), sender="b")) == [0]
-
-
-def test_open_steps_keep_their_order(opened):
-    made = opened(workers=2)
-    made.push(*(("w", step, {"a": float(step)}, False) for step in (1, 0, 2)))
-    made.reopen()
-    assert values(made.pipeline.expect(1)) == [1, 0]
-
-
-def test_rows_stay_in_the_store_and_those_that_wandb_lacks_are_found(opened):
-    made = opened()
+def test_rows_stay_in_the_state_and_those_that_wandb_lacks_are_found(kept):
+    made = kept()
     for step in range(6):
-        made.push(("w", step, {"a": float(step)}, True))
-    made.reopen()
+        made.say(step, {"a": float(step)})
+    made = again(made)
     there = {0, 1, 4}
-    missing = list(made.store.missing(there.__contains__, max(there)))
+    missing = list(made.state.missing(there.__contains__, max(there)))
     assert [(row.number, row.metrics["a"]) for row in missing] == [(5, 5.0), (6, 2.0), (7, 3.0)]
-    assert [row.number for row in made.push(("w", 6, {"a": 6.0}, True))] == [8]
-    assert list(made.store.missing(lambda number: True, 8)) == []
+    made.say(6, {"a": 6.0})
+    assert made.rows[-1].number == 8
+    assert list(made.state.missing(lambda number: True, 8)) == []
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Logging:
+    """A process on the run's node that logs as far as it is told."""
+
+    def __init__(self, made: Kept):
+        self._pipe, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=self._go, args=(made, theirs), daemon=True)
+        self.process.start()
+
+    def _go(self, made: Kept, pipe) -> None:
+        box = process.outbox(made.address)
+        while (told := pipe.recv()) is not None:
+            box.put(REPORT, 0, *told)
+            pipe.send(box.process.name)
+        os._exit(0)
+
+    def log(self, step: int, metrics: dict) -> str:
+        """Returns when that is in the outbox: the process's name."""
+        self._pipe.send((step, values.pack(values.as_report(metrics, step))))
+        return self._pipe.recv()
+
+    def end(self) -> None:
+        self._pipe.send(None)
+        self.process.join()
+
+
+def read_until(made: Kept, condition: Callable[[], object]) -> None:
+    wait_for(lambda: (made.run.read(look=True), condition())[1], every=0.01)
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["before its files are removed", "after that"])
+def test_an_actor_that_dies_when_it_has_read_an_outbox_to_its_end_reads_no_report_again(kept, monkeypatch, removed):
+    """What is committed is in the state alone for a moment; the files still say how far the last reading went."""
+    made = kept()
+    worker = Logging(made)
+    for step in range(3):
+        worker.log(step, {"a": float(step)})
+    worker.end()
+    with monkeypatch.context() as patch:
+        if not removed:
+            patch.setattr(Reader, "commit", lambda *_: None)
+        made.run.read(look=True)
+    assert steps(made) == [0, 1, 2]
+    made = again(made)
+    assert len([*made.address.folder.rglob("*.page")]) == (not removed)
+    read_until(made, lambda: not made.inbox.positions(HOME))
+    assert [*made.address.folder.rglob("*.page")] == []
+    assert made.run.pipeline("").counts["reports"] == 3
+    assert "unheard" not in made.state.facts
+
+
+PARTS = 3  # of a step
+
+
+def log_on(made: Kept, steps: int, number: int) -> None:
+    """A process that logs each step in some parts, and now and then forks one that logs a little and is killed.
+
+    Each report has a key of its own.
+    """
+    chance, me = random.Random(number), os.getpid()
+
+    def log(pipeline: int, name: str, step: int) -> None:
+        for part in range(PARTS):
+            metrics = {f"said/{name}/{step}/{part}": 1}
+            process.outbox(made.address).put(REPORT, pipeline, step, values.pack(metrics))
+
+    for step in range(steps):
+        log(number, f"worker{number}", step)
+        time.sleep(chance.choice([0, 0.005, 0.01]))
+        if step % 10 == 0 and not os.fork():
+            for i in range(3):
+                log(2, f"child{number}-{step}", i)
+            os.kill(os.getpid(), signal.SIGKILL)
+    while me == os.getpid():
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+            continue
+        os._exit(0)
+
+
+def read_on(folder: Path) -> None:
+    """As a pipeline actor does."""
+    made = Kept(folder)
+    while True:
+        made.run.read()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
+def test_an_actor_that_is_killed_at_any_moment_reads_each_report_into_one_row_in_order(tmp_path, seed):
+    """Each worker has a pipeline of its own, and their children, whose outboxes come and go, a third one."""
+    chance, made, steps = random.Random(seed), Kept(tmp_path), 200
+    for prefix in ("0/", "1/", "children/"):
+        made.join(prefix, Reduction(sums=("said/*",)))
+    made.close()
+    workers = [FORK.Process(target=log_on, args=(made, steps, i), daemon=False) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    lives = 0
+    while any(worker.is_alive() for worker in workers) or lives < 10:
+        reader = FORK.Process(target=read_on, args=(tmp_path,))
+        reader.start()
+        time.sleep(chance.uniform(0.02, 0.2))
+        reader.kill()
+        reader.join()
+        lives += 1
+    made = Kept(tmp_path)
+    made.end()
+    found = Counter()
+    for row in made.rows:
+        found.update({key: count for key, count in row.metrics.items() if "said/" in key})
+    children = {f"child{worker}-{step}/{i}/{part}" for worker in (0, 1) for step in range(0, steps, 10)
+                for i in range(3) for part in range(PARTS)}  # fmt: skip
+    assert {key for key in found if key.startswith("children/")} == {f"children/said/{name}" for name in children}
+    for worker in ("0", "1"):
+        mine = [row.metrics for row in made.rows if f"{worker}/step" in row.metrics]
+        assert [row[f"{worker}/step"] for row in mine] == list(range(steps))
+        assert {sum("said/" in key for key in row) for row in mine} == {PARTS}
+    assert {*found.values()} == {1}
+    assert len(found) == len(children) + 2 * steps * PARTS
+    assert sum(pipeline.counts["reports"] for pipeline in made.run.pipelines) == len(found)
+    assert "unheard" not in made.state.facts
+    made.close()
 
 
 # A full disk
 
 
 @contextlib.contextmanager
-def no_pages(made: Opened) -> Iterator[None]:
+def no_pages(made: Kept) -> Iterator[None]:
     """SQLite may not make its file longer."""
-    made.store.db.execute("PRAGMA max_page_count = 1")  # or what there is
-    yield
-    made.store.db.execute("PRAGMA max_page_count = 1073741823")
+    made.state.db.execute("PRAGMA max_page_count = 1")  # or what there is
+    try:
+        yield
+    finally:
+        made.state.db.execute("PRAGMA max_page_count = 1073741823")
 
 
 @contextlib.contextmanager
-def no_longer_files(made: Opened) -> Iterator[None]:
+def no_longer_files(made: Kept) -> Iterator[None]:
     """The kernel lets this process make no file longer."""
-    longest, (soft, hard) = made.path.with_name(made.path.name + "-wal"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = made.state.path
+    longest, (soft, hard) = path.with_name(path.name + "-wal"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (longest.stat().st_size, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager
-def no_space(made: Opened) -> Iterator[None]:
+def no_space(made: Kept) -> Iterator[None]:
     """The disk is full."""
-    filler = made.path.with_name("filler")
+    filler = made.state.path.with_name("filler")
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    yield
-    filler.unlink()
+    try:
+        yield
+    finally:
+        filler.unlink()
 
 
 def ways(way) -> str:
@@ -491,108 +649,321 @@ def ways(way) -> str:
 
 
 @pytest.fixture(params=[no_pages, no_longer_files, no_space], ids=ways)
-def full(request, tmp_path) -> Iterator:
+def full(request, tmp_path) -> Iterator[Callable]:
     if request.param is not no_space:
         yield request.param
         return
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path]
+    (tmp_path / "wandb").mkdir()  # where the state is; the outboxes are elsewhere, as they are with users
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", tmp_path / "wandb"]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this user may not mount a small disk; the other two ways to fill it are tested")
     yield request.param
-    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+    subprocess.run(["umount", "--lazy", tmp_path / "wandb"], check=True)
 
 
 BIG = "x" * 1_000_000
 
 
-def test_a_full_disk_loses_only_the_batches_it_has_no_room_for_and_that_ends_when_it_has(opened, full):
-    made = opened()
-    made.push(("w", 0, {"a": 0.0}, True), said=1)
-    made.push(("w", 1, {"a": 1.0}, False), said=2)
+def test_while_the_disk_is_full_nothing_new_is_read_and_nothing_is_lost(kept, full):
+    made = kept()
+    worker = Logging(made)
+    worker.log(0, {"a": 0.0})
+    read_until(made, lambda: made.inbox.positions(HOME))
     with full(made):
-        assert made.push(("w", 2, {"a": 2.0, "text": BIG}, False), ("w", 3, {"a": 3.0}, False), said=4) == []
-    rows = made.push(("w", 4, {"a": 4.0}, True), said=5, last=True)
-    assert values(rows) == [1, 4]
-    made.reopen()
-    assert made.pipeline.end() == []
-    account = made.ledger()
-    assert (account.reports, account.rows, account.lost, account.silent) == (5, 3, 2, 0)
-    assert len(account.warnings) == 1
-    assert account.warnings[0].endswith("reports get lost until that ends, training goes on")
+        worker.log(1, {"a": 1.0, "text": BIG})
+        with pytest.raises(sqlite3.Error):
+            made.run.read()
+        clock, queue = made.inbox.clock, len(made.state._queue)
+        worker.log(2, {"a": 2.0, "text": BIG})
+        for _ in range(5):
+            time.sleep(0.01)
+            with pytest.raises(sqlite3.Error):
+                made.run.read()
+        assert made.run.pipeline("").counts["reports"] == 2
+        assert made.inbox.clock == clock  # what could come meanwhile is unread
+        assert len(made.state._queue) == queue  # it is as large as what waits, however often that has failed
+    made.run.read()
+    assert (steps(made), made.run.pipeline("").counts["reports"]) == ([0], 2)
+    made.run.read()
+    worker.log(3, {"a": 3.0})
+    made.run.read()
+    assert steps(made) == [0, 1, 2]
+    worker.end()
+    made.end()
+    assert (steps(made), made.in_no_row()) == ([0, 1, 2, 3], 0)
 
 
-def test_what_is_behind_a_batch_that_was_missed_does_not_wait_for_it(opened, full):
-    made, big = opened(), ("w", 0, {"text": BIG}, True)
-    with full(made):
-        made.push(big, serial=0, oldest=0, said=1)
-    assert values(made.push(("w", 1, {"a": 1.0}, True), serial=1, oldest=0, said=2)) == [1]
-    with full(made):
-        made.push(big, serial=3, oldest=2, said=4)
-        made.push(big, serial=2, oldest=2, said=4)
-    assert values(made.push(("w", 4, {"a": 4.0}, True), serial=4, oldest=2, said=5)) == [4]
-    with full(made):
-        made.push(big, serial=5, oldest=5, said=6, last=True)
-    assert made.pipeline.inbox.senders["a"].ended
-    account = made.ledger()
-    assert (account.reports, account.lost) == (6, 4)
-
-
+# What SQLite has freed, it can use again: the other two ways are needed where the disk takes nothing at all.
 by_the_kernel = pytest.mark.parametrize("full", [no_longer_files, no_space], indirect=True, ids=ways)
 
 
 @by_the_kernel
-def test_what_a_full_disk_has_missed_is_known_through_other_failures(opened, full):
-    made = opened()
-    made.push(("w", 0, {"a": 0.0}, True), serial=0, said=1)
+def test_an_actor_that_dies_while_the_disk_is_full_is_followed_by_one_that_reads_the_same(kept, full):
+    made = kept()
+    worker = Logging(made)
+    worker.log(0, {"a": 0.0})
+    read_until(made, lambda: made.inbox.positions(HOME))
     with full(made):
-        made.push(("w", 1, {"text": BIG}, True), serial=1, said=3, last=True)
+        worker.log(1, {"a": 1.0, "text": BIG})
+        worker.log(2, {"a": 2.0, "text": BIG})
         with pytest.raises(sqlite3.Error):
-            made.pipeline.tick()
-    made.pipeline.end()
-    assert (made.ledger().reports, made.ledger().lost, made.ledger().silent) == (3, 2, 0)
+            made.run.read()
+        made.close()
+    worker.end()
+    made = kept()
+    made.end()
+    assert (steps(made), made.in_no_row()) == ([0, 1, 2], 0)
+    assert made.run.pipeline("").counts == Counter(reports=3, rows=3, partial=0)
+
+
+def test_what_relays_bring_while_the_disk_is_full_waits_as_well(kept, full):
+    made = kept()
+    made.say(0, {"a": 0.0})
+    with full(made):
+        for step in (1, 2):
+            with pytest.raises(sqlite3.Error):
+                made.say(step, {"a": float(step), "text": BIG})
+    done = made.run.read()
+    assert [node for node, _ in done] == [HOME, ELSEWHERE, ELSEWHERE]
+    assert made.run.read() == [(HOME, Reading([]))]
+    assert (steps(made), made.in_no_row()) == ([0, 1, 2], 0)
 
 
 @by_the_kernel
-def test_a_full_disk_is_no_reason_not_to_expect_fewer(opened, full):
-    made = opened(workers=2)
-    made.push(("w", 0, {"a": 0.0, "text": BIG}, True))
+def test_a_full_disk_is_no_reason_not_to_expect_fewer(kept, full):
+    made = kept(workers=2)
+    made.say(0, {"a": 0.0, "text": BIG})
     with full(made):
-        assert made.pipeline.expect(1) == []
-    assert values(made.push(("w", 1, {"a": 1.0}, True))) == [1]
+        made.run.expect("", 1)
+        assert made.rows == []
+    made.say(1, {"a": 1.0})
+    assert steps(made) == [0, 1]
 
 
 @by_the_kernel
-def test_a_full_disk_at_the_end_loses_what_it_has_no_room_for(opened, full):
-    made = opened(workers=2)
-    made.push(("w", 0, {"a": 0.0, "text": BIG}, True), said=1, last=True)
+def test_what_is_reported_and_reduced_while_the_disk_is_full_leaves_no_report_behind(kept, full):
+    made = kept(workers=2)
+    made.say(0, {"a": 0.0}, worker="v")
     with full(made):
-        assert made.pipeline.end() == []
-    assert made.pipeline.ended
-    account = made.ledger()
-    assert (account.reports, account.rows, account.lost, account.silent) == (1, 0, 1, 0)
+        with pytest.raises(sqlite3.Error):
+            made.say(0, {"a": 2.0, "text": BIG}, worker="w", commit=False)
+        made.run.expect("", 1)
+        with pytest.raises(sqlite3.Error):
+            made.say(1, {"a": 1.0}, worker="w")
+    made.run.read()
+    assert of(made.rows) == [1, 1]
+    assert made.state.db.execute("SELECT count(*) FROM reports").fetchone() == (0,)
 
 
-def test_facts_and_warnings_need_no_disk(opened, full):
-    made = opened()
+@by_the_kernel
+def test_a_disk_that_is_full_at_the_end_loses_what_it_has_no_room_for(kept, full):
+    made = kept(workers=2)
+    made.say(0, {"a": 0.0, "text": BIG})
     with full(made):
-        made.store.note(name="n", text=BIG)
-        made.store.warn("kind", "a warning")
-    assert (made.store.facts["name"], made.store.warnings) == ("n", ["a warning"])
-    made.push(("w", 0, {"a": 1.0}, True))  # there is room again
-    made.reopen()
-    assert (made.store.facts["name"], made.store.warnings) == ("n", ["a warning"])
+        made.end(patience=0)
+        assert (made.run.pipeline("").counts["reports"], made.in_no_row()) == (1, 1)
+        [warning] = made.state.warnings
+        assert warning.endswith("what could not be written is lost")
 
 
-def test_a_transaction_that_failed_leaves_nothing_behind(opened):
+def test_facts_and_warnings_need_no_disk(kept, full):
+    made = kept()
+    with full(made):
+        made.state.note(name="n", text=BIG)
+        made.state.warn("kind", "a warning")
+        with pytest.raises(sqlite3.Error):
+            made.state.commit()
+        assert (made.state.facts["name"], made.state.warnings) == ("n", ["a warning"])
+    made.state.commit()  # there is room again
+    made = again(made)
+    assert (made.state.facts["name"], made.state.warnings) == ("n", ["a warning"])
+
+
+def test_a_commit_that_fails_leaves_nothing_behind_and_is_made_up_for(kept):
+    made = kept()
+    made.state.note(known=1)
+    made.state.add_row(0, 1, {"a": 1.0}, values.pack({"a": 1.0}), 0.0)
+    made.state.add_row(0, 1, {"a": BIG}, values.pack({"a": BIG}), 0.0)
+    with pytest.raises(sqlite3.Error), no_pages(made):
+        made.state.commit()
+    assert made.rows == []
+    assert made.state.db.execute("SELECT count(*) FROM facts WHERE name = 'known'").fetchone() == (0,)
+    made.state.commit()
+    made.state.commit()
+    made = again(made)
+    assert (made.state.facts["known"], of(made.rows)) == (1, [1.0, BIG])
+
+
+def test_a_commit_that_is_interrupted_leaves_nothing_behind(kept):
+    made = kept()
+    made.state.note(known=1)
+    made.state.do("an interrupt")  # here a statement that fails, and that SQLite takes nothing back for
+    with pytest.raises(sqlite3.Error):
+        made.state.commit()
+    made = again(made)
+    assert "known" not in made.state.facts
+
+
+# The clock
+
+
+@pytest.fixture
+def passes(monkeypatch) -> Callable[[float], None]:
+    """passes(seconds): so many seconds go by, for whoever reads."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(run_room, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    return passes
+
+
+def test_the_clock_counts_the_time_between_readings_and_a_second_of_each_at_most(kept, passes, monkeypatch):
+    """The process may have been stopped, or the machine asleep, while workers had much to say."""
+    made = kept()
+    made.run.read()
+    before = made.inbox.clock
+
+    def counted() -> float:
+        made.run.read()
+        return round(made.inbox.clock - before, 6)
+
+    for seconds, count in [(0.25, 0.25), (0.5, 0.75), (3600.0, 1.75), (0.0, 1.75)]:
+        passes(seconds)
+        assert counted() == count
+    with monkeypatch.context() as patch:  # a reading that takes long
+        patch.setattr(made.run.reader, "read", lambda look: passes(100) or Reading([]))
+        assert counted() == 1.75
+    assert counted() == 1.75
+
+
+def test_the_clock_stands_still_while_a_node_does_not_answer(kept, passes):
+    made = kept()
+    made.run.read()
+    before, made.run.paused = made.inbox.clock, True
+    for _ in range(100):
+        passes(0.5)
+        made.run.read()
+    made.run.paused = False
+    made.run.read()
+    assert made.inbox.clock == before
+    passes(0.5)
+    made.run.read()
+    assert made.inbox.clock == before + 0.5
+
+
+@pytest.mark.parametrize("how", ["goes on", "restarts", "paused", "unread"])
+def test_a_row_whose_worker_hangs_comes_by_the_clock_and_not_while_that_worker_may_have_been_missed(kept, passes, how):
+    made = kept(workers=2)
+    made.bring(report("w", 0, {"a": 1.0}), report("v", 0, {"a": 1.0}), report("w", 1, {"a": 2.0}))
+    made.run.paused = how == "paused"
+    for second in range(100):
+        passes(1)
+        made.run.read([(ELSEWHERE, Reading([], is_cut=how == "unread"))])
+        if second % 10 == 5 and how == "restarts":
+            made = again(made)
+            made.run._read_at = run_room.time.monotonic()
+    assert sizes(made) == [(0, 2)] + [(1, 1)] * (how in ("goes on", "restarts"))
+    assert [*made.state.facts.get("warnings", {})] == ["few workers"] * (how in ("goes on", "restarts"))
+
+
+# What W&B has
+
+
+def looked(made: Kept) -> bool:
+    """Reads a second later, which is how often it is looked for what W&B has."""
+    made.inbox.clock += 1
+    return bool(made.run.read())
+
+
+def test_the_content_of_rows_goes_when_w_b_has_it(opened, tmp_path):
+    """So the state of a run stays as small as what has not arrived yet: here of 100 rows of 1 MB."""
+    made = opened(settings=QUIET | dict(x_transaction_log_flush_interval=0.05))
+    made.join()
+    largest = 0
+    for step in range(100):
+        made.say(step, {"a": float(step), "text": f"{step:09}" + BIG})
+        if step % 10 == 9:
+            wait_for(lambda: looked(made) and not made.rows, every=0.02)
+        largest = max(largest, sum(path.stat().st_size for path in made.state.path.parent.glob(".run.state*")))
+    assert largest < 40 * len(BIG)
+    account = made.finish()[""]
+    assert (account.rows, account.lost) == (100, 0)
+    assert [row["a"] for path in folders(tmp_path) for row in read_rows(path)] == list(range(100))
+
+
+def test_w_b_s_time_of_a_row_is_when_the_last_of_its_reports_was_logged(opened, tmp_path):
     made = opened()
-    with pytest.raises(ZeroDivisionError), made.store.transaction():
-        made.store.add_row("", 1, {"a": 1.0})
-        made.store.note(known=1)  # but what is known stays so
-        raise ZeroDivisionError
-    with pytest.raises(sqlite3.Error), no_pages(made), made.store.transaction():
-        made.store.add_row("", 1, {"a": 1.0})
-        made.store.add_row("", 1, {"a": BIG})
-    made.reopen()
-    assert made.store.facts["known"] == 1
-    assert made.store.db.execute("SELECT count(*) FROM rows").fetchone() == (0,)
-    assert [row.number for row in made.push(("w", 0, {"a": 1.0}, True))] == [0]
+    made.join(workers=2)
+    for step, times in enumerate([(1000.5, 900.0), (1001.0, 2000.25)]):
+        made.bring(*(report(worker, step, {"a": 1.0}, at=at) for worker, at in zip("vw", times, strict=True)))
+    made.finish()
+    assert [row["_timestamp"] for row in read_rows(folders(tmp_path)[0])] == [1000.5, 2000.25]
+
+
+def test_a_state_that_is_lost_is_made_anew_and_the_account_says_so(opened, tmp_path):
+    """With the pipelines that the run has, and from where the outboxes have been read to."""
+    made = opened()
+    made.join("a/", Reduction(sums=("n",)), workers=2)
+    made.join("b/")
+    worker = Logging(made)
+    for step in range(3):
+        worker.log(step, {"x": step})
+        made.say(step, {"n": 1}, "b/")
+    read_until(made, lambda: made.inbox.positions(HOME))
+    worker.log(3, {"x": 3})
+    made.abandon()
+    made.state.remove()
+    made = opened()
+    assert [(each.prefix, each.reduction.sums, each.steps.workers) for each in made.run.pipelines] == [
+        ("a/", ("n",), 2), ("b/", (), 1),
+    ]  # fmt: skip
+    worker.end()
+    made.say(3, {"n": 1}, "b/")
+    accounts = made.finish()
+    assert [account.unheard for account in accounts.values()] == [["the time before the run's state was lost"]] * 2
+    assert not any(account.ok or account.lost for account in accounts.values())
+    assert "reports may be missing of the time before the run's state was lost" in accounts["a/"].warnings
+    rows = [row for path in folders(tmp_path) for row in read_rows(path)]
+    assert [row["_step"] for row in rows] == list(range(5))
+    assert [row["b/step"] for row in rows if "b/step" in row] == [0, 1, 2, 3]
+    assert [row["a/x"] for row in rows if "a/step" in row] == [3]  # what the lost state had is gone
+
+
+def test_an_earlier_life_of_the_id_that_was_not_finished_is_finished_first(opened, tmp_path):
+    made = opened(life="one")
+    made.join(workers=2)
+    worker = Logging(made)
+    made.say(0, {"a": 0.0})
+    worker.log(0, {"a": 2.0})
+    read_until(made, lambda: made.inbox.positions(HOME))
+    worker.log(1, {"a": 1.0})  # which nobody has read
+    worker.end()
+    made.bring(Event("owner", EXIT, pickle.dumps((0, None))))
+    made.abandon()
+    made = opened(life="two")
+    assert made.inbox.owner_end is None
+    assert not (tmp_path / "private-one").exists()
+    made.join()
+    made.say(5, {"a": 5.0})
+    account = made.finish()[""]
+    assert account.lost == 0
+    rows = [row for path in folders(tmp_path) for row in read_rows(path)]
+    assert [(row["_step"], row["step"], row["a"], row["workers"]) for row in rows] == [
+        (0, 0, 1, 2), (1, 1, 1, 1), (2, 5, 5, 1),
+    ]  # fmt: skip
+
+
+def test_an_earlier_life_that_is_finished_leaves_nothing_to_the_next(opened):
+    made = opened(life="one")
+    made.join()
+    made.say(0, {"a": 0.0})
+    made.finish(1, "x")
+    made.close()
+    made = opened(life="two")
+    assert (made.run.pipelines, made.state.warnings) == ([], [])
+    made.join()
+    made.say(0, {"a": 0.0})
+    account = made.finish()[""]
+    assert (account.reports, account.rows, account.lost, account.restarts) == (1, 1, 0, 0)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMOS, ROOT, logs
+from conftest import ROOT, logs
 from test_demos import HURRY
 
 pytestmark = pytest.mark.xdist_group("trees")  # in one process, for they share what takes long
@@ -36,9 +36,9 @@ def made(ran):
 )
 def test_the_readme_has_the_tree_of_each_demos_runs(made, command):
     demo, *flags = command
-    name = " ".join([f"uv run python {DEMOS[demo]}", *flags])
-    block = re.search(rf"^`{re.escape(name)}` makes.*?```text\n(.*?)```\n", README, re.DOTALL | re.MULTILINE)
-    assert block, f"README.md has no ```text block behind `{name}` makes"
+    name = " ".join([f"**Demo {demo[-1]}", *(f"`{flag}`" for flag in flags)])
+    block = re.search(rf"^{re.escape(name)}: .*?```text\n(.*?)```\n", README, re.DOTALL | re.MULTILINE)
+    assert block, f"README.md has no ```text block behind {name}"
     printed = print_tree(made(*command)).stdout
     assert block[1] == re.sub(r"\bexp\b", "7", printed), f"paste this into README.md:\n{printed}"
     assert max(map(len, block[1].splitlines())) <= 100

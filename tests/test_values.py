@@ -19,8 +19,8 @@ import pandas as pd
 import PIL.Image
 import plotly.graph_objects
 import pytest
+import rooms
 import wandb
-from backbone.inbox import Batch
 from conftest import ROOT, Log, folders
 from matplotlib import pyplot
 from wandb.sdk.data_types._private import MEDIA_TMP
@@ -685,10 +685,8 @@ def test_w_b_s_idiom_for_a_growing_table_makes_each_row_once(opened, tmp_path):
     for step in range(5):
         for table in (increments, versions, *ranks):
             table.add_data(step)
-        made.report(step, {"increments": increments, "versions": versions})
-        reports = [(f"rank {i}", step, True, pack(as_report({"rollouts": table}))) for i, table in enumerate(ranks)]
-        [row] = made.pipelines["ranks/"].push(Batch("r", "r", ("node", 1), step, step, step + 1, True, reports))
-        made.run.log([row])
+        made.say(step, {"increments": increments, "versions": versions})
+        made.bring(*(rooms.report(f"rank {i}", step, {"rollouts": each}, pipeline=1) for i, each in enumerate(ranks)))
     assert made.finish()[""].ok
     log = Log(folders(tmp_path)[0])
     assert rewards(log, "increments") == [[step] for step in range(5)]
@@ -745,7 +743,7 @@ def test_nothing_is_left_of_what_a_run_has(opened, tmp_path, media, no_files):
         cells = [[media.image_with_masks(), np.zeros((300, 2))]]
         report = {"page": media.html(), "frames": [media.image(), media.image()]}
         report["table"] = wandb.Table(columns=["image", "array"], data=cells)
-        made.report(step, report | {"chart": wandb.plot.bar(wandb.Table(["page", "n"], [[media.html(), 1]]), "n", "n")})
+        made.say(step, report | {"chart": wandb.plot.bar(wandb.Table(["page", "n"], [[media.html(), 1]]), "n", "n")})
         assert in_temporary_folder() == 0
     assert made.finish()[""].ok
     log = Log(folders(tmp_path)[0])
@@ -761,7 +759,7 @@ def test_one_image_may_be_alone_and_in_a_table_of_the_same_row(opened, tmp_path,
     values = {"image": image, "table": wandb.Table(columns=["image"], data=[[image]])}
     made = opened()
     made.join()
-    made.report(0, {key: values[key] for key in order})
+    made.say(0, {key: values[key] for key in order})
     assert in_temporary_folder() == 0
     assert made.finish()[""].ok
     log = Log(folders(tmp_path)[0])

@@ -1,7 +1,7 @@
 """Contract tests of what is used of wandb without being public: they fail when wandb changes it.
 
 Those of `has_login` and `mode_of_this_folder` are in test_arguments.py, of `with_endpoints` in test_nodes.py, of
-`agent_is_running` in test_guest.py, of `add_reference` in test_artifacts.py.
+`agent_is_running` in test_owner.py, of `add_reference` in test_artifacts.py, of the order of folders in test_files.py.
 """
 
 import json
@@ -22,7 +22,7 @@ import pandas as pd
 import plotly.graph_objects
 import pytest
 import wandb
-from conftest import ROOT, Log, folders, no_account, read_rows, wait_for
+from conftest import ROOT, Log, folders, no_account, wait_for
 from matplotlib import pyplot
 from wandb.sdk.data_types._private import MEDIA_TMP
 from wandb.util import get_core_path
@@ -58,7 +58,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
     run.finish()
     folder = Path(run.sync_dir)
     log = Log(folder)
-    assert transaction_log.numbers(folder) == {row["_step"] for row in log.rows} == {3, 5}
+    assert transaction_log.numbers([folder]) == {row["_step"] for row in log.rows} == {3, 5}
     last = transaction_log.last_values(folder)
     assert (last["a"], last["x/tokens_total"], last["gone"], last["text"]) == (2, 7, 1, "ü")
     assert last["nan"] != last["nan"]
@@ -69,7 +69,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
 
 
 def test_a_folder_without_a_log_has_no_records(tmp_path):
-    assert transaction_log.numbers(tmp_path) == set()
+    assert transaction_log.numbers([tmp_path]) == set()
     assert transaction_log.last_values(tmp_path) == {}
 
 
@@ -78,8 +78,54 @@ def test_the_log_is_written_as_often_as_is_asked_for(begin):
     seldom, often = begin(), begin(wandb_internals.FLUSH_EVERY)
     for run in (seldom, often):
         run.log({"a": 1})
-    wait_for(lambda: transaction_log.numbers(Path(often.sync_dir)) == {0})
-    assert transaction_log.numbers(Path(seldom.sync_dir)) == set()
+    wait_for(lambda: transaction_log.numbers([often.sync_dir]) == {0})
+    assert transaction_log.numbers([seldom.sync_dir]) == set()
+
+
+def test_a_log_is_read_on_as_it_grows(begin):
+    run = begin(wandb_internals.FLUSH_EVERY)
+    tail, found = transaction_log.Tail(Path(run.sync_dir)), []
+    for first in (0, 3):
+        for step in range(first, first + 3):
+            run.log({"a": 1, "text": "x" * 30_000}, step=step, commit=True)
+        wait_for(lambda: found.extend(tail.numbers()) or len(found) == first + 3, every=0.05)  # noqa: B023
+    assert found == [0, 1, 2, 3, 4, 5]
+    assert tail.numbers() == []
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("key", ["win_rate/gpt-4.1", "f1*macro", "f1*", "x\\y", "a.b.c", "plain"])
+def test_a_metric_that_is_defined_by_name_is_this_very_one_whatever_is_in_its_name(begin, key):
+    """What is defined is seen by what wandb does with it: here its summary, to begin with."""
+    run, send = begin(), wandb.Run._metric_callback
+
+    def with_summary(record) -> None:
+        record.summary.max = True
+        send(run, record)
+
+    run._metric_callback = with_summary
+    wandb_internals.define_by_name(run, key, "v1.5/step")
+    for value in (1, 3, 2):
+        run.log({key: value, f"{key}x": value, "v1.5/step": value})
+    run.finish()
+    log = Log(Path(run.sync_dir))
+    assert (log.summary[key], log.summary[f"{key}x"], log.summary["v1.5/step"]) == ({"max": 3}, 2, 2)
+    [metric] = log.of("metric")
+    assert (metric["step_metric"], metric["options"]) == ("v1.5/step", {"defined": True})
+
+
+def test_by_define_metric_neither_a_star_nor_a_dot_stands_for_itself(begin):
+    """So that the test before can fail, and be done without when wandb takes such names."""
+    run = begin()
+    with pytest.raises(wandb.Error):
+        run.define_metric("f1*macro", step_metric="step")
+    run.define_metric("a.b", summary="max")
+    for value in (1, 3, 2):
+        run.log({"a.b": value})
+    run.finish()
+    assert Log(Path(run.sync_dir)).summary["a.b"] == 2
 
 
 # Troubles
@@ -286,7 +332,7 @@ def test_media_give_up_their_temporary_file_and_may_be_made_again_in_another_pro
     run = begin()
     run.log({"page": again})
     run.finish()
-    [row] = read_rows(Path(run.sync_dir))
+    [row] = Log(Path(run.sync_dir)).rows
     assert Path(run.sync_dir, "files", row["page.path"]).read_bytes() == content
     assert files_in(MEDIA_TMP.name) == []
     for value in (wandb.Histogram([1]), wandb.Table(columns=["x"]), 1.0):
@@ -354,7 +400,7 @@ def test_an_incremental_table_is_made_the_next_one_of_those_logged(begin):
         run.log({"table": made})
         logged.append(wandb_internals.increment_path(made))
     run.finish()
-    rows = read_rows(Path(run.sync_dir))
+    rows = Log(Path(run.sync_dir)).rows
     assert [row["table.increment_num"] for row in rows] == [0, 1, 2]
     assert rows[2]["table.previous_increments_paths"] == logged[:2]
     assert len(set(logged)) == 3

@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-from backbone import disk, transaction_log
+from backbone import artifacts, transaction_log
+from backbone import writer as writer_room
 from backbone.ledger import Ledger
 from backbone.reduction import Reduction
 from backbone.run import DEATHS, GivenUpError, Run
@@ -24,7 +26,7 @@ import numpy as np
 import pytest
 import wandb
 from conftest import ROOT, Log, folders, no_account, read_rows, wait_for
-from rooms import Opened
+from rooms import QUIET, Opened
 from wandb.sdk import wandb_setup
 from wandb_server import Server
 
@@ -46,8 +48,8 @@ def test_rows_are_in_the_log_under_their_numbers_with_their_axes(opened, tmp_pat
     made.join("training/")
     made.join("inference/")
     for step in (5, 6):
-        made.report(step, {"loss": 0.5}, "training/")
-        made.report(step + 100, {"speed": 9.0}, "inference/")
+        made.say(step, {"loss": 0.5}, "training/")
+        made.say(step + 100, {"speed": 9.0}, "inference/")
     accounts = made.finish()
     log = Log(folders(tmp_path)[0])
     assert numbers(log.rows) == [0, 1, 2, 3]
@@ -68,9 +70,9 @@ def test_beside_bare_keys_each_key_has_its_axis_by_name(opened, tmp_path):
     made = opened()
     made.join("")
     made.join("eval/")
-    made.report(0, {"loss": 0.5})
-    made.report(0, {"accuracy": 0.5}, "eval/")
-    made.report(1, {"accuracy": 0.6, "late": 1.0}, "eval/")
+    made.say(0, {"loss": 0.5})
+    made.say(0, {"accuracy": 0.5}, "eval/")
+    made.say(1, {"accuracy": 0.6, "late": 1.0}, "eval/")
     made.finish()
     log = Log(folders(tmp_path)[0])
     axes = {m.get("glob_name") or m.get("name"): m.get("step_metric") for m in log.of("metric")}
@@ -79,10 +81,39 @@ def test_beside_bare_keys_each_key_has_its_axis_by_name(opened, tmp_path):
     assert "eval/*" not in axes
 
 
+def test_keys_beside_bare_ones_have_their_own_axis_whatever_is_in_their_names(opened, tmp_path):
+    """wandb's `define_metric` raises for a `*`, and takes a `.` for nesting; see test_wandb_internals.py."""
+    made = opened()
+    made.join("")
+    made.join("eval/")
+    made.say(0, {"loss": 0.5})
+    made.say(0, {"gpt-4.1": 0.5, "f1*macro": 0.5, "gpt-4_1": 0.5}, "eval/")
+    account = made.finish()["eval/"]
+    assert (account.rows, account.lost_values, account.warnings) == (1, 0, [])
+    log = Log(folders(tmp_path)[0])
+    axes = {m["name"]: m.get("step_metric") for m in log.of("metric") if m.get("name")}
+    assert {axes[name] for name in (r"eval/gpt-4\.1", "eval/f1*macro", "eval/gpt-4_1")} == {"eval/step"}
+    assert {"eval/gpt-4.1", "eval/f1*macro", "eval/gpt-4_1"} < log.keys
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside bare keys"])
+def test_a_prefix_with_a_dot_keeps_its_step(opened, tmp_path, beside):
+    """Where wandb fills an axis in by itself, it takes one with a dot for another metric, and writes 0 over it."""
+    made = opened()
+    for prefix in (*([""] if beside else []), "v1.5/"):
+        made.join(prefix)
+    for step in (7, 8):
+        made.say(step, {"a": 1.0, "x.y": 2.0}, "v1.5/")
+    made.finish()
+    log = Log(folders(tmp_path)[0])
+    assert [(row["v1.5/step"], row["v1.5/a"], row["v1.5/x.y"]) for row in log.rows] == [(7, 1, 2), (8, 1, 2)]
+    assert not [metric for metric in log.of("metric") if metric["options"].get("step_sync")]
+
+
 def test_a_failed_run_says_so_with_its_reason(opened, tmp_path):
     made = opened()
     made.join()
-    made.report(0, {"a": 1.0})
+    made.say(0, {"a": 1.0})
     made.finish(3, "ValueError: loss is nan")
     log = Log(folders(tmp_path)[0])
     assert log.exit_code == 3
@@ -94,11 +125,11 @@ def test_a_finished_run_is_on_the_disk_to_its_end(opened):
     for name in "abcde":
         made = opened(id=name)
         made.join()
-        made.report(0, {"a": 1.0})
+        made.say(0, {"a": 1.0})
         core = wandb_setup.singleton()._connection._proc._process
         made.finish()
         assert core.poll() == 0
-        [path] = made.store.facts["paths"]
+        [path] = made.state.facts["paths"]
         *_, last = (record for record in transaction_log.records(Path(path)) if not record.HasField("footer"))
         assert (last.HasField("exit"), last.exit.exit_code) == (True, 0)
 
@@ -107,10 +138,42 @@ def test_a_disabled_run_has_no_folder_and_lacks_nothing(opened, tmp_path):
     made = opened(mode="disabled")
     made.join()
     for step in range(3):
-        made.report(step, {"a": 1.0, "page": wandb.Html("x")})
+        made.say(step, {"a": 1.0, "page": wandb.Html("x")})
     account = made.finish()[""]
     assert (account.mode, account.rows, account.lost, account.path, account.ok) == ("disabled", 3, 0, None, True)
     assert folders(tmp_path) == []
+
+
+# What it leaves around
+
+
+def test_runs_are_kept_out_of_git_and_of_what_ray_brings_to_its_workers(opened, tmp_path):
+    """Ray obeys a `.gitignore` in a job's working directory. Who has one there has that."""
+    made = opened()
+    made.finish()
+    made.close()
+    ignored = tmp_path / "wandb" / ".gitignore"
+    assert ignored.read_text() == "*\n"
+    ignored.write_text("mine")
+    opened(life="two").finish()
+    assert ignored.read_text() == "mine"
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["the user's", "our own"])
+def test_artifacts_are_staged_where_the_user_says_or_in_the_run_s_folder(opened, tmp_path, monkeypatch, said):
+    """By default wandb has them below the home folder, from where they may be gone when `wandb sync` needs them."""
+    theirs = tmp_path / "theirs"
+    for name in ("DATA", "CACHE"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(theirs / name) if said else "")
+    made = opened()
+    made.join()
+    made.say(0, {"rollouts": wandb.Table(columns=["x"], data=[[1]])})  # an artifact as well
+    made.finish()
+    where = theirs / "DATA" if said else folders(tmp_path)[0] / "artifacts"
+    [artifact] = Log(folders(tmp_path)[0]).of("artifact")
+    [entry] = artifact["manifest"]["contents"]
+    assert Path(entry["local_path"]).is_relative_to(where)
+    assert Path(entry["local_path"]).is_file()
 
 
 # What W&B refuses
@@ -127,7 +190,7 @@ def test_a_value_that_wandb_refuses_leaves_the_others_of_its_row_and_is_counted(
     made = opened()
     made.join()
     for step in range(3):
-        made.report(step, refused(step) if step == 1 else {"a": float(step)})
+        made.say(step, refused(step) if step == 1 else {"a": float(step)})
     account = made.finish()[""]
     rows = logged(tmp_path)
     assert [(row["_step"], row["step"], row["a"]) for row in rows] == [(0, 0, 0), (1, 1, 1), (2, 2, 2)]
@@ -151,14 +214,15 @@ def test_a_value_whose_file_is_gone_is_refused_alone(opened, tmp_path):
     assert account.lost_values == 1
 
 
-def test_what_was_refused_is_counted_after_a_restart_too(opened, tmp_path):
+@pytest.mark.parametrize("which", [0, 1], ids=["the first row", "the last row"])
+def test_what_was_refused_is_counted_after_a_restart_too(opened, tmp_path, which):
     made = opened()
     made.join()
-    made.report(0, refused(0))
-    made.report(1, {"a": 1.0})
+    for step in range(2):
+        made.say(step, refused(step) if step == which else {"a": 1.0})
     made.abandon()
     made = opened()
-    made.report(2, {"a": 2.0})
+    made.say(2, {"a": 2.0})
     account = made.finish()[""]
     assert numbers(logged(tmp_path)) == [0, 1, 2]
     assert (account.reports, account.rows, account.lost, account.lost_values) == (3, 3, 0, 1)
@@ -169,16 +233,18 @@ def test_many_refused_values_are_one_warning_with_its_count(opened):
     made = opened()
     made.join()
     for step in range(20):
-        made.report(step, refused(step))
+        made.say(step, refused(step))
     account = made.finish()[""]
     assert account.lost_values == 20
     [warning] = account.warnings
     assert warning.endswith("(20 times)")
 
 
-def concluded(made: Opened, there) -> Ledger:
-    made.run.conclude(there)
-    return made.store.facts["ledgers"][""]
+def concluded(made: Opened, there: Callable[[], Callable[[int], bool]]) -> Ledger:
+    """The account where this is what is seen on the disk."""
+    made.writer.there = there
+    made.run.conclude()
+    return made.state.facts["ledgers"][""]
 
 
 def test_rows_that_come_to_disk_while_they_are_counted_are_not_called_lost(opened):
@@ -186,11 +252,13 @@ def test_rows_that_come_to_disk_while_they_are_counted_are_not_called_lost(opene
     made, looks = opened(), []
     made.join()
     for step in range(5):
-        made.report(step, {"a": 1.0})
+        made.say(step, {"a": 1.0})
     made.finish()
 
+    real = made.writer.there
+
     def there():
-        looks.append(made.writer.there())
+        looks.append(real())
         return looks[-1] if len(looks) > 1 else lambda number: number < 4
 
     account = concluded(made, there)
@@ -200,7 +268,7 @@ def test_rows_that_come_to_disk_while_they_are_counted_are_not_called_lost(opene
 def test_rows_that_do_not_come_to_disk_are_lost_and_told(opened):
     made = opened()
     made.join()
-    made.report(0, {"a": 1.0})
+    made.say(0, {"a": 1.0})
     made.finish()
     account = concluded(made, lambda: lambda number: False)
     assert (account.reports, account.rows, account.lost, account.ok) == (1, 0, 1, False)
@@ -231,7 +299,7 @@ def test_a_row_that_is_missing_below_the_highest_gets_a_number_behind_all(opened
 def test_media_and_tables_that_were_not_there_are_logged_again(opened, tmp_path):
     made = opened()
     made.join()
-    made.report(0, {"a": 0.0})
+    made.say(0, {"a": 0.0})
     table = wandb.Table(columns=["reward", "page"], data=[[0.5, wandb.Html("in a table")]])
     rows = {"page": wandb.Html("a page"), "rollouts": table, "pages": [wandb.Html("1"), wandb.Html("2")]}
     made.push(1, rows)  # and killed before W&B had it
@@ -253,10 +321,10 @@ from backbone.reduction import Reduction
 from rooms import Opened
 folder, steps, init, metrics = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), eval(sys.argv[4])
 made = Opened(folder, **init)
-if not made.pipelines:
+if not made.run.pipelines:
     made.join("", Reduction(totals=["n"]))
-for step in range(made.pipelines[""].counts["reports"], steps):
-    made.report(step, metrics(step))
+for step in range(made.run.pipeline("").counts["reports"], steps):
+    made.say(step, metrics(step))
     print(step, flush=True)
 account = made.finish()[""]
 print(json.dumps([account.reports, account.rows, account.lost, account.restarts, account.warnings]), flush=True)
@@ -284,7 +352,7 @@ def test_the_rows_of_writers_that_are_killed_at_any_moment_are_there_once_in_ord
         killed_after(writing(tmp_path, 800, {}, "lambda step: dict(n=1, a=step / 7)"), chance.randint(1, 400))
     last = writing(tmp_path, 800, {}, "lambda step: dict(n=1, a=step / 7)")
     stdout, stderr = last.communicate(timeout=120)
-    assert json.loads(stdout.splitlines()[-1]) == [800, 800, 0, 0, []], stderr[-800:]
+    assert json.loads(stdout.splitlines()[-1]) == [800, 800, 0, 2, []], stderr[-800:]
     assert len(folders(tmp_path)) == 3
     rows = logged(tmp_path)
     assert numbers(rows) == list(range(800))
@@ -306,22 +374,22 @@ def test_a_death_between_the_last_row_and_the_ledger_changes_nothing(opened):
     made = opened()
     made.join()
     for step in range(50):
-        made.report(step, {"a": 1.0})
-    made.run.end([*made.pipelines.values()])
-    made.writer.finish(0)
-    made.store.close()
+        made.say(step, {"a": 1.0})
+    made.end()
+    made.writer.finish(0, None, time.monotonic() + 60)
+    made.state.close()
     account = opened().finish()[""]
-    assert (account.reports, account.rows, account.lost, account.ok) == (50, 50, 0, True)
+    assert (account.reports, account.rows, account.lost, account.restarts, account.ok) == (50, 50, 0, 1, True)
 
 
 def test_only_deaths_without_a_row_in_between_give_an_actor_up(opened):
     def come_back() -> None:
-        Run.open("this life", made.init, threading.RLock(), stop=None).store.close()
+        Run.open(made.init, made.address, "owner", threading.RLock()).state.close()
 
-    for _ in range(DEATHS + 2):
+    for step in range(DEATHS + 2):
         made = opened()
         made.join()
-        made.report(0, {"a": 1.0})
+        made.say(step, {"a": 1.0})
         made.abandon()
         come_back()
     for _ in range(DEATHS):
@@ -349,7 +417,7 @@ def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server, dis
     had = len(server.rows("run"))
     last = writing(tmp_path, 6000, dict(mode="online"), metrics, variables)
     stdout, stderr = last.communicate(timeout=120)
-    assert json.loads(stdout.splitlines()[-1]) == [6000, 6000, 0, 0, []], stderr[-800:]
+    assert json.loads(stdout.splitlines()[-1]) == [6000, 6000, 0, 1, []], stderr[-800:]
     assert 10 < had < 6000
     rows = server.rows("run")
     assert numbers(rows) == list(range(6000))
@@ -376,6 +444,62 @@ def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, serve
     rows = server.rows("run")
     assert numbers(rows) == list(range(10))
     assert [row["n_total"] for row in rows] == list(range(1, 11))
+
+
+def test_a_restart_online_sends_again_nothing_that_somebody_may_have_edited_in_the_app(tmp_path, server):
+    sent, answer = [], server.graphql
+
+    def graphql(query: str, variables: dict) -> dict:
+        sent.extend([variables] if "UpsertBucket" in query else [])
+        return answer(query, variables)
+
+    server.graphql = graphql
+    init = dict(mode="online", name="as it began", notes="notes", tags=["tag"], config={"lr": 1e-4})
+    variables = online(server) | dict(WANDB_NOTES="of the environment", WANDB_TAGS="of the environment")
+    process = writing(tmp_path, 3000, init, "lambda step: dict(n=1)", variables)
+    wait_for(lambda: process.stdout.readline() and "run" in server.runs and server.rows("run"), every=0)
+    process.kill()
+    process.communicate()
+    before = {key: value for each in sent for key, value in each.items() if value}
+    assert (before["displayName"], before["notes"], before["tags"]) == ("as it began", "notes", ["tag"])
+    server.runs["run"]["name"] = "edited"
+    sent.clear()
+    stdout, stderr = writing(tmp_path, 3000, init, "lambda step: dict(n=1)", variables).communicate(timeout=120)
+    assert json.loads(stdout.splitlines()[-1]) == [3000, 3000, 0, 1, []], stderr[-800:]
+    assert sent
+    assert not [key for each in sent for key in ("displayName", "notes", "tags") if each.get(key)]
+    assert not [each for each in sent if "0.0001" in str(each.get("config"))]
+    assert server.runs["run"]["name"] == "edited"
+
+
+def test_artifacts_and_rows_have_one_deadline(tmp_path, server, opened, monkeypatch):
+    """What the artifacts have taken of `finish_timeout` the upload of the rows has no more."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    server.fail, server.artifacts = "stall", {}
+    commit, seconds, within = threading.Event(), [], writer_room._within
+    answer = server.graphql
+    server.graphql = lambda query, variables: (
+        commit.wait(60) and {} if "CommitArtifact" in query else answer(query, variables)
+    )
+    monkeypatch.setattr(writer_room, "_within", lambda time, *call: (seconds.append(time), within(time, *call)))
+    wandb.teardown()
+    made = opened(mode="online", settings=QUIET | dict(finish_timeout=3))
+    made.join()
+    made.say(0, {"a": 1.0})
+    folder = tmp_path / "artifact"
+    what = artifacts.check("model", "model", None, ()) | artifacts.stage(
+        artifacts.contents("model", {"a": b"1"}), folder, None
+    )
+    made.artifacts.log(folder, what)
+    account = made.finish()[""]
+    commit.set()
+    assert seconds == [1.0]
+    assert (account.lost_artifacts, account.uploaded, account.ok) == (1, False, False)
+    assert [warning[:40] for warning in account.warnings] == [
+        "1 artifacts were not logged or used: not", "the upload did not end within 3 s",
+    ]  # fmt: skip
+    wandb.teardown()
 
 
 @pytest.mark.parametrize("how", ["is away", pytest.param("is silent", marks=pytest.mark.slow), "drops packets"])
@@ -405,27 +529,44 @@ def test_with_a_server_that_does_not_answer_the_run_is_kept_here_within_30_secon
 
 def test_a_run_that_is_resumed_offline_has_numbers_and_totals_behind_those_of_its_earlier_folders(opened, tmp_path):
     rule = Reduction(totals=("n",))
-    for key in ("n", "another", "n"):  # a life without the key starts nothing anew
-        made = opened(resume="allow")
+    for life, key in enumerate(("n", "another", "n")):  # a life without the key starts nothing anew
+        made = opened(life=str(life), resume="allow")
         made.join("", rule)
         for step in range(3):
-            made.report(step, {key: 1})
+            made.say(step, {key: 1})
         made.finish()
-        made.store.remove()
+        made.close()
     rows = logged(tmp_path)
     assert numbers(rows) == list(range(9))
     assert [row["n_total"] for row in rows if "n" in row] == [1, 2, 3, 4, 5, 6]
 
 
+def test_lives_in_several_time_zones_come_in_the_order_in_which_they_were(opened, tmp_path, monkeypatch):
+    """The totals go on from the last one's, which by its name is the first."""
+    for life, zone in enumerate(("UTC-12", "UTC+11", "UTC")):
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", zone)
+            time.tzset()
+            made = opened(life=str(life), resume="allow")
+            made.join("", Reduction(totals=("n",)))
+            made.say(0, {"n": 10**life})
+            made.finish()
+            made.close()
+    time.tzset()
+    in_order = transaction_log.folders(tmp_path / "wandb", "run")
+    assert [[row["n_total"] for row in read_rows(path)] for path in in_order] == [[1], [11], [111]]
+    assert in_order != sorted(in_order)
+
+
 @pytest.mark.parametrize("ids", [("seed-7", "7"), ("a1", "a[1]"), ("7-1", "7")], ids=str)
 def test_a_run_goes_on_with_nothing_of_another_whose_id_looks_like_its_own(opened, tmp_path, ids):
     for id_ in ids:
-        made = opened(id=id_, resume="allow")
+        made = opened(life=id_, id=id_, resume="allow")
         made.join("", Reduction(totals=("n",)))
-        made.report(0, {"n": 1000 if id_ == ids[0] else 1})
+        made.say(0, {"n": 1000 if id_ == ids[0] else 1})
         made.finish()
-        made.store.remove()
-    mine = [Log(path) for path in disk.folders(tmp_path / "wandb", ids[1])]
+        made.close()
+    mine = [Log(path) for path in transaction_log.folders(tmp_path / "wandb", ids[1])]
     assert [(row["_step"], row["n_total"]) for log in mine for row in log.rows] == [(0, 1)]
 
 
@@ -440,11 +581,11 @@ def test_a_growing_table_counts_its_increments_over_a_restart(opened, tmp_path):
     made = opened()
     made.join()
     for step in range(2):
-        made.report(step, {"rollouts": rollout(step)})
+        made.say(step, {"rollouts": rollout(step)})
     made.abandon()
     made = opened()
     for step in range(2, 4):
-        made.report(step, {"rollouts": rollout(step), "others": rollout(step)})
+        made.say(step, {"rollouts": rollout(step), "others": rollout(step)})
     made.finish()
     rows = logged(tmp_path)
     assert {row["rollouts._type"] for row in rows} == {"incremental-table-file"}
@@ -458,11 +599,11 @@ def test_an_increment_that_was_not_there_is_logged_again_under_its_own_count(ope
     made = opened()
     made.join()
     for step in range(2):
-        made.report(step, {"rollouts": rollout(step)})
+        made.say(step, {"rollouts": rollout(step)})
     made.push(2, {"rollouts": rollout(2)})  # and killed before W&B had it
     made.abandon()
     made = opened()
-    made.report(3, {"rollouts": rollout(3)})
+    made.say(3, {"rollouts": rollout(3)})
     made.finish()
     assert [row["rollouts.increment_num"] for row in logged(tmp_path)] == [0, 1, 2, 3]
 
@@ -474,17 +615,17 @@ def test_numbers_of_whole_and_cut_logs_are_those_that_leet_finds(opened, tmp_pat
     made = opened()
     made.join()
     for step in range(400):  # several of the log's blocks, and records longer than one
-        made.report(step, {"a": float(step), "text": "x" * (70_000 if step % 100 == 50 else step)})
+        made.say(step, {"a": float(step), "text": "x" * (70_000 if step % 100 == 50 else step)})
     made.finish()
     path = folders(tmp_path)[0]
     whole = next(path.glob("*.wandb")).read_bytes()
     assert len(whole) > 10 * 32_768
-    assert transaction_log.numbers(path) == {*numbers(read_rows(path))} == {*range(400)}
+    assert transaction_log.numbers([path]) == {*numbers(read_rows(path))} == {*range(400)}
     cut, chance, found = tmp_path / "cut" / path.name, random.Random(3), Counter()
     cut.mkdir(parents=True)
     places = [7, 8, 100, 32_768, 32_769, 2 * 32_768 - 3, *(chance.randrange(7, len(whole)) for _ in range(6))]
     for place in places:
         (cut / "run-run.wandb").write_bytes(whole[:place])
-        assert transaction_log.numbers(cut) == {*numbers(read_rows(cut))}, place
-        found[len(transaction_log.numbers(cut))] += 1
+        assert transaction_log.numbers([cut]) == {*numbers(read_rows(cut))}, place
+        found[len(transaction_log.numbers([cut]))] += 1
     assert len(found) > 6

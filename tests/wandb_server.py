@@ -21,7 +21,7 @@ class Server:
     """`fail` is the status that uploads of rows are answered with, or "stall"; None for a server that works."""
 
     def __init__(self, port: int = 0) -> None:
-        self.runs: dict[str, dict] = {}  # id -> config, name, rows by offset, exit code
+        self.runs: dict[str, dict] = {}  # id -> name, tags, notes, rows by offset, exit code
         self.projects: set[str] = set()  # of entity `e`, as far as they are listed
         self.views: dict[str, dict] = {}  # id -> what was sent
         self.artifacts: dict[str, dict] | None = None  # id -> what was sent, and its state; None: it takes none
@@ -93,7 +93,8 @@ class Server:
         if operation == "UpsertBucket":
             known = variables["name"] in self.runs
             run = self.runs.setdefault(variables["name"], {"rows": {}, "exit_code": None})
-            run["name"] = variables.get("displayName") or run.get("name")
+            sent = dict(name=variables.get("displayName"), tags=variables.get("tags"), notes=variables.get("notes"))
+            run |= {key: sent[key] if sent[key] is not None else run.get(key) for key in sent}  # as they are in the app
             return {"upsertBucket": {"bucket": self.bucket(variables["name"]), "inserted": not known}}
         if operation == "RunResumeStatus":
             bucket = self.bucket(variables["name"]) if variables["name"] in self.runs else None
@@ -168,11 +169,12 @@ class Server:
         return {}
 
     def bucket(self, run_id: str) -> dict:
-        rows = self.rows(run_id)
+        rows, run = self.rows(run_id), self.runs[run_id]
         return {
-            "id": run_id, "name": run_id, "displayName": self.runs[run_id]["name"], "sweepName": None, "tags": [],
+            "id": run_id, "name": run_id, "displayName": run["name"], "sweepName": None, "tags": run["tags"] or [],
             "config": "{}", "wandbConfig": json.dumps({"t": 1}),  # a client resumes no run without one
             "summaryMetrics": json.dumps(rows[-1] if rows else {}),
+            "notes": run["notes"],
             "historyLineCount": len(rows), "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
             "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0,
             "project": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}},

@@ -1,0 +1,95 @@
+"""What the code and the environment say of a W&B run, checked before anything is started. Free of Ray.
+
+wandb, or its server at an upload a week later, would refuse the same, but in more lines and after more was started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from . import wandb_internals
+from .files import check_run_id
+from .ledger import line
+
+LONGEST, LONGEST_TAG = 128, 64  # characters that the server takes
+SAME = {"run_id": "id", "root_dir": "dir", "run_name": "name", "run_group": "group", "run_job_type": "job_type"}
+SAME |= {"run_tags": "tags", "run_notes": "notes"}  # settings -> arguments
+
+
+def said(init: Mapping[str, Any]) -> dict[str, Any]:
+    """What the code says to `wandb.init`; settings are a dict, without those that are arguments as well."""
+    init = {key: value for key, value in init.items() if value is not None}
+    settings = init.get("settings") or {}
+    if not isinstance(settings, Mapping):  # wandb.Settings
+        settings = {key: getattr(settings, key) for key in settings.model_fields_set}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    return {SAME[key]: settings.pop(key) for key in SAME if key in settings} | init | dict(settings=settings)
+
+
+def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """What goes to `wandb.init`, with an absolute `dir` and a config of plain values.
+
+    init: see `said`. own: what holds unless `init` or the environment say else. Raises ValueError or TypeError for what
+    can't work.
+    """
+    variables = {name.removeprefix("WANDB_").lower(): value for name, value in environ.items()}
+    same = dict(id="run_id", dir="dir", job_type="job_type")
+    from_environment = {key: variables[name] for key, name in same.items() if variables.get(name)}
+
+    def given(name: str) -> Any:
+        found = next((place[name] for place in (init, init["settings"], variables) if name in place), None)
+        return None if str(found).lower() in ("false", "0", "") else found
+
+    if given("sync_tensorboard") or given("mode") == "shared":
+        raise ValueError("sync_tensorboard and mode='shared' make wandb ignore the numbers of rows: use neither here")
+    if name := next((name for name in ("resume_from", "fork_from") if given(name)), None):
+        raise ValueError(f"{name} counts in W&B's own steps, which are rows here: use id= and resume='allow'")
+    if given("resume") in (True, "auto") and "id" not in from_environment | init:
+        raise ValueError(
+            "resume='auto' goes on with the last run of a folder, whichever it was: use id= and resume='allow'"
+        )
+    _check_names({"name": variables.get("name"), "group": variables.get("run_group")} | from_environment | init)
+    _check_project_and_entity(init["project"], given("entity"))
+    _check_tags(init.get("tags", variables["tags"].split(",") if variables.get("tags") else ()))
+    init = {**own, **from_environment, **init}
+    check_run_id(init["id"])
+    if init.get("config"):
+        init["config"] = _as_recorded(init["config"])
+    return init | dict(dir=os.path.abspath(os.path.expanduser(init["dir"])))
+
+
+def _check_names(names: Mapping[str, Any]) -> None:
+    for key in ("name", "group", "job_type"):
+        name = names.get(key)
+        if name is not None and not (isinstance(name, str) and len(name) <= LONGEST):
+            raise ValueError(f"{key} {_shown(name)} must be at most {LONGEST} characters")
+
+
+def _check_project_and_entity(project: str, entity: Any) -> None:
+    if len(project) > LONGEST or set(project) & set(r"/\#?%:"):
+        raise ValueError(rf"project {_shown(project)} must be at most {LONGEST} characters without / \ # ? % :")
+    if entity is not None and not (isinstance(entity, str) and "/" not in entity):
+        raise ValueError(
+            f"entity {_shown(entity)} must be the name of a user or team; the project is an argument of its own"
+        )
+
+
+def _check_tags(tags: Any) -> None:
+    for tag in [tags] if isinstance(tags, str) else tags:
+        if not 1 <= len(str(tag)) <= LONGEST_TAG:
+            raise ValueError(f"tag {_shown(tag)} must be 1 to {LONGEST_TAG} characters")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.40}{'…' if len(repr(value)) > 40 else ''}"
+
+
+def _as_recorded(config: Any) -> dict[str, Any]:
+    """What wandb records of a config; here, because the actor has neither its classes nor its resolvers and files."""
+    try:
+        return wandb_internals.recorded_config(config)
+    except Exception as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"config={_shown(config)} can't be recorded: {line(error)}") from None
