@@ -300,7 +300,9 @@ class WandbRun:
             exits.unfinished.remove(each)
         if self._owned:
             if not gone:
-                self._owned.actor.leave.remote()  # behind that, because a signal handler may finish the run at any moment
+                # Behind that, because a signal handler may finish the run at any moment. The option is not at the
+                # method, because this module could not be imported then where Ray Client is, which `_check` refuses.
+                self._owned.actor.leave.options(max_task_retries=0).remote()
             self._owned.forget()
 
     def note_end(self, exit_code: int, failure: str | None) -> None:

@@ -209,7 +209,7 @@ class PipelineActor:
         except ServiceDiedError:
             os._exit(1)  # Ray repeats the call on the next actor
 
-    @ray.method(concurrency_group="control", max_task_retries=0)
+    @ray.method(concurrency_group="control")
     def leave(self) -> None:
         """The ledgers have arrived, so nothing of this is needed any more."""
         self._forget()
@@ -224,7 +224,7 @@ class PipelineActor:
                 self._run = None
 
     def _end_with_owner(self) -> None:
-        """Finishes the run as its owner has ended. Where Ray is gone with the owner, it leaves this two seconds at most."""
+        """Finishes the run as its owner has ended. Where Ray is gone, too, it leaves this two seconds at most."""
         letter, raylet = self._letter, os.getppid()
         try:
             if self._run:

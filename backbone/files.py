@@ -74,7 +74,7 @@ def make_private_folder(path: Path) -> None:
 def is_private_folder(path: Path) -> bool:
     try:
         found = path.lstat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
     owned = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700)
     return stat.S_ISDIR(found.st_mode) and owned

@@ -1,9 +1,21 @@
-"""The account of a pipeline: what its workers said, and how much of it W&B has."""
+"""The account of a pipeline: what its workers said, and how much of it W&B has.
+
+    python -m backbone.ledger FOLDER …
+
+counts finished runs anew from what is in their folders, and ends with status 1 if something is missing. It takes no
+account, so a CI job can check its runs with it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+FILE = "ledger.json"  # in a run's folder
 
 
 class RunFinishedError(RuntimeError):
@@ -59,3 +71,53 @@ Ledgers = dict[str, Ledger]  # by prefix
 def line(error: BaseException) -> str:
     """The first line of an error's message, for a message of one line."""
     return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def write(ledgers: Ledgers, rows: Mapping[str, Mapping[int, int]]) -> None:
+    """Keeps a run's ledgers in its folder. rows: of each pipeline, number -> reports that the row stands on."""
+    said = {prefix: dataclasses.asdict(each) | {"row_reports": rows[prefix]} for prefix, each in ledgers.items()}
+    for path in [each.path for each in ledgers.values() if each.path][:1]:
+        (path / FILE).write_text(json.dumps(said, default=str))
+
+
+def count(folder: Path) -> Ledgers:
+    """The ledgers of a finished run, with the rows that are in its folders now. The folders may have moved together.
+
+    Raises OSError where there is no ledger.
+    """
+    from .transaction_log import numbers
+
+    said: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
+    ledgers = {}
+    for prefix, each in said.items():
+        row_reports = {int(number): reports for number, reports in each.pop("row_reports").items()}
+        ledger = ledgers[prefix] = Ledger(
+            **each | {"paths": [folder.parent / Path(path).name for path in each["paths"]]}
+        )
+        there = numbers(path for path in ledger.paths if path.exists())
+        found = [reports for number, reports in row_reports.items() if number in there]
+        if ledger.mode == "online" and ledger.uploaded:
+            continue  # what the server had before a restart need not be here
+        ledger.rows, ledger.lost = len(found), ledger.reports - sum(found)
+    return ledgers
+
+
+def main(folders: list[str]) -> int:
+    if not folders:
+        sys.exit(__doc__)
+    status = 0
+    for folder in folders:
+        try:
+            ledgers = count(Path(folder).resolve())
+        except OSError as error:
+            status = 1
+            print(f"{folder}: no ledger of a finished run: {error.strerror}", file=sys.stderr)
+            continue
+        for ledger in ledgers.values():
+            print(ledger)
+            status |= not ledger.ok
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -119,7 +119,8 @@ class Outbox:
                 self._open_segment(self._segment + 1)
                 start = self._unsure = 0
             written = os.write(self._segment_file, record)
-        except OSError:
+        except OSError as error:
+            _raise_from_outside(error)
             written = 0
         if written == len(record):
             if self._unsure is not None:  # else a signal handler has logged in between, and counted this one, too
@@ -131,7 +132,7 @@ class Outbox:
     def _settle(self, start: int) -> None:
         """Counts the whole records behind `start`, and takes back what is none: nobody could read beyond it."""
         end, records = start, 0
-        with contextlib.suppress(OSError):
+        try:
             content = self._path(self._segment).read_bytes()
             while end + RECORD.size <= len(content):
                 length, kind, *_ = RECORD.unpack_from(content, end)
@@ -140,6 +141,8 @@ class Outbox:
                 end, records = end + RECORD.size + length, records + (kind in COUNTED)
             if end < len(content):
                 os.ftruncate(self._segment_file, end)
+        except OSError as error:
+            _raise_from_outside(error)
         self._unsure, self._records, self._bytes = None, self._records + records, self._bytes + end - start
 
     def _waits_for_room(self, size: int) -> bool:
@@ -227,7 +230,8 @@ class Outbox:
             if self._page is None and time.monotonic() >= self._next_look:
                 try:
                     self._open(self.process.find_folder(self.address), uuid.uuid4().hex)
-                except OSError:  # the disk is full, or the folder has just been removed
+                except OSError as error:  # the disk is full, or the folder has just been removed
+                    _raise_from_outside(error)
                     with contextlib.suppress(OSError):
                         self.process.find_folder(self.address)  # raises if the run is finished
                     self._next_look = time.monotonic() + 1
@@ -279,3 +283,9 @@ class Outbox:
                 os.close(file)
         self.is_finished = finished
         self._begin()
+
+
+def _raise_from_outside(error: OSError) -> None:
+    """Raises what is none of the system's: a signal handler's TimeoutError is an OSError, too."""
+    if error.errno is None:
+        raise error

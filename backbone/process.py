@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import re
@@ -62,6 +63,9 @@ class Process:
         """The worker that logs now."""
         return self.name
 
+    def note_task(self) -> None:
+        """A handle has arrived, maybe with a task of whose threads only others will log."""
+
     def about(self) -> dict[str, Any]:
         """What the reader of its outboxes must know."""
         return dict(pid=os.getpid(), name=self.name, parent=self.parent, ray=bool(self.ray))
@@ -75,7 +79,8 @@ class Process:
         if (folder / CLOSED).exists():
             raise run_is_finished(address.name)
         outboxes = folder / OUTBOXES
-        outboxes.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # `exist_ok=True` takes a signal handler's TimeoutError, too
+            outboxes.mkdir()
         return outboxes
 
     def _find_elsewhere(self, address: Address) -> Path:
@@ -105,13 +110,16 @@ class RayProcess(Process):
     def who(self) -> str:
         if self._is_driver and which_ray() is not self.ray:
             raise RuntimeError("Ray is not running any more, so nothing can be logged")
+        self.note_task()
+        return self.last
+
+    def note_task(self) -> None:
         if self.in_task and threading.current_thread() is threading.main_thread():  # other threads have no task's id
             task = self._worker.core_worker.get_current_task_id().binary()
             if task != self._task:
                 self._task = task
                 number = get_runtime_context().get_task_id(), self._worker.core_worker.get_current_task_attempt_number()
                 self.last = f"task {number[0][:16]} {number[1]} on {socket.gethostname()}" if number[0] else self.name
-        return self.last
 
     def _find_elsewhere(self, address: Address) -> Path:
         if not internal_kv._internal_kv_exists(address.key("open"), namespace=KV):
@@ -142,6 +150,7 @@ def outbox(address: Address, speaks_for: str = "") -> Outbox:
         for nonce in [nonce for nonce, other in _outboxes.items() if other.is_closed]:
             _outboxes.pop(nonce).close(finished=True)
         found = _outboxes.setdefault(address.nonce, Outbox(address, this_process(speaks_for)))
+    found.process.note_task()
     return found
 
 

@@ -107,7 +107,7 @@ class Run:
         return run
 
     def _begin(self, address: Address) -> None:
-        self.state.note(address=address, deaths=0)
+        self.state.note(address=address, deaths=0, begun=False)
         lost = address.folder / "pipelines"
         if lost.exists():  # it is the state of this very run that was there
             self.inbox.unheard("the time before the run's state was lost")

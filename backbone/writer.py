@@ -81,7 +81,7 @@ class Writer:
         self._before = [
             path for path in transaction_log.folders(self._folder, self._init["id"]) if str(path) not in mine
         ]
-        run = self.run = self._wandb_init(restart=bool(mine))
+        run = self.run = self._wandb_init(restart=facts.get("begun", False))  # in this life of the id
         mode = "disabled" if run.disabled else "offline" if run.offline else "online"
         before = transaction_log.numbers(self._before)
         first = max(run.starting_step, 1 + max(before, default=-1), facts.get("first", 0))
@@ -92,6 +92,7 @@ class Writer:
             url=(run.url if mode == "online" else None) or facts.get("url"),
             paths=mine + ([] if run.disabled else [run.sync_dir]),
             first=first,
+            begun=True,
         )
         self._tails += [] if run.disabled else [Tail(Path(run.sync_dir))]
         for i, (prefix, best) in enumerate(pipelines):

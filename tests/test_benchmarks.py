@@ -24,7 +24,7 @@ def test_every_way_is_measured_and_loses_no_report(environment):
     ]
     assert {row["lost"] for row in result["ways"].values()} == {0}
     assert result["ways"]["blocking"]["x blocking"] == 1
-    assert len(result["targets"]) == 5
+    assert len(result["targets"]) == 6
 
 
 @pytest.mark.slow
@@ -36,4 +36,4 @@ def test_what_one_pipeline_carries_is_measured_and_none_of_it_lost(environment):
     assert {row["lost"] for row in rows} == {0}
     steps = [100, 2, 2, 2]
     assert [row["rows"] for row in rows] == [1 + each for each in steps], "all workers of a step are in its row"
-    assert len(result["targets"]) == 3
+    assert len(result["targets"]) == 5

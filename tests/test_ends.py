@@ -1,23 +1,26 @@
-"""Nothing that a worker logged is left behind in a process that ends, and what a kill caught is counted."""
+"""What `log` has returned is in a row, however its process ends and whatever comes in between, on the run's node."""
 
 import asyncio
 import contextlib
+import copy
 import ctypes
+import dataclasses
 import gc
 import os
+import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-from common import Ledger, PipelineActor, RunFinishedError, WandbRun, pipeline_actor
+from common import Ledger, RunFinishedError, WandbRun
 
 import pytest
 import ray
-from backbone.backlog import Backlog
 from conftest import Log, wait_for
-from processes import pipeline_process, session
+from processes import session
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it
 
@@ -30,6 +33,10 @@ def tokens(ledger: Ledger) -> int:
 def log_some(made: WandbRun, reports: int, first: int = 0) -> None:
     for step in range(first, first + reports):
         made.log({"tokens": 1}, step)
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 class Worker:
@@ -53,35 +60,30 @@ class Worker:
         self.cycle.append(self.cycle)
         log_some(made, reports)
 
+    def log_and_die(self, made: WandbRun, reports: int, how: str) -> None:
+        log_some(made, reports)
+        if how == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+
+    def log_and_wait(self, made: WandbRun, reports: int, file: Path) -> None:
+        log_some(made, reports)
+        file.touch()
+        time.sleep(600)
+
     def stop_answering(self, made: WandbRun, reports: int, how: str, file: Path) -> None:
         log_some(made, reports)
-        made.flush()
         file.touch()
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:  # in native code that gives no other thread a turn
             ctypes.PyDLL(None).sleep(600)
 
-    def fill_the_outbox(self, made: WandbRun, file: Path) -> None:
-        log_some(made, 1)
-        made.flush()
-        file.touch()  # now the pipeline actor is stopped
-        while file.exists():
-            time.sleep(0.01)
-        wire = made._outbox._wire
-        for step in (1, 2, 3):  # each is sent by itself
-            log_some(made, 1, first=step)
-            while wire.backlog.waiting:
-                time.sleep(0.01)
-        with made._outbox._changed:  # of these, a batch leaves when all are there; behind it the others wait
-            log_some(made, 500, first=4)
-        while wire._submitting or not wire.backlog.is_full:
-            time.sleep(0.01)
-        file.touch()
-        time.sleep(600)
+
+# The process ends
 
 
-def test_tasks_that_are_a_process_each_leave_nothing_behind(run):
+def test_tasks_that_are_a_process_each_lose_nothing_and_leave_nothing_behind(run):
     @ray.remote(max_calls=1, max_retries=0)
     def work(made: WandbRun, ends: str) -> None:
         log_some(made, 400)
@@ -91,19 +93,23 @@ def test_tasks_that_are_a_process_each_leave_nothing_behind(run):
             sys.exit(0)
 
     made = run(workers=3)
+    outboxes = made._address.folder / "outboxes"
+    before = {*outboxes.glob("*.page")}
     works = [work.remote(made, ends) for ends in ("returns", "raises", "exits")]
     for each in works:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.get(each)
+    wait_for(lambda: {*outboxes.glob("*.page")} == before)
     ledger = made.finish()
-    assert (ledger.reports, ledger.lost, ledger.silent) == (1_200, 0, 0)
+    assert (ledger.reports, ledger.lost, ledger.ok) == (1_200, 0, True)
     assert tokens(ledger) == 1_200
+    assert not made._address.folder.exists()
 
 
 @pytest.mark.parametrize(
     "kept", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("argument", "cycle")), "self", "exit_actor"]
 )
-def test_actors_that_go_right_after_they_logged_leave_nothing_behind(run, kept):
+def test_actors_that_go_right_after_they_logged_lose_nothing(run, kept):
     made = run()
     worker = ray.remote(Worker).remote(made if kept == "self" else None)
     calls = {"argument": "log", "self": "log", "exit_actor": "log_and_exit", "cycle": "log_in_a_cycle"}
@@ -111,29 +117,161 @@ def test_actors_that_go_right_after_they_logged_leave_nothing_behind(run, kept):
     del worker  # the last handle
     ray.wait([work])
     ledger = made.finish()
-    assert (ledger.reports, ledger.lost, ledger.silent) == (1_200, 0, 0)
+    assert (ledger.reports, ledger.lost, ledger.ok) == (1_200, 0, True)
     assert tokens(ledger) == 1_200
 
 
-def test_what_an_actor_sends_while_its_process_ends_is_waited_for(run):
-    """Ray calls an actor dead as soon as its last handle is dropped, while its process may still send what is left."""
-
-    @pipeline_actor
-    class Sluggish(PipelineActor):
-        def push(self, *arguments):
-            time.sleep(0.3)
-            return super().push(*arguments)
-
-    made = run(pipeline=Sluggish)
-    worker = ray.remote(Worker).remote(made)
-    ray.wait([worker.log.remote(None, 500)])
-    del worker
+def test_actors_that_are_killed_right_after_they_logged_lose_nothing(run, tmp_path):
+    made, file = run(workers=3), tmp_path / "logged"
+    workers = [ray.remote(Worker).remote() for _ in range(3)]
+    works = [
+        worker.log_and_die.remote(made, 300, how) for worker, how in zip(workers, ("SIGKILL", "_exit"), strict=False)
+    ]
+    workers[2].log_and_wait.remote(made, 300, file)
+    wait_for(file.exists, every=0.01)
+    ray.kill(workers[2])
+    ray.wait(works, num_returns=2)
     ledger = made.finish()
-    assert (ledger.reports, ledger.lost, ledger.silent) == (500, 0, 0)
-    assert tokens(ledger) == 500
+    assert (ledger.reports, ledger.lost, ledger.ok) == (900, 0, True)
+    assert tokens(ledger) == 900
 
 
-def test_a_handle_that_the_function_captured_sends_what_a_task_logs_and_starts_no_ray(run):
+def test_a_task_that_is_cancelled_in_the_middle_of_log_loses_nothing_and_the_next_one_in_its_process_goes_on(
+    run, tmp_path
+):
+    @ray.remote(max_retries=0)
+    def work(made: WandbRun, file: Path | None) -> int:
+        first, step = 10**6 * (file is None), -1
+        try:
+            for step in range(first, first + (10**6 if file else 100)):
+                made.log({"tokens": 1}, step)
+                if step == 2_000:
+                    file.touch()
+        finally:
+            (tmp_path / f"{os.getpid()}-{first}").write_text(str(step))  # this one's `log` may not have returned
+
+    made, file = run(), tmp_path / "logs"
+    works = work.remote(made, file)
+    wait_for(file.exists, every=0.01)
+    ray.cancel(works)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(works)
+    [told] = tmp_path.glob("*-0")
+    wait_for(lambda: ray.get(work.remote(made, None)) or (tmp_path / told.name.replace("-0", "-1000000")).exists())
+    ledger = made.finish()
+    steps = {row["step"] for row in Log(ledger.path).rows}
+    assert steps >= {*range(int(told.read_text())), *range(10**6, 10**6 + 100)}
+    assert (ledger.lost, ledger.ok) == (0, True)
+
+
+def test_time_outs_out_of_a_signal_handler_of_a_task_lose_nothing(run):
+    """As verifiers of rewards have them."""
+
+    @ray.remote
+    def work(made: WandbRun) -> int:
+        def handler(*_) -> None:
+            raise TimeoutError
+
+        before, returned, times = signal.signal(signal.SIGALRM, handler), 0, 0
+        while times < 200:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.001 * (times % 7 + 1) / 7)
+                while True:
+                    made.log({"tokens": 1}, returned)
+                    returned += 1
+            except TimeoutError:
+                times += 1
+        signal.signal(signal.SIGALRM, before)
+        return returned
+
+    made = run()
+    returned = ray.get(work.remote(made))
+    ledger = made.finish()
+    steps = [row["step"] for row in Log(ledger.path).rows]
+    assert {*steps} >= {*range(returned)}
+    assert returned <= ledger.reports <= returned + 200  # and some that were interrupted behind their last instruction
+    assert (ledger.lost, ledger.ok) == (0, True)
+
+
+def test_a_task_and_its_retry_share_no_row(run, tmp_path):
+    @ray.remote(max_retries=1)
+    def work(made: WandbRun, told: Path | None) -> None:
+        for step in range(20):
+            made.log({"tokens": 100 if told else 1}, step)
+            if told and step == 9 and not told.exists():
+                told.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    made = run(workers=2)
+    ray.get([work.remote(made, None), work.remote(made, tmp_path / "died")])
+    ledger = made.finish()
+    rows = Log(ledger.path).rows
+    assert {row["tokens"] for row in rows} <= {1, 100, 101}
+    assert sum(row["tokens"] for row in rows) == 20 + 30 * 100
+    assert max(row["workers"] for row in rows) == 2
+    assert (ledger.lost, ledger.ok) == (0, True)
+
+
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.slow), "busy"])
+def test_a_process_that_does_not_answer_at_the_end_has_logged_what_it_has_logged(run, how, tmp_path):
+    made, worker = run(), ray.remote(Worker).remote()
+    pid = ray.get(worker.pid.remote())
+    worker.stop_answering.remote(made, 40, how, file := tmp_path / "stops now")
+    wait_for(file.exists)
+    ledger = made.finish()
+    os.kill(pid, signal.SIGKILL)
+    assert (ledger.reports, ledger.lost, ledger.ok) == (40, 0, True)
+
+
+# Processes without Ray
+
+
+def log_in_children(made: WandbRun, step: int) -> list[int]:
+    """Logs here and in children of the kinds that people have; their exit codes."""
+    import multiprocessing
+
+    made.log({"tokens": 1}, step)
+    program = "import pickle, sys; pickle.load(sys.stdin.buffer).log({'tokens': 1}, int(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{program}; import ray; assert not ray.is_initialized()", str(step)]
+    codes = [subprocess.run(command, input=pickle.dumps(made), env=os.environ).returncode]
+    for way in ("spawn", "fork"):
+        child = multiprocessing.get_context(way).Process(target=made.log, args=({"tokens": 1}, step))
+        child.start()
+        child.join()
+        codes.append(child.exitcode)
+    return codes
+
+
+def test_children_of_actors_and_tasks_log_without_a_ray_of_their_own_and_count_as_their_parent(run):
+    class Parent:
+        def work(self, made: WandbRun, step: int) -> list[int]:
+            return log_in_children(made, step)
+
+    made, sessions = run(workers=2), session().parent
+    before = {*sessions.glob("session_2*")}
+    actors, task = [ray.remote(Parent).remote() for _ in range(2)], ray.remote(log_in_children)
+    assert ray.get([actor.work.remote(made, 0) for actor in actors]) == [[0, 0, 0]] * 2
+    assert ray.get([task.remote(made, 1) for _ in range(2)]) == [[0, 0, 0]] * 2
+    ledger = made.finish()
+    assert [(row["tokens"], row["workers"]) for row in Log(ledger.path).rows] == [(8, 2), (8, 2)]
+    assert (ledger.partial, ledger.warnings, ledger.ok) == (0, [], True)
+    assert {*sessions.glob("session_2*")} == before
+
+
+def test_a_fork_of_the_driver_logs_too(run):
+    made = run()
+    made.log({"tokens": 1}, 0)
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException):
+            log_some(made, 100, first=1)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    ledger = made.finish()
+    assert (ledger.reports, tokens(ledger), ledger.ok) == (101, 101, True)
+
+
+def test_a_handle_that_the_function_captured_logs_and_starts_no_ray(run):
     """Ray drops the function, and the handle with it, when it has left the process: a call would start another Ray."""
     made, sessions = run(workers=200), session().parent
     before = {*sessions.glob("session_2*")}
@@ -144,182 +282,92 @@ def test_a_handle_that_the_function_captured_sends_what_a_task_logs_and_starts_n
         return os.getpid()
 
     works = ray.get([work.remote(step) for step in range(3)])
+    wait_for(lambda: not any(alive(pid) for pid in works))
     ledger = made.finish()
     assert (ledger.reports, ledger.lost) == (3, 0)
     assert tokens(ledger) == 3
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in works), seconds=10)
     assert {*sessions.glob("session_2*")} == before
 
 
-def test_a_with_block_in_a_worker_sends_all_and_does_not_finish_the_run(run):
-    @ray.remote
-    class Holder:
-        def work(self, made: WandbRun) -> int:
-            self.made = made
-            with made:
-                log_some(made, 300)
-            return made.progress()[0].reports
-
-    made, holder = run(), Holder.remote()
-    assert ray.get(holder.work.remote(made)) == 300
-    made.log({"tokens": 1}, 300)
-    assert made.finish().reports == 301
+# Wherever `log` is called
 
 
-def test_a_task_per_step_and_engine_makes_one_row_a_step_at_once(run):
-    @ray.remote
-    def engine(made: WandbRun, step: int) -> None:
-        made.log({"tokens": 1}, step)
-
-    made = run(workers=3)
-    for step in range(4):
-        ray.get([engine.remote(made, step) for _ in range(3)])
-        wait_for(lambda step=step: made.progress()[0].rows == step + 1, seconds=20)
-    ledger = made.finish()
-    assert (ledger.rows, ledger.partial, ledger.reports) == (4, 0, 12)
-    assert [row["workers"] for row in Log(ledger.path).rows] == [3] * 4
-
-
-def test_finish_does_not_wait_for_tasks_that_log_on_and_on(run):
-    @ray.remote
-    def work(made: WandbRun) -> int:
-        for step in range(200):
-            try:
-                made.log({"tokens": 1}, step)
-            except RunFinishedError:
-                return step
-            time.sleep(0.1)
-
-    made = run()
-    works = work.remote(made)
-    wait_for(lambda: made.progress()[0].reports > 3)
-    began = time.monotonic()
-    ledger = made.finish()
-    assert time.monotonic() - began < 10
-    assert ledger.reports == tokens(ledger) + ledger.lost
-    assert ray.get(works) >= ledger.reports
-
-
-def test_log_in_a_callback_of_rays_does_not_wait_for_an_answer(run):
-    """Which would have to come by that very thread."""
-
+def test_log_may_be_called_in_any_thread_a_callback_of_rays_a_destructor_and_a_signal_handler(run):
     @ray.remote
     def task() -> None:
         pass
 
-    made = run()
-    task.remote().future().add_done_callback(lambda _: log_some(made, 3))
-    wait_for(lambda: made.progress()[0].reports >= 2, seconds=20)
-    assert made.finish().reports == 3
-
-
-def test_flush_says_whether_the_reports_were_taken(run):
-    @pipeline_actor
-    class Refusing(PipelineActor):
-        def push(self, *arguments):
-            raise MemoryError
-
-    made, other = run(), run(pipeline=Refusing)
-    made.log({"tokens": 1}, 0)
-    other.log({"tokens": 1}, 0)
-    assert made.flush()
-    assert not other.flush()
-    made.finish()
-    other.finish()
-
-
-def test_a_handle_passed_anew_or_copied_does_not_make_a_worker(run):
-    import copy
-
     @ray.remote
-    class Rank:
-        def report(self, made: WandbRun, step: int) -> None:
-            copy.deepcopy(made).log({"tokens": 1}, step)
-            made.log({"value_loss": 0.5}, step)
+    class Everywhere:
+        def work(self, made: WandbRun) -> None:
+            called: list[int] = []
 
-    made, ranks = run(workers=2), [Rank.remote() for _ in range(2)]
-    for step in range(5):
-        ray.get([rank.report.remote(made, step) for rank in ranks])
-    ledger = made.finish()
-    assert [(row["tokens"], row["workers"]) for row in Log(ledger.path).rows] == [(2, 2)] * 5
-    assert ledger.warnings == []
+            def log(step: int) -> None:
+                made.log({"tokens": 1}, step)
+                called.append(step)
 
+            class Logs:
+                def __del__(self) -> None:
+                    log(1)
 
-def test_reports_that_a_sigkill_caught_in_the_outbox_are_counted_as_lost(run, tmp_path):
-    made, worker, file = run(workers=1), ray.remote(Worker).remote(), tmp_path / "full"
-    pid = ray.get(worker.pid.remote())
-    work = worker.fill_the_outbox.remote(made, file)
-    wait_for(file.exists)
-    actor = pipeline_process(made)
-    os.kill(actor, signal.SIGSTOP)
-    file.unlink()
-    wait_for(file.exists)
-    time.sleep(0.5)
-    os.kill(pid, signal.SIGKILL)  # while it gets no answer, which would let go what waits
-    os.kill(actor, signal.SIGCONT)
-    ray.wait([work])
-    ledger = made.finish()
-    assert (ledger.reports, ledger.lost) == (504, 500 - Backlog.BATCH)  # as the last batch that left has said
-    assert ledger.reports == tokens(ledger) + ledger.lost
-    assert not ledger.silent
+            Logs()
+            signal.signal(signal.SIGALRM, lambda *_: log(2))
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            (thread := threading.Thread(target=log, args=(3,))).start()
+            task.remote().future().add_done_callback(lambda _: log(4))
+            thread.join()
+            while len(called) < 4:
+                time.sleep(0.01)
 
-
-@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.slow), "busy"])
-def test_a_process_that_does_not_answer_at_the_end_is_no_success(run, how, tmp_path):
-    made, worker = run(), ray.remote(Worker).remote()
-    pid = ray.get(worker.pid.remote())
-    worker.stop_answering.remote(made, 40, how, file := tmp_path / "stops now")
-    wait_for(file.exists)
-    time.sleep(0.5)
-    ledger = made.finish()
-    os.kill(pid, signal.SIGKILL)
-    assert (ledger.reports, ledger.lost, ledger.silent, ledger.ok) == (40, 0, 1, False)
-    assert [w for w in ledger.warnings if f"process {pid} on node" in w and "of 40 at least" in w]
-
-
-def test_log_in_a_forked_process_raises_and_names_the_fork(run):
     made = run()
-    made.log({"tokens": 1}, 0)
-    read, write = os.pipe()
-    if not (child := os.fork()):
-        try:
-            made.log({"tokens": 1}, 1)
-        except RuntimeError as error:
-            os.write(write, str(error).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert f"fork of process {os.getpid()}" in os.read(read, 1000).decode()
-    assert made.finish().reports == 1
+    ray.get(Everywhere.remote().work.remote(made))
+    ledger = made.finish()
+    assert sorted(row["step"] for row in Log(ledger.path).rows) == [1, 2, 3, 4]
+    assert (ledger.reports, ledger.ok) == (4, True)
+
+
+def test_async_actors_log_on_their_event_loop_and_may_have_runs_of_their_own(run):
+    @ray.remote
+    class Engine:
+        async def log(self, made: WandbRun) -> None:
+            await asyncio.gather(*(self._rollout(made, step) for step in range(20)))
+
+        async def _rollout(self, made: WandbRun, step: int) -> None:
+            await asyncio.sleep(0.001 * step)
+            made.log({"tokens": 1}, step)
+
+        async def own(self, folder: Path) -> Ledger:
+            made = WandbRun("p", "own", mode="offline", dir=folder)
+            made.log({"tokens": 1}, 0)
+            return made.finish()
+
+    engines = [Engine.remote() for _ in range(2)]
+    made = run(workers=2)
+    ray.get([engine.log.remote(made) for engine in engines])
+    ledger = made.finish()
+    assert (ledger.reports, tokens(ledger), ledger.ok) == (40, 40, True)
+    own = ray.get(engines[0].own.remote(ledger.path.parent.parent))
+    assert (own.reports, own.rows, own.ok) == (1, 1, True)
 
 
 def test_the_collector_may_find_a_handle_in_any_thread(run):
-    """A handle in a cycle is dropped while Ray's own threads and the outbox's run Python."""
+    """A handle in a cycle is dropped while Ray's own threads run Python."""
 
     @ray.remote
     class Careless:
-        def work(self, made: WandbRun) -> float:
+        def work(self, made: WandbRun) -> None:
             gc.set_threshold(5, 2, 2)
-            slowest = 0.0
             for step in range(200):
-                cycle = [pickle_copy(made)]
+                cycle = [copy.copy(made)]
                 cycle.append(cycle)
                 cycle[0].log({"tokens": 1}, step)
                 del cycle
-                began = time.monotonic()
                 ray.get(ray.put(step))
-                slowest = max(slowest, time.monotonic() - began)
-            return slowest
 
     made = run()
-    assert ray.get(Careless.remote().work.remote(made)) < 2
+    ray.get(Careless.remote().work.remote(made))
     ledger = made.finish()
     assert (ledger.reports, ledger.lost) == (200, 0)
-
-
-def pickle_copy(made: WandbRun) -> WandbRun:
-    import copy
-
-    return copy.copy(made)
 
 
 def test_threads_of_a_task_are_the_task(run):
@@ -338,96 +386,74 @@ def test_threads_of_a_task_are_the_task(run):
     assert (row["tokens"], row["workers"]) == (6, 2)
 
 
-def test_an_actor_that_logs_on_its_event_loop_is_not_held_up(run):
-    @ray.remote
-    class Engine:
-        def __init__(self) -> None:
-            self.ticks = 0
-
-        async def tick(self) -> int:
-            while self.ticks < 10**6:
-                self.ticks += 1
-                await asyncio.sleep(0.01)
-
-        async def rollout(self, made: WandbRun) -> tuple[int, int]:
-            before = self.ticks
-            for step in range(50):
-                made.log({"tokens": 1}, step)
-                await asyncio.sleep(0.01)
-            return before, self.ticks
-
-    made, engine = run(), Engine.remote()
-    engine.tick.remote()
-    before, after = ray.get(engine.rollout.remote(made))
-    assert after - before > 25
-    ray.kill(engine)
-    assert made.finish().lost == 0
-
-
-def test_what_comes_while_the_actor_restarts_is_in_order_and_whole(run):
-    """Steps in two calls, flat out, from two workers; many batches are under way when the actor is killed."""
-
-    @ray.remote
-    class Rank:
-        def work(self, made: WandbRun, steps: int) -> None:
-            for step in range(steps):
-                made.log({"tokens": 1}, step)
-                made.log({"loss": float(step)}, step)
-
-    made, ranks = run(workers=2), [Rank.remote() for _ in range(2)]
-    works = [rank.work.remote(made, 2_000) for rank in ranks]
-    for killed in range(2):
-        wait_for(lambda n=killed: made.progress()[0].rows > 500 * (n + 1))
-        os.kill(pipeline_process(made), signal.SIGKILL)
-    ray.get(works)
-    ledger = made.finish()
-    rows = {row["_step"]: row for path in ledger.paths for row in Log(path).rows}
-    assert (ledger.reports, ledger.lost, ledger.ok) == (8_000, 0, True)
-    assert ledger.restarts >= 1
-    by_step = sorted((row["step"], row["tokens"], row["loss"], row["workers"]) for row in rows.values())
-    if ledger.rows == 2_000:  # neither ran a step ahead of a row of the other's
-        assert by_step == [(step, 2, step, 2) for step in range(2_000)]
-    assert sum(row["tokens"] for row in rows.values()) == 4_000
-
-
-def test_copies_in_a_dataclass_travel(run):
-    import dataclasses
-
+def test_a_handle_passed_anew_or_copied_does_not_make_a_worker(run):
     @dataclasses.dataclass
     class Config:
         run: WandbRun
 
     @ray.remote
-    def work(config: Config) -> None:
-        config.run.log({"tokens": 1}, 0)
+    class Rank:
+        def report(self, config: Config, step: int) -> None:
+            copy.deepcopy(config.run).log({"tokens": 1}, step)
+            config.run.log({"value_loss": 0.5}, step)
+
+    made, ranks = run(workers=2), [Rank.remote() for _ in range(2)]
+    for step in range(5):
+        ray.get([rank.report.remote(Config(made), step) for rank in ranks])
+    ledger = made.finish()
+    assert [(row["tokens"], row["workers"]) for row in Log(ledger.path).rows] == [(2, 2)] * 5
+    assert ledger.warnings == []
+
+
+# Until the run is finished
+
+
+def test_a_with_block_in_a_worker_does_not_finish_the_run(run):
+    @ray.remote
+    class Holder:
+        def work(self, made: WandbRun) -> None:
+            with made:
+                log_some(made, 300)
+
+    made, holder = run(), Holder.remote()
+    ray.get(holder.work.remote(made))
+    made.log({"tokens": 1}, 300)
+    assert made.finish().reports == 301
+
+
+def test_a_task_per_step_and_engine_makes_one_row_a_step_at_once(run):
+    @ray.remote
+    def engine(made: WandbRun, step: int) -> None:
+        made.log({"tokens": 1}, step)
+
+    made = run(workers=3)
+    for step in range(4):
+        ray.get([engine.remote(made, step) for _ in range(3)])
+        wait_for(lambda step=step: made.progress()[0].rows == step + 1)
+    ledger = made.finish()
+    assert (ledger.rows, ledger.partial, ledger.reports) == (4, 0, 12)
+    assert [row["workers"] for row in Log(ledger.path).rows] == [3] * 4
+
+
+def test_finish_does_not_wait_for_those_who_log_on_and_on_and_they_are_told(run):
+    @ray.remote
+    def work(made: WandbRun) -> int:
+        for step in range(10**6):
+            try:
+                made.log({"tokens": 1}, step)
+                time.sleep(0.001)
+            except RunFinishedError:
+                return step
+        return -1
 
     made = run()
-    ray.get(work.remote(Config(made)))
-    assert made.finish().reports == 1
-
-
-def test_what_async_actors_have_just_logged_for_the_first_time_is_in_rows(run):
-    """Their first `log` doesn't wait until the pipeline actor knows of them."""
-
-    @ray.remote
-    class Engine:
-        async def log(self, made: WandbRun) -> None:
-            made.log({"tokens": 1}, 0)
-
-        async def own(self, folder: Path) -> Ledger:
-            made = WandbRun("p", "own", mode="offline", dir=folder)
-            made.log({"tokens": 1}, 0)
-            return made.finish()
-
-    engines = [Engine.remote() for _ in range(2)]
-    ray.get([engine.__ray_ready__.remote() for engine in engines])
-    for _ in range(2):
-        made = run(workers=2)
-        ray.get([engine.log.remote(made) for engine in engines])
-        ledger = made.finish()
-        assert (ledger.reports, ledger.rows, ledger.lost) == (2, 1, 0)
-    own = ray.get(engines[0].own.remote(ledger.path.parent.parent))
-    assert (own.reports, own.rows, own.lost) == (1, 1, 0)
+    works = [work.remote(made) for _ in range(2)]
+    wait_for(lambda: made.progress()[0].reports > 3)
+    ledger = made.finish()
+    returned = ray.get(works)
+    assert sum(returned) <= ledger.reports <= sum(returned) + 2  # each may have been told of its last one
+    assert min(returned) > 0
+    assert (tokens(ledger), ledger.lost) == (ledger.reports, 0)
 
 
 def test_no_process_crashes_in_native_code(ray_here):

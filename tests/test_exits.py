@@ -285,12 +285,16 @@ def test_a_stop_function_of_the_users_is_called_once_in_the_driver_also_after_th
         asked.append(made.progress()[0])  # the answer comes by another thread
         stopped.set()
 
-    with run(mode="online", settings={"stop_fn": stop}) as made:
+    def restart(times: int) -> None:
         os.kill(pipeline_process(made), signal.SIGKILL)
-        wait_for(lambda: made.progress()[0].restarts == 1)
-        server.stopped = {made.id}
-        assert stopped.wait(60)
-        made.log({"a": 1.0}, 0)
+        wait_for(lambda: made.progress()[0].restarts == times)
+
+    made = run(mode="online", settings={"stop_fn": stop})
+    restart(1)
+    server.stopped = {made.id}
+    assert stopped.wait(60)
+    restart(2)
+    made.log({"a": 1.0}, 0)
+    assert made.finish(1).ok
     assert [ledger.restarts for ledger in asked] == [1]
-    assert server.runs[made.id]["exit_code"] == 0  # it did not end the driver
-    assert made.finish().ok
+    assert server.runs[made.id]["exit_code"] == exits.INTERRUPTED

@@ -460,16 +460,36 @@ def test_a_restart_online_sends_again_nothing_that_somebody_may_have_edited_in_t
     wait_for(lambda: process.stdout.readline() and "run" in server.runs and server.rows("run"), every=0)
     process.kill()
     process.communicate()
-    before = {key: value for each in sent for key, value in each.items() if value}
-    assert (before["displayName"], before["notes"], before["tags"]) == ("as it began", "notes", ["tag"])
-    server.runs["run"]["name"] = "edited"
+    began = dict(displayName="as it began", notes="notes", tags=["tag"])
+    assert any(began.items() <= each.items() for each in sent)
+    assert any("0.0001" in str(each["config"]) for each in sent)
+    server.runs["run"] |= dict(name="edited", notes="edited", tags=["edited"])
     sent.clear()
     stdout, stderr = writing(tmp_path, 3000, init, "lambda step: dict(n=1)", variables).communicate(timeout=120)
     assert json.loads(stdout.splitlines()[-1]) == [3000, 3000, 0, 1, []], stderr[-800:]
     assert sent
-    assert not [key for each in sent for key in ("displayName", "notes", "tags") if each.get(key)]
-    assert not [each for each in sent if "0.0001" in str(each.get("config"))]
-    assert server.runs["run"]["name"] == "edited"
+    assert not [each for each in sent if "0.0001" in str(each["config"])]
+    assert [server.runs["run"][key] for key in ("name", "notes", "tags")] == ["edited", "edited", ["edited"]]
+
+
+def test_a_new_life_of_an_id_sends_what_it_says_though_the_earlier_one_was_not_finished(opened, server, monkeypatch):
+    """As it would have if that had been finished: its code may have another config."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()
+    for life, step in (("one", 0), ("two", 1)):
+        made = opened(life=life, mode="online", name=life, tags=[life], config={"life": life}, resume="allow")
+        made.join("", Reduction(totals=("n",)))
+        made.say(step, {"n": 1})
+        if life == "one":
+            made.abandon()
+    assert dict(made.writer.run.config) == {"life": "two"}
+    account = made.finish()[""]
+    assert (account.rows, account.lost, account.name) == (2, 0, "two")
+    run = server.runs["run"]
+    assert (run["name"], run["tags"]) == ("two", ["two"])
+    assert [(row["_step"], row["step"], row["n_total"]) for row in server.rows("run")] == [(0, 0, 1), (1, 1, 2)]
+    wandb.teardown()
 
 
 def test_artifacts_and_rows_have_one_deadline(tmp_path, server, opened, monkeypatch):
@@ -503,9 +523,9 @@ def test_artifacts_and_rows_have_one_deadline(tmp_path, server, opened, monkeypa
 
 
 @pytest.mark.parametrize("how", ["is away", pytest.param("is silent", marks=pytest.mark.slow), "drops packets"])
-def test_with_a_server_that_does_not_answer_the_run_is_kept_here_within_30_seconds(tmp_path, server, how):
+def test_with_a_server_that_does_not_answer_the_run_is_kept_here_long_before_wandb_gives_up(tmp_path, server, how):
+    """Which it does after 90 seconds."""
     server.stop()
-    began = time.monotonic()
     with contextlib.ExitStack() as sockets:
         if how != "is away":
             backlog = 50 if how == "is silent" else 0
@@ -515,8 +535,7 @@ def test_with_a_server_that_does_not_answer_the_run_is_kept_here_within_30_secon
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.1", server.port))
         process = writing(tmp_path, 5, dict(mode="online"), "lambda step: dict(n=1)", server.environment)
-        stdout, stderr = process.communicate(timeout=100)
-    assert time.monotonic() - began < 30 + 10  # of which Python takes some
+        stdout, stderr = process.communicate(timeout=80)
     reports, rows, lost, _, warnings = json.loads(stdout.splitlines()[-1])
     assert (reports, rows, lost) == (5, 5, 0), stderr[-800:]
     assert [warning[:40] for warning in warnings] == ["the W&B server does not answer, so the r"]
