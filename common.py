@@ -15,6 +15,7 @@ import contextlib
 import functools
 import logging
 import math
+import pickle
 import re
 import threading
 import uuid
@@ -22,12 +23,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone import artifacts, exits, outbox, owner, process, recover, values
+from backbone import arguments, artifacts, exits, outbox, owner, process, recover, values
 from backbone.actor import PipelineActor, pipeline_actor
 from backbone.files import Address
 from backbone.ledger import Ledger, RunFinishedError, line, run_is_finished
+from backbone.nodes import node_metrics
 from backbone.process import ActorGoneError
 from backbone.reduction import Reduction, reduce_reports
+from backbone.said import LogHandler
 
 import numpy as np
 import ray
@@ -36,7 +39,15 @@ from ray.util import client
 
 __all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
 __all__ += ["generate_evaluation_metrics", "generate_inference_metrics", "generate_training_metrics"]
-__all__ += ["Ledger", "PipelineActor", "Reduction", "RunFinishedError", "pipeline_actor", "reduce_reports"]
+__all__ += [
+    "Ledger",
+    "PipelineActor",
+    "Reduction",
+    "RunFinishedError",
+    "node_metrics",
+    "pipeline_actor",
+    "reduce_reports",
+]
 logger = logging.getLogger("wandb_run")
 
 
@@ -193,6 +204,31 @@ class WandbRun:
         """
         kind, step = outbox.COMMIT if commit else outbox.REPORT, values.as_step(step)
         self._outbox.put(kind, self._pipeline, step, values.pack(values.as_report(metrics, step)), label)
+
+    def alert(self, title: str, text: str = "", level: str = "INFO", wait_duration: float = 60.0) -> None:
+        """Sends W&B's alert, by mail or Slack as the user's settings say. Of a title one goes out in a minute.
+
+        level: INFO, WARN or ERROR. wait_duration: seconds in which W&B sends no other of this title. Raises ValueError
+        for another level, and RunFinishedError after `finish`.
+        """
+        if level not in ("INFO", "WARN", "ERROR"):
+            raise ValueError(f"level must be INFO, WARN or ERROR, not {level!r}")
+        self._say("alert", dict(title=str(title), text=str(text), level=level, wait_duration=wait_duration))
+
+    def update_config(self, config: Mapping[str, Any]) -> None:
+        """Adds to the run's config, or changes it. Raises TypeError or ValueError for what W&B can't record."""
+        self._say("config", arguments.as_recorded(config))
+
+    def update_summary(self, summary: Mapping[str, Any]) -> None:
+        """Adds to the run's summary, or changes it. Raises TypeError or ValueError for what W&B can't record."""
+        self._say("summary", arguments.as_recorded(summary))
+
+    def logging_handler(self, label: str = "") -> logging.Handler:
+        """A handler for Python's `logging` that brings lines to the run's Logs: 1,000 a minute at most, with `label`."""
+        return LogHandler(lambda line: self._say("line", line, label))
+
+    def _say(self, kind: str, value: Any, label: str = "") -> None:
+        self._outbox.put(outbox.SAID, self._pipeline, 0, pickle.dumps((kind, value)), label)
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Waits until what this process has logged has left its node; whether it has within `timeout` seconds.

@@ -47,8 +47,7 @@ class PipelineActor:
         self._run: Run | None = None
         self._over = False  # the run
         self._relays: Relays | None = None
-        if get_runtime_context().was_current_actor_reconstructed:
-            self._come_back()
+        self._come_back()
         threading.Thread(target=self._read_on, daemon=True).start()
         threading.Thread(target=self._look_for_nodes, daemon=True).start()
 

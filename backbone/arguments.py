@@ -56,7 +56,7 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
     init = {**own, **from_environment, **init}
     check_run_id(init["id"])
     if init.get("config"):
-        init["config"] = _as_recorded(init["config"])
+        init["config"] = as_recorded(init["config"])
     return init | dict(dir=os.path.abspath(os.path.expanduser(init["dir"])))
 
 
@@ -86,7 +86,7 @@ def _shown(value: Any) -> str:
     return f"{value!r:.40}{'…' if len(repr(value)) > 40 else ''}"
 
 
-def _as_recorded(config: Any) -> dict[str, Any]:
+def as_recorded(config: Any) -> dict[str, Any]:
     """What wandb records of a config; here, because the actor has neither its classes nor its resolvers and files."""
     try:
         return wandb_internals.recorded_config(config)

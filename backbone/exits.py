@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,17 @@ unfinished = Unfinished()
 
 
 def how_it_ends(error: BaseException | None) -> tuple[int, str | None]:
-    """The exit code of a process that an exception ends, and what went wrong if that is not 0."""
+    """The exit code of a process that an exception ends, and what went wrong if that is not 0: a line, then the rest."""
     code = int(error is not None)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    if not code:
+        return 0, None
     name = type(error).__name__
-    return code, (name if line(error) == name else f"{name}: {line(error)}") if code else None
+    failure = name if line(error) == name else f"{name}: {line(error)}"
+    if isinstance(error, Exception) and error.__traceback__:
+        failure += "\n" + "".join(traceback.format_exception(error))
+    return code, failure
 
 
 def stop_file(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import pickle
 from . import outbox
 from .pipeline import Pipeline, Report
 from .reading import Position, Reading, Record, lost_by_pipeline
+from .said import Said
 from .state import State
 
 HOME = ""  # the run's own node, among those that have outboxes
@@ -40,6 +41,7 @@ class Inbox:
         self._state, self._pipelines, self._owner = state, pipelines, owner
         found = state.db.execute("SELECT * FROM outboxes").fetchall()
         self.boxes: dict[tuple[str, str], Box] = {(node, name): pickle.loads(box) for node, name, box in found}
+        self.said = Said(state)
         self.clock: float = state.facts.get("clock", 0.0)  # of the steps, in seconds
 
     @property
@@ -83,6 +85,8 @@ class Inbox:
             if box.task and box.name != now["name"]:
                 self._end(box.name)
             box.name, box.label, box.task = now["name"], now["label"], now["task"]
+        elif record.kind == outbox.SAID:
+            self.said.take(box.label or box.name, record.wall_time, record.content)
         elif record.kind == outbox.GOODBYE:
             self._end(box.name)
         elif record.kind == outbox.EXIT:

@@ -46,6 +46,11 @@ def give_back(nonce: str) -> None:
         internal_kv._internal_kv_del(_key(), namespace=process.KV)
 
 
+def node_metrics() -> tuple[dict[str, str], list[str]]:
+    """Endpoints and filters of the nodes' metrics, for settings that name others as well."""
+    return endpoints(), [METRICS]
+
+
 def endpoints() -> dict[str, str]:
     """Where the nodes that are there now export their metrics: name of the host -> URL.
 

@@ -38,7 +38,8 @@ REPORT, COMMIT = 0, 1  # metrics; COMMIT: and the worker is done with the step
 WHO = 2  # who logs from here on
 GOODBYE = 3  # that worker will log nothing more
 EXIT = 4  # the process ends by itself; an owner's has exit code and failure
-COUNTED = (REPORT, COMMIT)
+SAID = 5  # anything else that a worker says, see said.py
+COUNTED = (REPORT, COMMIT, SAID)
 # What only a reader says: an outbox is new (with who it is); reports were lost (see the page); its process has ended;
 # somebody has removed it.
 BEGUN, LOST, ENDED, VANISHED = 100, 101, 102, 103

@@ -6,7 +6,7 @@ import math
 import pickle
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from . import values
 from .ledger import line
@@ -26,10 +26,13 @@ class Report(NamedTuple):
 class Pipeline:
     """Takes what the workers of a pipeline report. What has changed is in the queue of the state after `save`."""
 
+    KEPT: ClassVar = ("steps", "counts", "totals", "best", "last_row", "_last_id")  # in the state
+
     def __init__(self, state: State, number: int, prefix: str, reduction: Reduction, workers: int):
         self._state, self.number, self.prefix, self.reduction = state, number, prefix, reduction
         self.steps, self.counts = Steps(workers), Counter()
         self.totals: dict[str, float] = {}
+        self.best: dict[str, float] = {}  # of the keys that `reduction.best` names
         self.last_row: dict[str, float] = {}  # numbers of the row of the highest step, keys without prefix
         self._last_id = 0
         self._fresh: dict[int, Report] = {}  # reports that wait and are not on the disk
@@ -43,17 +46,15 @@ class Pipeline:
         pipelines = []
         for number, prefix, reduction, saved in found:
             pipeline = cls(state, number, prefix, pickle.loads(reduction), 1)
-            if saved:
-                (pipeline.steps, pipeline.counts, pipeline.totals, pipeline.last_row, pipeline._last_id) = pickle.loads(
-                    saved
-                )
+            vars(pipeline).update(pickle.loads(saved) if saved else {})
             pipelines.append(pipeline)
         return pipelines
 
-    def begin(self, reduction: Reduction, workers: int, totals: Mapping[str, float]) -> None:
-        """Takes reports from now on. totals: the running sums of the run that is resumed."""
+    def begin(self, reduction: Reduction, workers: int, totals: Mapping[str, float], best: Mapping[str, float]) -> None:
+        """Takes reports from now on. totals, best: running sums and best values of the run that is resumed."""
         self.reduction, self.steps.workers = reduction, workers
         self.totals = {key: value for key, value in totals.items() if reduction.rule(key).total} | self.totals
+        self._improve(best)
         self._state.do("UPDATE pipelines SET reduction = ? WHERE number = ?", pickle.dumps(reduction), self.number)
 
     def log(self, report: Report, worker: str, step: int, commit: bool, now: float, parent: str, task: bool) -> None:
@@ -83,11 +84,22 @@ class Pipeline:
         metrics, who = zip(*read, strict=True)
         row = reduce_reports(metrics, self.reduction, self._warn, who)
         row |= _add(row, self.totals, self.reduction) | {"step": step, "workers": len(closed.speakers)}
+        self._improve(row)
         self.counts.update(rows=1, partial=len(closed.speakers) < self.steps.workers)
         if step >= self.last_row.get("step", 0):
             self.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
         fitting, packed = self._fit({self.prefix + key: value for key, value in row.items()})
         return [self._state.add_row(self.number, len(read), fitting, packed, max(it.wall_time for it in reports))]
+
+    def _improve(self, row: Mapping[str, Any]) -> None:
+        for key, op in self.reduction.best.items():
+            if isinstance(value := row.get(key), int | float) and math.isfinite(value):
+                self.best[key] = {"max": max, "min": min}[op](value, self.best.get(key, value))
+
+    def best_values(self) -> dict[str, dict[str, float]]:
+        """As W&B has them in the summary. After a restart it knows only those since."""
+        best = {key: {self.reduction.best[key]: value} for key, value in self.best.items()}
+        return {f"{self.prefix}{key}": value | {"last": self.last_row.get(key)} for key, value in best.items()}
 
     def _take(self, id_: int) -> Report:
         report = self._fresh.pop(id_, None)
@@ -127,7 +139,7 @@ class Pipeline:
         for id_ in self._fresh.keys() - self._queued:
             self._state.do("INSERT INTO reports VALUES (?, ?, ?, ?, ?)", self.number, id_, *self._fresh[id_])
             self._queued.add(id_)
-        state = pickle.dumps((self.steps, self.counts, self.totals, self.last_row, self._last_id))
+        state = pickle.dumps({name: getattr(self, name) for name in self.KEPT})
         self._state.do("UPDATE pipelines SET state = ? WHERE number = ?", state, self.number, key=self.number)
 
     def saved(self) -> None:

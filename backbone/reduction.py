@@ -126,8 +126,8 @@ def _worst(key: str, reports: Sequence[Mapping], who: Sequence[str]) -> dict[str
         for report, name in zip(reports, who, strict=True)
         if np.size(report.get(key, ()))
     ]
-    value, name = max(largest)
-    return {f"{key}/max": value, f"{key}/worst": name}
+    value, name = max((each for each in largest if not math.isnan(each[0])), default=(math.nan, ""))
+    return {f"{key}/max": value, f"{key}/worst": name} if name else {}
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from .artifacts import Artifacts
 from .files import Address, state_path
 from .inbox import HOME, Inbox
-from .ledger import Ledger, Ledgers, line
+from .ledger import Ledger, Ledgers, line, write
 from .pipeline import Pipeline
 from .reading import Reader, Reading
 from .reduction import Reduction
@@ -128,6 +128,8 @@ class Run:
         if "ledgers" not in self.state.facts:
             try:
                 self.writer.start([(pipeline.prefix, pipeline.reduction.best) for pipeline in self.pipelines])
+                self.inbox.said.again()
+                self.writer.tell(self.inbox.said)
                 self.state.commit()
             except Exception:
                 left = self.pipelines or self.state.facts.get("restarts")  # by an actor that died
@@ -141,7 +143,7 @@ class Run:
         if not pipeline:
             self.writer.define(prefix, [other.prefix for other in self.pipelines], reduction.best)
             pipeline = self._add(prefix, reduction, workers)
-        pipeline.begin(reduction, workers, self.writer.totals(prefix))
+        pipeline.begin(reduction, workers, self.writer.totals(prefix), self.writer.best(prefix, reduction.best))
         self._save()
         known = [(each.prefix, each.reduction, each.steps.workers) for each in self.pipelines]
         (self.address.folder / "pipelines").write_bytes(pickle.dumps(known))
@@ -193,8 +195,10 @@ class Run:
         for _, reading in [held for held in self._held if held[0] == HOME]:
             self.reader.commit(reading)
         rows, self._rows = self._rows, []
-        for row in rows if self.writer.run else ():  # else they are logged at its start
-            self.writer.log(row)
+        if self.writer.run:  # else they are logged at its start
+            for row in rows:
+                self.writer.log(row)
+            self.writer.tell(self.inbox.said)
         if self.state.facts.get("mode") == "disabled":
             self.state.arrived(row.number for row in rows)
         self.state.commit()  # which increments of tables W&B has, and what it has refused
@@ -236,7 +240,11 @@ class Run:
         self.artifacts.finish(deadline)
         with self._lock:
             if "ledgers" not in self.state.facts:
-                self.writer.finish(exit_code, failure, deadline)
+                summary = {key: value for pipeline in self.pipelines for key, value in pipeline.best_values().items()}
+                reports = sum(pipeline.counts["reports"] for pipeline in self.pipelines)
+                in_rows = sum(n for pipeline in self.pipelines for n, _ in self.state.account(pipeline.number).values())
+                summary["ledger"] = {"reports": reports, "lost": reports - in_rows}
+                self.writer.finish(exit_code, failure, summary, deadline)
                 self.conclude()
             return self.state.facts["ledgers"]
 
@@ -255,8 +263,10 @@ class Run:
         for account in ledgers.values():
             account.warnings = self.state.warnings
         self.state.note(ledgers=ledgers)
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(OSError, sqlite3.Error):
             self.state.commit()
+            rows = {pipeline.prefix: self.state.account(pipeline.number) for pipeline in self.pipelines}
+            write(ledgers, {prefix: {n: reports for n, (reports, _) in row.items()} for prefix, row in rows.items()})
 
     def ledger(self, pipeline: Pipeline, final: bool = False) -> Ledger:
         """A pipeline's account: so far, or at the end, when it is known which rows are there."""

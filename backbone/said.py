@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import time
@@ -37,8 +38,9 @@ class Said:
             title, told = value["title"], facts.get("alerted", {})
             if wall_time - told.get(title, 0.0) >= self.MINUTE:
                 self._state.note(alerted=told | {title: wall_time}, alerts=[*facts.get("alerts", ()), value])
-        else:
-            self._state.note(**{kind: facts.get(kind, {}) | value, f"new_{kind}": facts.get(f"new_{kind}", {}) | value})
+        else:  # config or summary
+            new, known = f"new_{kind}", facts.get(kind, {})
+            self._state.note(**{kind: known | value, new: facts.get(new, {}) | value})
 
     def tell(self, run: wandb.Run) -> None:
         """Tells W&B what is new."""
@@ -52,15 +54,15 @@ class Said:
         if self._lines:
             run.write_logs("\n".join(self._lines))
             self._lines.clear()
-        if done := [name for name in ("new_config", "new_summary", "alerts") if facts.get(name)]:
-            self._state.note(**dict.fromkeys(done, ()))
+        for name, nothing in (("new_config", {}), ("new_summary", {}), ("alerts", [])):
+            if facts.get(name):
+                self._state.note(**{name: nothing})
 
-    def tell_again(self, run: wandb.Run) -> None:
-        """To a run that goes on in a new folder, which knows nothing of it."""
-        self._state.note(
-            new_config=self._state.facts.get("config", {}), new_summary=self._state.facts.get("summary", {})
-        )
-        self.tell(run)
+    def again(self) -> None:
+        """All is to be told again, to a run that goes on in a new folder."""
+        for name in ("config", "summary"):
+            if known := self._state.facts.get(name):
+                self._state.note(**{f"new_{name}": known})
 
 
 class LogHandler(logging.Handler):
@@ -91,7 +93,5 @@ class LogHandler(logging.Handler):
                 self.handleError(record)
 
     def _tell(self, text: str) -> None:
-        try:
+        with contextlib.suppress(RunFinishedError):  # the line goes wherever else lines go
             self._say(text)
-        except RunFinishedError:  # the line goes wherever else lines go
-            pass

@@ -24,7 +24,8 @@ CREATE TABLE IF NOT EXISTS pipelines (number INTEGER PRIMARY KEY, prefix TEXT, r
 CREATE TABLE IF NOT EXISTS reports (
     pipeline INTEGER, id INTEGER, wall_time REAL, who TEXT, metrics BLOB, PRIMARY KEY (pipeline, id));
 CREATE TABLE IF NOT EXISTS rows (
-    number INTEGER PRIMARY KEY, pipeline INTEGER, reports INTEGER, refused INTEGER DEFAULT 0, wall_time REAL, metrics BLOB);
+    number INTEGER PRIMARY KEY, pipeline INTEGER, reports INTEGER, refused INTEGER DEFAULT 0, wall_time REAL,
+    metrics BLOB);
 CREATE TABLE IF NOT EXISTS artifacts (id INTEGER PRIMARY KEY, task BLOB, client TEXT, done INTEGER DEFAULT 0);
 """
 

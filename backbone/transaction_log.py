@@ -74,6 +74,16 @@ def last_values(folder: Path) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in found.items()}
 
 
+def values(folder: Path, key: str) -> Iterator[float]:
+    """A key's finite numbers in a run folder's rows."""
+    for record in records(folder):
+        for item in record.history.item:
+            if key in (item.key, "/".join(item.nested_key)):
+                value = json.loads(item.value_json)
+                if isinstance(value, int | float) and math.isfinite(value):
+                    yield value
+
+
 def artifacts(folder: Path) -> set[str]:
     """The client ids of the artifacts in a run folder: all that tells two versions apart there."""
     return {record.artifact.client_id for record in records(folder) if record.HasField("artifact")}

@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import media, transaction_log, wandb_internals
 from .ledger import line
+from .said import Said
 from .state import Row, State
 from .transaction_log import Tail
 
 if TYPE_CHECKING:  # importing it takes a second, and workers don't need it
     import wandb
+
+
+PREEMPTED = 143  # exit code of a process that SIGTERM has ended
 
 
 class ServiceDiedError(RuntimeError):
@@ -109,7 +113,7 @@ class Writer:
 
         init = self._to_go_on() if restart else self._init
         settings = init["settings"]
-        defaults = dict(silent=True, console="off", init_timeout=10, finish_timeout=60)
+        defaults = dict(silent=True, console="off", console_multipart=True, init_timeout=10, finish_timeout=60)
         settings = wandb_internals.unless_said(defaults | wandb_internals.repository()) | settings
         self.timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout)
         settings |= dict(finish_timeout_raises=True)
@@ -173,7 +177,25 @@ class Writer:
         there = [dict(self.run.summary)] if self.run.resumed else []
         return transaction_log.totals(functools.reduce(operator.or_, here + there, {}), prefix)
 
+    def best(self, prefix: str, best: Mapping[str, str]) -> dict[str, float]:
+        """A pipeline's best values, if the run is resumed. best: key -> max or min."""
+        if not (self._init.get("resume") or os.environ.get("WANDB_RESUME")):
+            return {}
+        found = {}
+        for key, op in best.items():
+            values = [value for path in self._before for value in transaction_log.values(path, prefix + key)]
+            there = self.run.summary.get(prefix + key) if self.run.resumed else None
+            values += [there[op]] if there and op in there else []
+            if values:
+                found[key] = {"max": max, "min": min}[op](values)
+        return found
+
     # Rows
+
+    def tell(self, said: Said) -> None:
+        """Gives the run what workers have said besides metrics."""
+        with _death_of_service():
+            said.tell(self.run)
 
     def log(self, row: Row) -> None:
         """Gives a row to the run. What W&B refuses of it is counted, the rest of it stays.
@@ -226,16 +248,21 @@ class Writer:
 
     # The end
 
-    def finish(self, exit_code: int, failure: str | None, deadline: float) -> None:
+    def finish(self, exit_code: int, failure: str | None, summary: Mapping[str, Any], deadline: float) -> None:
         """Finishes the run, and waits for the upload until `deadline`, then until all is on the disk.
 
-        failure: what went wrong, for the run's summary. Raises ServiceDiedError if wandb-core is dead.
+        failure: what went wrong; its first line is for the run's summary, the rest for its Logs. Raises
+        ServiceDiedError if wandb-core is dead.
         """
         facts, uploaded = self._state.facts, False
         try:
             with _death_of_service():
                 if failure:
-                    self.run.summary["failure"] = failure
+                    summary = {**summary, "failure": failure.partition("\n")[0]}
+                    self.run.write_logs(failure)
+                self.run.summary.update(summary)
+                if exit_code == PREEMPTED:
+                    self.run.mark_preempting()  # so that a sweep queues it again
                 _within(max(1.0, deadline - time.monotonic()), self.run.finish, exit_code)
             uploaded = facts["mode"] == "online" and not any(
                 Path(p).name.startswith("offline-") for p in facts["paths"]

@@ -74,7 +74,7 @@ class Kept:
 
     def join(self, prefix: str = "", reduction: Reduction | None = None, workers: int = 1) -> Pipeline:
         pipeline = self.run.pipeline(prefix) or self.run._add(prefix, Reduction(), 1)
-        pipeline.begin(reduction or Reduction(), workers, {})
+        pipeline.begin(reduction or Reduction(), workers, {}, {})
         self.run._save()
         return pipeline
 

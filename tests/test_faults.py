@@ -1,5 +1,6 @@
 """Nothing that was logged is lost, whatever dies: real signals to real processes, then the transaction log is read."""
 
+import contextlib
 import copy
 import json
 import math
@@ -27,7 +28,7 @@ import numpy as np
 import pytest
 import ray
 import wandb
-from conftest import ONE_EACH, ROOT, Log, folders, logs, read_rows, wait_for
+from conftest import ONE_EACH, ROOT, Log, folders, logs, wait_for
 from processes import below, check_ledger, ledger, reports_in_rows, steps_on_disk
 
 
@@ -36,11 +37,9 @@ from processes import below, check_ledger, ledger, reports_in_rows, steps_on_dis
 )
 def test_after_an_interrupt_every_report_is_in_a_row_and_the_runs_have_failed(busy, tmp_path, number, status):
     process = busy()
-    began = time.monotonic()
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == status
-    assert time.monotonic() - began < 10
     assert "Traceback" not in stdout + stderr
     check_ledger(stdout, tmp_path)
     for log in logs(tmp_path).values():
@@ -50,7 +49,8 @@ def test_after_an_interrupt_every_report_is_in_a_row_and_the_runs_have_failed(bu
 
 def test_a_second_interrupt_ends_at_once_and_damages_nothing(busy, tmp_path):
     process = busy(*ONE_EACH)
-    os.kill(below(process.pid, "TrainingWorker")[0], signal.SIGSTOP)  # so that the end waits for what it has to say
+    [actor] = below(process.pid, "ray::TrainingPipelineActor")
+    os.kill(actor, signal.SIGSTOP)  # so that the end waits for it
     while process.poll() is None:  # an interrupt that comes before the first was handled is no second one
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
@@ -58,11 +58,13 @@ def test_a_second_interrupt_ends_at_once_and_damages_nothing(busy, tmp_path):
     assert "rows from" not in process.communicate()[0]  # the first one would have led to the last lines
     for name in ("training", "inference"):
         assert steps_on_disk(tmp_path, name) > 0
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(actor, signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_after_a_sigkill_of_the_driver_all_is_on_disk_and_nothing_is_left_running(busy, tmp_path):
-    process = busy("--step-seconds", "0.1")  # so that the actors manage it, and no heirs with folders of their own
+    process = busy("--step-seconds", "0.1")  # so that the actors manage it, and nobody goes on in folders of their own
     pids = [pid for name in ("PipelineActor", "Worker", "wandb-core") for pid in below(process.pid, name)]
     assert len(pids) >= 8
     process.kill()
@@ -76,7 +78,7 @@ def test_after_a_sigkill_of_the_driver_all_is_on_disk_and_nothing_is_left_runnin
     command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, folders(tmp_path))]
     dry = subprocess.run(command, capture_output=True, text=True)
     assert "Would sync 2 run(s)" in dry.stdout + dry.stderr
-    assert not list(tmp_path.glob("wandb/.*store*"))
+    assert not list(tmp_path.glob("wandb/.*state*"))
 
 
 def test_a_demo_goes_on_whoever_of_its_processes_dies(start, tmp_path):
@@ -107,7 +109,7 @@ def test_a_demo_goes_on_whoever_of_its_processes_dies(start, tmp_path):
         assert {row["step"] for row in rows.values()} == set(range(150))
         total = "tokens" if name == "training" else "rollouts"
         assert rows[len(rows) - 1][f"{total}_total"] == sum(row[total] for row in rows.values())
-    assert not list(tmp_path.glob("wandb/.*store*"))
+    assert not list(tmp_path.glob("wandb/.*state*"))
 
 
 # `WandbRun` on its own
@@ -367,7 +369,7 @@ def test_while_the_actor_goes_the_run_is_finished_for_all(run, lingering, tmp_pa
     made.log({"a": 1.0}, 0)
     other = copy.copy(made)
     assert made.finish().ok
-    wait_for(lambda: not [*tmp_path.glob("wandb/.*store*")], every=0.01)
+    wait_for(lambda: not [*tmp_path.glob("wandb/.*state*")], every=0.01)
     calls = [other.finish, other.progress, lambda: other.expect(2), lambda: other.log({"a": 1.0}, 1)]
     for call in [*calls, lambda: other.use_artifact("a:latest"), lambda: other.log_artifact("a", "files", {"a": b"a"})]:
         with pytest.raises(RunFinishedError, match="finished"):
@@ -396,18 +398,26 @@ def test_a_signal_handler_may_finish_a_run_that_is_being_finished(run, lingering
         assert (ledgers[0].rows, ledgers[0].ok) == (1_000, True)
 
 
-def test_an_actor_that_is_gone_for_good_is_no_success(ray_here, run, caplog):
+def test_a_run_whose_actor_somebody_has_killed_is_finished_without_it(ray_here, run, caplog):
+    """Whoever calls that actor goes on, and is warned once."""
     made = run()
-    made.log({"a": 1.0}, 0, commit=True)
-    wait_for(lambda: list(read_rows(made.path)))
-    ray_here.kill(made._actor)
+    for step in range(50):
+        made.log({"a": 1.0}, step)
+    ray_here.kill(made._owned.actor)
     for _ in range(5):
         made.progress()
     assert caplog.text.count("progress failed") == 1
-    report = made.finish()
-    assert (report.reports, report.rows, report.lost, report.gone, report.ok) == (1, 1, 0, True, False)
-    assert len(report.warnings) == 1
-    assert not list(made.path.parent.glob(".*store*"))
+    for step in range(50, 100):
+        made.log({"a": 1.0}, step)
+    assert made.flush()
+    ledger = made.finish(3)
+    assert (ledger.reports, ledger.rows, ledger.lost, ledger.ok) == (100, 100, 0, True)
+    assert ledger.warnings == ["the pipeline actor is gone; the run was finished without it"]
+    rows = {row["_step"]: row["step"] for path in ledger.paths for row in Log(path).rows}
+    assert rows == {number: number for number in range(100)}
+    assert Log(ledger.path).exit_code == 3
+    assert not list(made.path.parent.glob(".*state*"))
+    assert not made._address.folder.exists()
 
 
 def test_an_id_can_not_be_used_twice_at_once(run):
@@ -441,7 +451,6 @@ ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_
 run, other = (WandbRun("p", n, mode="offline", dir={str(tmp_path)!r}) for n in "ab")
 run.finish()
 for step in range(100): other.log({{"a": 1.0}}, step)
-other.flush()
 ray.shutdown()
 print(run.finish().rows)
 for call in (lambda: run.log({{"a": 1.0}}, 0), lambda: other.log({{"a": 1.0}}, 0), lambda: WandbRun("p")):
@@ -450,15 +459,15 @@ for call in (lambda: run.log({{"a": 1.0}}, 0), lambda: other.log({{"a": 1.0}}, 0
 other.log_artifact("a", "files", {{"a": b"a"}})
 other.use_artifact("a:latest"); other.expect(2); other.progress(); other.flush(1)
 ledger = other.finish()
-print(ledger.reports, ledger.rows, ledger.lost, ledger.gone, ledger.ok)
+print(ledger.reports, ledger.rows, ledger.lost, ledger.ok)
 print(ray.is_initialized())
 """
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
-    assert lines[0] == "0"
+    assert lines[0] == "0", done.stderr
     assert "is finished" in lines[1]
     assert all("Ray is not running" in line for line in lines[2:4])
-    assert lines[4:] == ["100 100 0 True False", "False"]  # by the driver, and no call has started another Ray
+    assert lines[4:] == ["100 100 0 True", "False"]  # no call has started another Ray
 
 
 def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp_path):
@@ -476,7 +485,7 @@ def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp
         assert not report.ok
         assert len([warning for warning in report.warnings if "disk is full" in warning]) == 1
         assert len(Log(report.path).rows) == report.rows == report.reports - report.lost
-        assert not list(disk.glob("wandb/.*store*"))
+        assert not list(disk.glob("wandb/.*state*"))
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 

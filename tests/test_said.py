@@ -1,0 +1,224 @@
+"""What workers say besides metrics, and what the pipeline actor knows of them: read back from the run."""
+
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+from backbone import said as said_by_workers
+from backbone.reduction import Reduction, reduce_reports
+from backbone.said import LogHandler
+
+import pytest
+import ray
+from conftest import Log, each_log, folders, wait_for
+from processes import pipeline_process
+
+
+@ray.remote(num_cpus=0)
+def say(run, rank: int) -> None:
+    run.alert("reward collapsed", f"says rank {rank}", level="WARN")
+    run.update_config({f"rank_{rank}": {"lr": 0.1}})
+    run.update_summary({"best_rank": rank})
+    handler = run.logging_handler(label=f"rank {rank}")
+    handler.emit(logging.makeLogRecord({"msg": "step %d is done", "args": (7,)}))
+    run.log({"a": 1.0}, 0)
+
+
+def alerts(logs: list[Log]) -> list[tuple[str, str]]:
+    return [(alert["title"], alert["level"]) for log in logs for alert in log.of("alert")]
+
+
+def lines(logs: list[Log]) -> str:
+    return "".join(output["line"] for log in logs for output in log.of("output_logger"))
+
+
+def test_alerts_config_summary_and_lines_come_from_any_worker(run, tmp_path):
+    made = run(workers=2, config={"lr": 1.0})
+    ray.get([say.remote(made, rank) for rank in range(2)])
+    assert made.finish().ok
+    logs = each_log(tmp_path)
+    assert alerts(logs) == [("reward collapsed", "WARN")]  # two ranks have said it
+    assert {key: logs[0].config[key] for key in ("lr", "rank_0", "rank_1")} == {
+        "lr": 1.0, "rank_0": {"lr": 0.1}, "rank_1": {"lr": 0.1},
+    }  # fmt: skip
+    assert logs[0].summary["best_rank"] in (0, 1)
+    for rank in range(2):
+        assert f"rank {rank}: step 7 is done\n" in lines(logs)
+
+
+def test_a_restart_of_the_actor_forgets_nothing_of_it(run, tmp_path):
+    made = run(workers=1)
+    ray.get(say.remote(made, 0))
+    wait_for(lambda: made.progress()[0].reports == 1)
+    os.kill(pipeline_process(made), signal.SIGKILL)
+    made.update_summary({"after": 1})
+    ledger = made.finish()
+    assert (ledger.ok, ledger.restarts) == (True, 1)
+    last = Log(folders(tmp_path)[-1])  # what W&B takes in the end
+    assert last.config["rank_0"] == {"lr": 0.1}
+    assert (last.summary["best_rank"], last.summary["after"]) == (0, 1)
+
+
+def test_an_alert_goes_out_again_after_a_minute(opened, tmp_path, monkeypatch):
+    made = opened()
+    made.join()
+    for wall_time in (0.0, 59.0, 61.0):
+        made.run.inbox.said.take("w", 1000 + wall_time, pickle.dumps(("alert", dict(title="t", text="x"))))
+    made.run.inbox.said.take("w", 1000.0, pickle.dumps(("alert", dict(title="another", text="x"))))
+    made.say(0, {"a": 1.0})
+    made.finish()
+    assert [title for title, _ in alerts(each_log(tmp_path))] == ["t", "t", "another"]
+
+
+def test_what_can_not_be_said_is_refused_at_the_caller(run):
+    made = run()
+    with pytest.raises(ValueError, match="level must be INFO, WARN or ERROR, not 'LOUD'"):
+        made.alert("t", level="LOUD")
+    with pytest.raises((TypeError, ValueError), match="config="):
+        made.update_config("no mapping")
+    assert made.finish().ok
+
+
+def test_a_handler_brings_so_many_lines_a_minute_and_says_how_many_it_has_left_out(monkeypatch):
+    brought, now = [], 1000.0
+    monkeypatch.setattr(said_by_workers.time, "monotonic", lambda: now)
+    logger = logging.Logger("trainer")
+    logger.addHandler(LogHandler(brought.append))
+    for i in range(LogHandler.LIMIT + 3):
+        logger.info("line %d", i)
+    assert len(brought) == LogHandler.LIMIT
+    now += 61
+    logger.info("later " + "x" * 20_000)
+    assert brought[LogHandler.LIMIT] == "… 3 more lines"
+    assert len(brought[-1]) == LogHandler.LONGEST
+
+
+def test_log_lines_after_the_end_of_the_run_disturb_nobody(run):
+    made = run()
+    logger = logging.Logger("trainer")
+    logger.addHandler(made.logging_handler())
+    made.finish()
+    logger.info("late")
+
+
+# What only the pipeline actor can know
+
+
+def test_the_largest_is_named_by_label_or_else_by_its_process(run, tmp_path):
+    from common import PipelineActor, pipeline_actor
+
+    class Training(PipelineActor):
+        reduction = Reduction(worst=("time/*",), statistics={"time/samples": ("mean",)})
+
+    @ray.remote(num_cpus=0)
+    class Rank:
+        def log(self, run, seconds: float, label: str) -> None:
+            run.log({"time/step_s": seconds, "time/samples": [seconds, 0.0], "other": 1.0}, 0, label=label)
+
+    made = run(workers=2, pipeline=pipeline_actor(Training))
+    ray.get([Rank.remote().log.remote(made, 1.0, "rank 0"), Rank.remote().log.remote(made, 3.0, "")])
+    assert made.finish().ok
+    [row] = each_log(tmp_path)[0].rows
+    assert (row["time/step_s"], row["time/step_s/max"], row["time/samples/max"]) == (2.0, 3.0, 3.0)
+    assert row["time/step_s/worst"].startswith("Rank ") and os.uname().nodename in row["time/step_s/worst"]
+    assert "other/worst" not in row
+
+
+def test_nobody_is_the_worst_where_all_is_missing():
+    reduction = Reduction(worst=("t",))
+    reports = [{"t": float("nan")}, {"t": 2.0}, {"u": 1.0}, {"t": 1.0}]
+    assert reduce_reports(reports, reduction, who=["a", "b", "c", "d"])["t/worst"] == "b"
+    assert "t/worst" not in reduce_reports([{"t": []}], reduction, who=["a"])
+    assert "t/worst" not in reduce_reports([{"t": 1.0}], reduction)
+
+
+@pytest.mark.parametrize("how", [dict(worst="t"), dict(best={"t": "mean"})])
+def test_a_rule_that_can_not_be_is_refused(how):
+    with pytest.raises((TypeError, ValueError), match="'t'"):
+        Reduction(**how)
+
+
+def test_best_values_are_in_the_summary_over_restarts_and_resumes(opened, tmp_path):
+    reduction = Reduction(best={"reward/mean": "max", "loss": "min"})
+
+    def log(made, rewards):
+        made.join("training/", reduction)
+        for step, reward in rewards.items():
+            made.say(step, {"reward/mean": reward, "loss": -reward}, "training/")
+
+    first = opened()
+    log(first, {0: 1.0, 1: 5.0})
+    first.abandon()
+    second = opened()  # as a restarted actor
+    log(second, {2: 2.0})
+    second.finish()
+    summary = Log(folders(tmp_path)[-1]).summary
+    assert summary["training/reward/mean"] == {"max": 5.0, "last": 2.0}
+    assert summary["training/loss"] == {"min": -5.0, "last": -2.0}
+    second.state.remove()
+
+    third = opened(life="third", resume="allow")
+    log(third, {3: 3.0})
+    third.finish()
+    assert Log(folders(tmp_path)[-1]).summary["training/reward/mean"] == {"max": 5.0, "last": 3.0}
+
+
+# The end
+
+
+def test_a_preempted_run_is_marked_so(opened, tmp_path):
+    made = opened()
+    made.join()
+    made.say(0, {"a": 1.0})
+    made.finish(143)
+    log = each_log(tmp_path)[0]
+    assert (log.exit_code, len(log.of("preempting"))) == (143, 1)
+
+
+def test_what_failed_is_a_line_in_the_summary_and_whole_in_the_logs(run, tmp_path):
+    with pytest.raises(ZeroDivisionError), run() as made:
+        made.log({"a": 1.0}, 0)
+        1 / 0  # noqa: B018
+    log = each_log(tmp_path)[0]
+    assert log.summary["failure"] == "ZeroDivisionError: division by zero"
+    assert "Traceback (most recent call last)" in lines([log])
+    assert "1 / 0" in lines([log])
+
+
+def test_a_second_folder_of_a_run_keeps_the_firsts_output(opened):
+    assert opened().writer.run.settings.console_multipart is True
+
+
+def test_the_ledger_is_in_the_runs_folder_and_summary_and_can_be_counted_anew(opened, tmp_path):
+    made = opened()
+    made.join("a/")
+    made.join("b/")
+    for step in range(3):
+        made.say(step, {"x": 1.0}, "a/")
+    made.say(0, {"x": 1.0}, "b/")
+    ledgers = made.finish()
+    [folder] = folders(tmp_path)
+    assert json.loads((folder / "ledger.json").read_text())["a/"]["rows"] == 3
+    assert Log(folder).summary["ledger"] == {"reports": 4, "lost": 0}
+
+    def recount() -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "backbone.ledger", folder], capture_output=True, text=True)
+
+    done = recount()
+    assert (done.returncode, done.stdout.count(" 0 lost")) == (0, 2)
+    assert str(ledgers["a/"]) in done.stdout
+
+    [log] = folder.glob("*.wandb")
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])  # as somebody's disk may do
+    done = recount()
+    assert done.returncode == 1
+    assert sum(int(line.split(", ")[1].split()[0]) for line in done.stdout.splitlines() if " lost" in line) > 0
+
+    (folder / "ledger.json").unlink()
+    done = recount()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no ledger of a finished run" in done.stderr
