@@ -121,7 +121,10 @@ class WandbRun:
     ):
         prefix = prefix or (getattr(pipeline, "prefix", "") if share is not None else "")
         _check(project, pipeline, workers, prefix, share, init)
-        self._host = share._host if share else self  # the run itself, of which this may be a view
+        self._host, self._is_view = (
+            share._host if share else self,
+            bool(share),
+        )  # the run itself, and whether it is not this
         self._owned = share._owned if share else owner.start_actor(pipeline, init | dict(project=project, name=name))
         self._address: Address = self._owned.letter.address
         self._prefix, self._speaks_for, self._finishing = prefix, "", threading.RLock()
@@ -156,10 +159,6 @@ class WandbRun:
             hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
             kind = RuntimeError if isinstance(error, ActorGoneError) else type(error)
             raise kind(f"W&B run {self._address.name!r} can't start: {line(error)}{hint}") from None
-
-    @property
-    def _is_view(self) -> bool:
-        return self._host is not self
 
     def __getstate__(self) -> dict[str, Any]:
         self._outbox.hand_on()

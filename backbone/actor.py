@@ -143,6 +143,8 @@ class PipelineActor:
             for node in self._relays.silent(Relays.PATIENCE):
                 self._relays.give_up(node, f"it did not answer within {Relays.PATIENCE:.0f} s")
             if time.monotonic() > deadline:
+                if closing:
+                    self._run.inbox.unheard("what was logged last: it could not be read in time")
                 return
             time.sleep(0.005)
 

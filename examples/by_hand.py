@@ -10,14 +10,16 @@ What these lines lose, and `tests/test_recipes.py` shows it:
   have batches of unequal size.
 """
 
+import os
+
 import ray
 import wandb
 
 
 @ray.remote(num_cpus=0)
 class Logger:
-    def __init__(self):
-        self.run = wandb.init(project="recipes", name="by-hand", mode="offline", settings={"silent": True})
+    def __init__(self, folder: str):
+        self.run = wandb.init(project="recipes", name="by-hand", mode="offline", dir=folder, settings={"silent": True})
 
     def log(self, metrics: dict, step: int) -> None:
         self.run.log(metrics, step=step)
@@ -33,7 +35,7 @@ def train(logger: ray.actor.ActorHandle, rank: int) -> None:
 
 
 def main() -> None:
-    logger = Logger.remote()
+    logger = Logger.remote(os.getcwd())
     ray.get([train.remote(logger, rank) for rank in range(2)])
     ray.get(logger.finish.remote())
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -278,7 +279,7 @@ def test_a_constructor_that_can_not_work_says_so(run):
         ({"pipeline": object}, "pipeline"),
         ({"bogus": 1}, "bogus"),
         ({"id": "a/b"}, "id 'a/b'"),
-        ({"tags": [""]}, "run_tags|Tag"),
+        ({"tags": [""]}, "tag"),
         ({"config": {"lock": threading.Lock()}}, "config=.* can't be sent"),
     ):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=named) as raised:
@@ -470,24 +471,40 @@ print(ray.is_initialized())
     assert lines[4:] == ["100 100 0 True", "False"]  # no call has started another Ray
 
 
-def test_a_full_disk_is_told_once_and_the_ledger_says_what_is_lost(ray_here, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A small one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small disk")
-    try:
-        made = WandbRun("p", "n", mode="offline", dir=disk)
-        for step in range(5_000):
-            made.log({f"key_{i}": float(i) for i in range(11)}, step)
-        report = made.finish()
-        assert report.reports == 5_000
-        assert report.lost > 0
-        assert not report.ok
-        assert len([warning for warning in report.warnings if "disk is full" in warning]) == 1
-        assert len(Log(report.path).rows) == report.rows == report.reports - report.lost
-        assert not list(disk.glob("wandb/.*state*"))
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("gets_room", [False, True])
+def test_a_full_disk_is_told_once_holds_nobody_up_for_long_and_the_ledger_says_what_is_lost(ray_here, disk, gets_room):
+    """That of the run's folder; what is logged meanwhile waits in the temporary folder."""
+    if gets_room:
+        (other := disk / "other").write_bytes(bytes(600_000))
+    made = WandbRun("p", "n", mode="offline", dir=disk, settings=dict(finish_timeout=60 if gets_room else 3))
+    for step in range(5_000):
+        made.log({f"key_{i}": float(i) for i in range(11)}, step)
+    if gets_room:
+        wait_for(lambda: made.progress()[0].warnings)
+        other.unlink()
+        subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
+    ledger = made.finish()
+    assert len([warning for warning in ledger.warnings if "disk is full" in warning]) == 1
+    rows = {row["_step"] for path in ledger.paths for row in Log(path).rows}
+    assert len(rows) == ledger.rows == ledger.reports - ledger.lost
+    assert ledger.ok == gets_room
+    if gets_room:
+        assert ledger.rows == 5_000
+    else:
+        assert ledger.lost > 0
+        assert ledger.reports == 5_000 or ledger.unheard
+    assert not list(disk.glob("wandb/.*state*"))
 
 
 def test_a_run_is_resumed_under_its_id(run):

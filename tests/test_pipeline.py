@@ -187,9 +187,9 @@ def test_a_total_leaves_out_what_is_no_number(kept):
 def test_totals_go_on_from_those_of_the_run_that_is_resumed(kept):
     made, rule = kept(), Reduction(totals=("n",))
     pipeline = made.run.pipeline("")
-    pipeline.begin(rule, 1, {"n": 100, "other": 5})
+    pipeline.begin(rule, 1, {"n": 100, "other": 5}, {})
     made.say(0, {"n": 1})
-    pipeline.begin(rule, 1, {"n": 7})  # a restart: what it counted itself is right
+    pipeline.begin(rule, 1, {"n": 7}, {})  # a restart: what it counted itself is right
     made.say(1, {"n": 1})
     assert of(made.rows, "n_total") == [101, 102]
     assert pipeline.totals == {"n": 102}

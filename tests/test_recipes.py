@@ -44,12 +44,12 @@ def test_by_hand_loses_what_it_says_that_it_loses(recipe, tmp_path):
     assert {row["tokens"] for row in log.rows} < {100, 200, 300}
 
     by_hand = importlib.import_module("examples.by_hand")
-    logger = by_hand.Logger.options(name="by-hand").remote()
+    logger = by_hand.Logger.remote(str(tmp_path))
     ray.get([logger.log.remote({"loss": 1.0}, step) for step in (5, 6, 3, 4)])
     ray.get(logger.finish.remote())
     assert [row["_step"] for row in each_log(tmp_path)[-1].rows] == [5, 6]  # a step that goes back is dropped
 
-    logger = by_hand.Logger.remote()
+    logger = by_hand.Logger.remote(str(tmp_path))
     ray.get([logger.log.remote({"loss": 1.0}, step) for step in range(100)])
     pid = ray.get(logger.__ray_call__.remote(lambda _: os.getpid()))
     os.kill(pid, signal.SIGKILL)

@@ -376,7 +376,7 @@ def test_a_death_between_the_last_row_and_the_ledger_changes_nothing(opened):
     for step in range(50):
         made.say(step, {"a": 1.0})
     made.end()
-    made.writer.finish(0, None, time.monotonic() + 60)
+    made.writer.finish(0, None, {}, time.monotonic() + 60)
     made.state.close()
     account = opened().finish()[""]
     assert (account.reports, account.rows, account.lost, account.restarts, account.ok) == (50, 50, 0, 1, True)
