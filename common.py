@@ -139,7 +139,7 @@ class WandbRun:
             self._host._views.append(self)
         else:
             self._views: list[WandbRun] = []
-            self._owned.watch_for_stop()
+            self._owned.watch()
             if get_runtime_context().worker.mode != ray.WORKER_MODE:
                 exits.unfinished.add(self)
 
@@ -151,7 +151,7 @@ class WandbRun:
             return process.result(joining, owned.actor)
         except KeyboardInterrupt:  # let it get ready, and record it as failed
             process.result(joining, owned.actor)
-            process.call(self._address, "finish", 1, "KeyboardInterrupt", self._prefix if self._is_view else None)
+            self._call("finish", 1, "KeyboardInterrupt", self._prefix if self._is_view else None)
             raise
         except Exception as error:
             if not self._is_view:
@@ -283,12 +283,15 @@ class WandbRun:
             return self._ledger, {}
         return self._ask("progress", self._prefix) or (Ledger(self.name, self.id), {})
 
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return process.call(self._address, self._owned and self._owned.actor, method, *arguments)
+
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
         try:
             if self._ledger is not None and not self._is_view:
                 raise RunFinishedError
-            return process.call(self._address, method, *arguments)
+            return self._call(method, *arguments)
         except RunFinishedError:
             raise run_is_finished(self.name) from None
         except ActorGoneError as error:
@@ -309,7 +312,7 @@ class WandbRun:
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
         with (self._host or self)._finishing:
             if self._ledger is None and self._is_view:
-                return process.call(self._address, "finish", exit_code, failure, self._prefix)[self._prefix]
+                return self._call("finish", exit_code, failure, self._prefix)[self._prefix]
             if self._ledger is None:
                 self._finish(exit_code, failure)
             return self._ledger
@@ -317,7 +320,7 @@ class WandbRun:
     def _finish(self, exit_code: int, failure: str | None) -> None:
         gone = None
         try:
-            ledgers = process.call(self._address, "finish", exit_code, failure)
+            ledgers = self._call("finish", exit_code, failure)
         except RunFinishedError:
             if self._ledger is not None:  # a signal handler has finished it meanwhile
                 return

@@ -89,8 +89,8 @@ class PipelineActor:
         """Reads as often as there is something, less often where there is nothing, until the owner has ended."""
         pause, readings, alive = 0.02, [], time.monotonic()
         while not self._over:
-            began = time.monotonic()
             with self._lock:
+                began = time.monotonic()
                 if self._run and not self._run.reader.is_closed:
                     readings = self._read()
                     if self._run.inbox.owner_end:

@@ -95,6 +95,8 @@ class Inbox:
                 self._state.note(owner_end=box.exit)
         elif record.kind == outbox.ENDED:
             self._close(box)
+            if box.process == self._owner:
+                self._state.note(owner_end=box.exit or GONE)
         elif record.kind == outbox.VANISHED:
             self.unheard(f"{box.process}: somebody has removed its outbox")
             self._close(box)
@@ -111,8 +113,6 @@ class Inbox:
         """Its process is gone, and all is read that it has left."""
         box.ended = True
         self._end(box.name, died=not box.exit)
-        if box.process == self._owner:
-            self._state.note(owner_end=box.exit or GONE)
 
     def node_is_gone(self, node: str, why: str) -> None:
         """What was not brought from it can't be read any more."""

@@ -166,6 +166,11 @@ class Outbox:
             time.sleep(0.002)
         return True
 
+    def look(self) -> None:
+        """As `put` does, for a process whose life matters though it may log nothing for long."""
+        with self._lock, contextlib.suppress(RuntimeError):  # the run is finished
+            self._look(time.monotonic())
+
     def _look(self, now: float, pipeline: int = 0) -> None:
         """Once a second, while something is logged: whether anybody can read it."""
         self._next_look = now + 1
@@ -279,11 +284,12 @@ class Outbox:
         self.close()
 
     def close(self, finished: bool = False) -> None:
-        for file in (self._page_file, self._segment_file):
-            if file >= 0:
-                os.close(file)
-        self.is_finished = finished
-        self._begin()
+        with self._lock:
+            for file in (self._page_file, self._segment_file):
+                if file >= 0:
+                    os.close(file)
+            self.is_finished = finished
+            self._begin()
 
 
 def _raise_from_outside(error: OSError) -> None:

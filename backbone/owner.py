@@ -180,16 +180,21 @@ class Owned(NamedTuple):
     stop: Callable[[], None]  # what "Stop run" does
     undo: contextlib.ExitStack  # of the start
 
-    def watch_for_stop(self) -> None:
-        """Calls `stop` once, in a thread, when somebody presses "Stop run" on the run's page.
+    def watch(self) -> None:
+        """In a thread: calls `stop` once, when somebody presses "Stop run" on the run's page, and keeps the outbox there.
 
         Not by a call of the actor that returns then: Ray lets no worker end by itself while it waits for an answer.
         """
+        from . import process
+
+        box, file = process.outbox(self.letter.address), exits.stop_file(self.letter.address.folder)
 
         def watch() -> None:
-            while self.letter.address.folder.exists():  # until the run is finished
-                if exits.stop_file(self.letter.address.folder).exists():
-                    return self.stop()
+            stopped = False
+            while not box.is_finished and not box.is_closed:
+                box.look()
+                if not stopped and (stopped := file.exists()):
+                    self.stop()
                 time.sleep(1)
 
         threading.Thread(target=watch, daemon=True).start()

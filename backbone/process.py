@@ -186,16 +186,17 @@ class ActorGoneError(RuntimeError):
     """The pipeline actor is gone for good, or all of Ray is."""
 
 
-def call(address: Address, method: str, *arguments: Any) -> Any:
-    """Calls a method of a run's pipeline actor.
+def call(address: Address, actor: ray.actor.ActorHandle | None, method: str, *arguments: Any) -> Any:
+    """Calls a method of a run's pipeline actor, which is looked up where there is no handle of it.
 
+    To look it up waits for ever where Ray's GCS has just died, so the run's owner does without.
     Raises what the method raised, RunFinishedError where the actor has left, or ActorGoneError.
     """
     here, box = which_ray(), _outboxes.get(address.nonce)
     if not here or (box and box.process.ray not in (None, here)) or not ray_answers():
         raise ActorGoneError("Ray is not running any more")
     try:
-        actor = ray.get_actor(address.actor, namespace=NAMESPACE)
+        actor = actor or ray.get_actor(address.actor, namespace=NAMESPACE)
     except ValueError:
         if not internal_kv._internal_kv_exists(address.key("open"), namespace=KV):
             raise run_is_finished(address.name) from None

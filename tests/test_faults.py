@@ -280,7 +280,7 @@ def test_a_constructor_that_can_not_work_says_so(run):
         ({"bogus": 1}, "bogus"),
         ({"id": "a/b"}, "id 'a/b'"),
         ({"tags": [""]}, "tag"),
-        ({"config": {"lock": threading.Lock()}}, "config=.* can't be sent"),
+        ({"notes": threading.Lock()}, "notes=.* can't be sent"),
     ):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=named) as raised:
             run(**options)
@@ -399,8 +399,16 @@ def test_a_signal_handler_may_finish_a_run_that_is_being_finished(run, lingering
         assert (ledgers[0].rows, ledgers[0].ok) == (1_000, True)
 
 
-def test_a_run_whose_actor_somebody_has_killed_is_finished_without_it(ray_here, run, caplog):
-    """Whoever calls that actor goes on, and is warned once."""
+def test_a_run_whose_actor_somebody_has_killed_is_finished_without_it_and_training_goes_on(ray_here, run, caplog):
+    """Whoever asks that actor for something is warned once."""
+
+    @ray_here.remote
+    def work(made: WandbRun) -> None:
+        for step in range(50, 100):
+            made.log({"a": 1.0}, step)
+        assert made.flush()
+        made.expect(2)
+
     made = run()
     for step in range(50):
         made.log({"a": 1.0}, step)
@@ -408,9 +416,7 @@ def test_a_run_whose_actor_somebody_has_killed_is_finished_without_it(ray_here, 
     for _ in range(5):
         made.progress()
     assert caplog.text.count("progress failed") == 1
-    for step in range(50, 100):
-        made.log({"a": 1.0}, step)
-    assert made.flush()
+    ray_here.get(work.remote(made))
     ledger = made.finish(3)
     assert (ledger.reports, ledger.rows, ledger.lost, ledger.ok) == (100, 100, 0, True)
     assert ledger.warnings == ["the pipeline actor is gone; the run was finished without it"]
