@@ -23,18 +23,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone import arguments, artifacts, exits, outbox, owner, process, recover, values
+from backbone import arguments, artifacts, calls, exits, owner, process, ray_internals, records, recover, values
 from backbone.actor import PipelineActor, pipeline_actor
+from backbone.calls import ActorGoneError
 from backbone.files import Address
 from backbone.ledger import Ledger, RunFinishedError, line, run_is_finished
 from backbone.nodes import node_metrics
-from backbone.process import ActorGoneError
 from backbone.reduction import Reduction, reduce_reports
 from backbone.said import LogHandler
 
 import numpy as np
 import ray
-from ray.runtime_context import get_runtime_context
 from ray.util import client
 
 __all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
@@ -140,7 +139,7 @@ class WandbRun:
         else:
             self._views: list[WandbRun] = []
             self._owned.watch()
-            if get_runtime_context().worker.mode != ray.WORKER_MODE:
+            if ray_internals.in_driver():
                 exits.unfinished.add(self)
 
     def _join(self, reduction: Reduction, workers: int) -> Any:
@@ -148,9 +147,9 @@ class WandbRun:
         owned = self._owned
         joining = owned.actor.join.remote(self._prefix, reduction, workers)
         try:
-            return process.result(joining, owned.actor)
+            return calls.result(joining, owned.actor)
         except KeyboardInterrupt:  # let it get ready, and record it as failed
-            process.result(joining, owned.actor)
+            calls.result(joining, owned.actor)
             self._call("finish", 1, "KeyboardInterrupt", self._prefix if self._is_view else None)
             raise
         except Exception as error:
@@ -201,7 +200,7 @@ class WandbRun:
         Raises TypeError or ValueError naming the key of what can't be logged, RunFinishedError after `finish`, and
         RuntimeError in a driver whose Ray is not running any more.
         """
-        kind, step = outbox.COMMIT if commit else outbox.REPORT, values.as_step(step)
+        kind, step = records.COMMIT if commit else records.REPORT, values.as_step(step)
         self._outbox.put(kind, self._pipeline, step, values.pack(values.as_report(metrics, step)), label)
 
     def alert(self, title: str, text: str = "", level: str = "INFO", wait_duration: float = 60.0) -> None:
@@ -223,11 +222,11 @@ class WandbRun:
         self._say("summary", arguments.as_recorded(summary))
 
     def logging_handler(self, label: str = "") -> logging.Handler:
-        """A handler for Python's `logging` that brings lines to the run's Logs: 1,000 a minute at most, with `label`."""
+        """A handler for `logging` that brings lines to the run's Logs, each with `label`: 1,000 a minute at most."""
         return LogHandler(lambda line: self._say("line", line, label))
 
     def _say(self, kind: str, value: Any, label: str = "") -> None:
-        self._outbox.put(outbox.SAID, self._pipeline, 0, pickle.dumps((kind, value)), label)
+        self._outbox.put(records.SAID, self._pipeline, 0, pickle.dumps((kind, value)), label)
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Waits until what this process has logged has left its node; whether it has within `timeout` seconds.
@@ -272,7 +271,10 @@ class WandbRun:
         self._ask("use_artifact", name)
 
     def expect(self, workers: int) -> None:
-        """From now on so many workers make a step complete: some have left or joined. Raises ValueError for no number."""
+        """From now on so many workers make a step complete, because some have left or joined.
+
+        Raises ValueError for what is no number of workers.
+        """
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
             raise ValueError(f"workers must be an integer from 0, not {workers!r}")
         self._ask("expect", self._prefix, max(1, workers))
@@ -284,7 +286,7 @@ class WandbRun:
         return self._ask("progress", self._prefix) or (Ledger(self.name, self.id), {})
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return process.call(self._address, self._owned and self._owned.actor, method, *arguments)
+        return calls.call(self._address, self._owned and self._owned.actor, method, *arguments)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
@@ -396,9 +398,9 @@ def _progress(step: float) -> float:
 def generate_training_metrics(step: int, rng: np.random.Generator) -> Metrics:
     """One worker's report of one optimiser step of a GRPO/PPO run.
 
-    Scalars are that worker's measurement. Arrays are samples: `e2e/latency_ms` of its 8 micro-batches (ms), `off_policy`
-    of the 32 rollouts that the step consumed (their age in training steps: true only where they are consumed).
-    Keys, units and shapes follow what verl, NeMo-RL and prime-rl log.
+    Scalars are that worker's measurement. Arrays are samples: `e2e/latency_ms` of its 8 micro-batches (ms),
+    `off_policy` of the 32 rollouts that the step consumed (their age in training steps, which is known only where they
+    are consumed). Keys, units and shapes follow what verl, NeMo-RL and prime-rl log.
     """
     learned, spike = _progress(step), step % 37 == 13  # gradients are averaged: every worker sees it
     checkpoint = step % CHECKPOINT_EVERY == 0

@@ -23,7 +23,7 @@ import common
 from arguments import Args, parse_args
 from backbone import exits, wandb_internals
 from backbone.ledger import line
-from backbone.process import ray_answers
+from backbone.ray_internals import ray_answers
 from common import CHECKPOINT_EVERY, Ledger, WandbRun
 
 import ray

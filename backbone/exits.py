@@ -96,7 +96,7 @@ unfinished = Unfinished()
 
 
 def how_it_ends(error: BaseException | None) -> tuple[int, str | None]:
-    """The exit code of a process that an exception ends, and what went wrong if that is not 0: a line, then the rest."""
+    """The exit code of a process that an exception ends, and what went wrong: a line, then the rest."""
     code = int(error is not None)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

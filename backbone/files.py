@@ -33,11 +33,12 @@ class Address(NamedTuple):
     nonce: str  # of this life of the run, since an id can be used again
     folder: Path  # on the owner's node
     machine: str  # that node's, see `this_machine`
+    view: str  # of its files, see `this_view`
     node: str  # its name in Ray
 
-    def key(self, kind: str, node: str = "") -> bytes:
-        """In the key-value store of Ray's GCS."""
-        return f"{kind}/{self.nonce}/{node}".encode()
+    def key(self, kind: str, place: str = "") -> bytes:
+        """In the key-value store of Ray's GCS. place: a node's name in Ray, and a view of its files."""
+        return f"{kind}/{self.nonce}/{place}".encode()
 
     @property
     def actor(self) -> str:
@@ -52,7 +53,7 @@ class Address(NamedTuple):
     @property
     def elsewhere(self) -> Path:
         """The private folder of another node."""
-        return Path(tempfile.gettempdir(), f"wandb-run-{self.nonce}-{this_machine()[:13]}")
+        return Path(tempfile.gettempdir(), f"wandb-run-{self.nonce}-{this_machine()[:13]}-{this_view()}")
 
 
 @functools.cache
@@ -61,6 +62,15 @@ def this_machine() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # no Linux
+        return ""
+
+
+@functools.cache
+def this_view() -> str:
+    """What tells containers apart, each of which may have a temporary folder of its own."""
+    try:
+        return str(os.stat("/proc/self/ns/mnt").st_ino)
+    except OSError:
         return ""
 
 
@@ -87,6 +97,14 @@ def make_runs_folder(path: str | Path) -> None:
         tempfile.TemporaryFile(dir=Path(path, "wandb")).close()
     except OSError as error:
         raise OSError(f"{path} can't be written: {error.strerror}") from None
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Writes a file that no other user may read, and that is there as a whole or not at all."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent)  # with mode 0600
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(name, path)
 
 
 def disk_is_full(path: Path) -> bool:

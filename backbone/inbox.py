@@ -6,9 +6,10 @@ import dataclasses
 import json
 import pickle
 
-from . import outbox
+from . import records
+from .page import Position, lost_by_pipeline
 from .pipeline import Pipeline, Report
-from .reading import Position, Reading, Record, lost_by_pipeline
+from .reading import Reading, Record
 from .said import Said
 from .state import State
 
@@ -65,7 +66,7 @@ class Inbox:
             self._state.do("DELETE FROM outboxes WHERE node = ? AND name = ?", *key)
         for record in reading.records:
             box = self.boxes.get((node, record.outbox))
-            if record.kind == outbox.BEGUN:
+            if record.kind == records.BEGUN:
                 about = json.loads(record.content)
                 self.boxes[node, record.outbox] = Box(about["name"], about["parent"], about["name"])
             elif box:  # else it had ended before an actor died that had not removed its files yet
@@ -76,31 +77,31 @@ class Inbox:
                 self._state.do("INSERT OR REPLACE INTO outboxes VALUES (?, ?, ?)", node, name, pickle.dumps(box))
 
     def _take_record(self, box: Box, record: Record) -> None:
-        if record.kind in (outbox.REPORT, outbox.COMMIT):
+        if record.kind in (records.REPORT, records.COMMIT):
             report = Report(record.wall_time, box.label or box.name, record.content)
-            who = box.name, record.step, record.kind == outbox.COMMIT, self.clock, box.parent, box.task
+            who = box.name, record.step, record.kind == records.COMMIT, self.clock, box.parent, box.task
             self._pipelines[record.pipeline].log(report, *who)
-        elif record.kind == outbox.WHO:
+        elif record.kind == records.WHO:
             now = json.loads(record.content)
             if box.task and box.name != now["name"]:
                 self._end(box.name)
             box.name, box.label, box.task = now["name"], now["label"], now["task"]
-        elif record.kind == outbox.SAID:
+        elif record.kind == records.SAID:
             self.said.take(box.label or box.name, record.wall_time, record.content)
-        elif record.kind == outbox.GOODBYE:
+        elif record.kind == records.GOODBYE:
             self._end(box.name)
-        elif record.kind == outbox.EXIT:
+        elif record.kind == records.EXIT:
             box.exit = pickle.loads(record.content) if record.content else (0, None)
             if box.process == self._owner and record.content:  # it may live on, without Ray
                 self._state.note(owner_end=box.exit)
-        elif record.kind == outbox.ENDED:
+        elif record.kind == records.ENDED:
             self._close(box)
             if box.process == self._owner:
                 self._state.note(owner_end=box.exit or GONE)
-        elif record.kind == outbox.VANISHED:
+        elif record.kind == records.VANISHED:
             self.unheard(f"{box.process}: somebody has removed its outbox")
             self._close(box)
-        elif record.kind == outbox.LOST:
+        elif record.kind == records.LOST:
             before, box.lost = box.lost, lost_by_pipeline(record.content)
             for number, lost in box.lost.items():
                 self._pipelines[number].counts["reports"] += lost - before.get(number, 0)

@@ -8,12 +8,20 @@ account, so a CI job can check its runs with it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sqlite3
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .state import State
+    from .writer import Writer
 
 FILE = "ledger.json"  # in a run's folder
 
@@ -73,11 +81,44 @@ def line(error: BaseException) -> str:
     return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
 
 
-def write(ledgers: Ledgers, rows: Mapping[str, Mapping[int, int]]) -> None:
-    """Keeps a run's ledgers in its folder. rows: of each pipeline, number -> reports that the row stands on."""
-    said = {prefix: dataclasses.asdict(each) | {"row_reports": rows[prefix]} for prefix, each in ledgers.items()}
-    for path in [each.path for each in ledgers.values() if each.path][:1]:
-        (path / FILE).write_text(json.dumps(said, default=str))
+def account(state: State, pipeline: Pipeline, there: Callable[[int], bool] | None = None) -> Ledger:
+    """A pipeline's ledger: so far, or at the end, when it is known of each row's number whether it is `there`."""
+    facts = state.facts
+    known = ("name", "id", "mode", "url", "restarts", "uploaded", "lost_artifacts", "unheard")
+    ledger = Ledger(**{"name": "", "id": ""} | {field: facts[field] for field in known if field in facts})
+    ledger.paths = [*map(Path, facts.get("paths", ()))]
+    ledger.prefix, ledger.warnings = pipeline.prefix, state.warnings
+    for field in ("reports", "rows", "partial", "lost_values"):
+        setattr(ledger, field, pipeline.counts[field])
+    if there:
+        found = [row for number, row in state.account(pipeline.number).items() if there(number)]
+        ledger.rows, ledger.lost = len(found), ledger.reports - sum(reports for reports, _ in found)
+        ledger.lost_values += sum(refused for _, refused in found)
+    return ledger
+
+
+def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> None:
+    """Makes the ledgers of a finished run. They stay in its state until they have arrived, and in its folder."""
+    deadline = time.monotonic() + 3
+    while True:
+        writer.logs.look()
+        ledgers = {pipeline.prefix: account(state, pipeline, writer.there()) for pipeline in pipelines}
+        lost = sum(ledger.lost for ledger in ledgers.values())
+        if not lost or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)  # a wandb-core that could not be waited for may still be writing
+    if lost:
+        state.warn("lost", f"{lost} reports are in no row")
+    for ledger in ledgers.values():
+        ledger.warnings = state.warnings
+    state.note(ledgers=ledgers)
+    with contextlib.suppress(OSError, sqlite3.Error):
+        state.commit()
+        rows = {pipeline.prefix: state.account(pipeline.number) for pipeline in pipelines}
+        reports = {prefix: {number: row[0] for number, row in found.items()} for prefix, found in rows.items()}
+        said = {prefix: dataclasses.asdict(each) | {"row_reports": reports[prefix]} for prefix, each in ledgers.items()}
+        for path in [each.path for each in ledgers.values() if each.path][:1]:
+            (path / FILE).write_text(json.dumps(said, default=str))
 
 
 def count(folder: Path) -> Ledgers:

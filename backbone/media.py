@@ -11,10 +11,15 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from . import wandb_internals
+
+if TYPE_CHECKING:
+    import wandb
 
 
 def is_data_type(value: Any) -> bool:
@@ -107,6 +112,33 @@ def remove_copied_files(logged: Iterable[Any]) -> None:
         for path in getattr(target.artifact if target else value, "_added_local_paths", ()):
             if _is_temporary(path):
                 Path(path).unlink(missing_ok=True)
+
+
+# Tables that grow
+
+
+def growing_tables(metrics: Mapping[str, Any]) -> dict[str, wandb.Table]:
+    return {key: value for key, value in metrics.items() if getattr(value, "log_mode", None) == "INCREMENTAL"}
+
+
+class Increments:
+    """The increments of growing tables that were logged. A row's table holds only what is new."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, list[tuple[int, str]]] = {}  # key -> number of the row, and what W&B calls it
+
+    def continue_tables(self, tables: Mapping[str, wandb.Table], number: int, resumed: bool) -> None:
+        """Makes the tables of a row the increments behind those of the rows before."""
+        for key, table in tables.items():
+            before = [name for row, name in self._logged.get(key, ()) if row < number]
+            if before or not resumed:  # else wandb looks itself
+                wandb_internals.continue_table(table, before)
+
+    def add(self, tables: Mapping[str, wandb.Table], number: int) -> None:
+        """They have been logged with a row."""
+        for key, table in tables.items():
+            before = [(-1, name) for name in wandb_internals.increments_before(table)]
+            self._logged[key] = [*before, (number, wandb_internals.increment_path(table))]
 
 
 # Limits

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.experimental import internal_kv
 from ray.runtime_context import get_runtime_context
 
-from . import process, wandb_internals
+from . import ray_internals, wandb_internals
 
 # In percent, bytes, percent of a GPU and MB of a GPU; all that a node exports would be 220 KB a sample.
 METRICS = r"\.ray_node_(cpu_utilization|mem_used|gpus_utilization|gram_used)$"
@@ -35,15 +34,13 @@ def _key() -> bytes:
 
 def _take(nonce: bytes) -> bool:
     """Whether this run may record the nodes for its job."""
-    is_taken = internal_kv._internal_kv_put(_key(), nonce, overwrite=False, namespace=process.KV)
-    return not is_taken or internal_kv._internal_kv_get(_key(), namespace=process.KV) == nonce
+    return not ray_internals.put(_key(), nonce, overwrite=False) or ray_internals.get(_key()) == nonce
 
 
 def give_back(nonce: str) -> None:
     """The run is finished, or could not start: another one may record the nodes."""
-    there = process.which_ray() and process.ray_answers()
-    if there and internal_kv._internal_kv_get(_key(), namespace=process.KV) == nonce.encode():
-        internal_kv._internal_kv_del(_key(), namespace=process.KV)
+    if ray_internals.which_ray() and ray_internals.ray_answers() and ray_internals.get(_key()) == nonce.encode():
+        ray_internals.delete(_key())
 
 
 def node_metrics() -> tuple[dict[str, str], list[str]]:

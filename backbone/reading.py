@@ -10,28 +10,18 @@ import contextlib
 import json
 import math
 import os
-import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from . import outbox
-from .files import CLOSED, OUTBOXES, fcntl
-from .outbox import RECORD
-
-
-class Position(NamedTuple):
-    """How far an outbox has been read."""
-
-    segment: int = 0
-    offset: int = 0
-    records: int = 0
-    bytes: int = 0
+from . import outbox, page, records
+from .files import CLOSED, OUTBOXES
+from .page import Position
+from .records import HEAD
 
 
 class Record(NamedTuple):
-    """Something that has happened in an outbox. kind: see outbox.py."""
+    """Something that has happened in an outbox. kind: see records.py."""
 
     time: float  # monotonic
     outbox: str
@@ -64,15 +54,13 @@ class Reader:
     LIMIT: ClassVar = 1 << 20  # bytes of a reading, about: whoever waits for room must not wait long
 
     def __init__(self, private: Path, positions: dict[str, Position]):
-        self._private, self._state = private, outbox.IS_READ
+        self._private, self._state = private, page.IS_READ
         self._folder = private / (CLOSED if (private / CLOSED).exists() else OUTBOXES)
         self._boxes = dict(positions)
         self._first = {name: position.segment for name, position in positions.items()}  # segments that are there
         self._lost: dict[str, bytes] = {}  # by outbox
-        self._dying: set[str] = set()  # their lock is free
-        self.stays: set[str] = (
-            set()
-        )  # those of processes that can't tell the run of this place, or may have such children
+        self._dying: set[str] = set()  # their process has ended
+        self.stays: set[str] = set()  # of processes that can't tell the run of this place, or have such children
         self._changed, self._next_look, self._next_touch = 0, 0.0, 0.0
 
     def read(self, look: bool = False) -> Reading:
@@ -87,20 +75,23 @@ class Reader:
         news = [name for name in self._boxes if self._has_news(name, found)]
         share, horizon = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf
         for name in news:
-            records, is_cut = self._read_box(name, share)
-            horizon = min(horizon, records[-1].time) if is_cut else horizon
-            found += records
+            new, is_cut = self._read_box(name, share)
+            horizon = min(horizon, new[-1].time) if is_cut else horizon
+            found += new
         # Where an outbox was cut off, nothing later is handed on from the others: else two epochs could get mixed.
         found = [record for record in found if record.time <= horizon]
-        if not look and any(record.kind == outbox.WHO for record in found):
+        if not look and any(record.kind == records.WHO for record in found):
             self._boxes = before
             return self.read(look=True)  # who begins may take the place of one who has just died
         self._boxes |= {record.outbox: record.end for record in found}
         last = {record.outbox: record.time for record in found}
         for name in self._dying if horizon == math.inf else ():
             # As early as it can have been: an attempt of a worker must not share a row with the next one.
-            found.append(Record(last.get(name, 0.0), name, outbox.ENDED, 0, 0, 0.0, b"", self._boxes[name]))
+            found.append(self._event(records.ENDED, name, last.get(name, 0.0)))
         return Reading(sorted(found, key=lambda record: record.time), horizon < math.inf)
+
+    def _event(self, kind: int, name: str, at: float = 0.0, content: bytes = b"") -> Record:
+        return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])
 
     def _has_news(self, name: str, found: list[Record]) -> bool:
         segment, offset, *_ = self._boxes[name]
@@ -108,27 +99,27 @@ class Reader:
             size = os.stat(self._path(name, segment)).st_size
         except FileNotFoundError:
             if not os.path.exists(self._path(name, "page")) and name not in self._dying:
-                found.append(Record(0.0, name, outbox.VANISHED, 0, 0, 0.0, b"", self._boxes[name]))
+                found.append(self._event(records.VANISHED, name))
             return False
-        return size > offset or (size >= outbox.SEGMENT and os.path.exists(self._path(name, segment + 1)))
+        return size > offset or (size >= records.SEGMENT and os.path.exists(self._path(name, segment + 1)))
 
     def _read_box(self, name: str, share: int) -> tuple[list[Record], bool]:
         """The next records of an outbox, as many as its share of bytes allows, or one; whether there are more."""
-        records: list[Record] = []
+        found: list[Record] = []
         segment, offset, count, total = self._boxes[name]
         latest = 0.0
         while True:
             # To be seen before this segment is read to its end.
-            has_next = offset + share >= outbox.SEGMENT and os.path.exists(self._path(name, segment + 1))
+            has_next = offset + share >= records.SEGMENT and os.path.exists(self._path(name, segment + 1))
             content, is_cut = self._content(name, segment, offset, share)
             share -= len(content)
-            for length, (_, kind, pipeline, step, at, wall_time), body in parse(content):
+            for length, (_, kind, pipeline, step, at, wall_time), body in records.parse(content):
                 offset, total, latest = offset + length, total + length, max(latest, at)
-                count += kind in outbox.COUNTED
+                count += kind in records.COUNTED
                 end = Position(segment, offset, count, total)
-                records.append(Record(latest, name, kind, pipeline, step, wall_time, body, end))
+                found.append(Record(latest, name, kind, pipeline, step, wall_time, body, end))
             if is_cut or not has_next or share <= 0:
-                return records, bool(records) and (is_cut or has_next)
+                return found, bool(found) and (is_cut or has_next)
             segment, offset = segment + 1, 0
 
     def _content(self, name: str, segment: int, offset: int, share: int) -> tuple[bytes, bool]:
@@ -136,8 +127,8 @@ class Reader:
         with open(self._path(name, segment), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size - offset
             content = os.pread(file.fileno(), min(size, share), offset)
-            if RECORD.size <= len(content) < size:
-                first = RECORD.size + RECORD.unpack_from(content)[0]
+            if HEAD.size <= len(content) < size:
+                first = HEAD.size + HEAD.unpack_from(content)[0]
                 if len(content) < first <= size:  # it is larger than the share
                     content = os.pread(file.fileno(), first, offset)
             return content, len(content) < size
@@ -167,24 +158,17 @@ class Reader:
     def _look(self, found: list[Record]) -> None:
         """At each page: whether it is new, what was lost, and whether the process lives."""
         for name in self._names():
-            with contextlib.suppress(FileNotFoundError), open(self._path(name, "page"), "r+b", buffering=0) as file:
-                page = file.read(outbox.PAGE)
-                if name not in self._boxes:  # where a state was lost, it has been read to some place before
-                    self._boxes[name] = Position(*outbox.READ.unpack_from(page)[1:])
-                    about = page[outbox.ABOUT_AT :]
-                    found.append(Record(0.0, name, outbox.BEGUN, 0, 0, 0.0, about, self._boxes[name]))
-                if page[0] != self._state:
-                    os.pwrite(file.fileno(), bytes([self._state]), 0)
-                lost = page[outbox.LOST_AT : outbox.ABOUT_AT]
-                if lost != self._lost.get(name, outbox.NOTHING_LOST):
-                    self._lost[name] = lost
-                    found.append(Record(0.0, name, outbox.LOST, 0, 0, 0.0, lost, self._boxes[name]))
-                if page[outbox.STAYS_AT]:
-                    self.stays.add(name)
-                if fcntl:
-                    with contextlib.suppress(OSError):
-                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        self._dying.add(name)
+            seen = page.see(self._path(name, "page"), self._state)
+            if seen and name not in self._boxes:  # where a state was lost, it has been read to some place before
+                self._boxes[name] = seen.position
+                found.append(self._event(records.BEGUN, name, content=seen.about))
+            if seen and seen.lost != self._lost.get(name, page.NOTHING_LOST):
+                self._lost[name] = seen.lost
+                found.append(self._event(records.LOST, name, content=seen.lost))
+            if seen and seen.stays:
+                self.stays.add(name)
+            if seen and not seen.lives:
+                self._dying.add(name)
         if time.monotonic() > self._next_touch:  # some systems clean their temporary folder of what is old
             self._next_touch = time.monotonic() + 3600
             for path in (self._private, *self._private.rglob("*")):
@@ -195,22 +179,18 @@ class Reader:
         """Tells all who log here."""
         self._state = state
         for name in self._names():
-            self._write(name, bytes([state]))
-
-    def _write(self, name: str, content: bytes) -> None:
-        with contextlib.suppress(FileNotFoundError), open(self._path(name, "page"), "r+b", buffering=0) as file:
-            file.write(content)
+            page.see(self._path(name, "page"), state)
 
     def commit(self, reading: Reading) -> None:
         """Notes how far has been read, and removes what is of no further use."""
-        ended = {record.outbox for record in reading.records if record.kind in (outbox.ENDED, outbox.VANISHED)}
+        ended = {record.outbox for record in reading.records if record.kind in (records.ENDED, records.VANISHED)}
         for name, end in {record.outbox: record.end for record in reading.records}.items():
             last = end.segment + (name in ended)
             for segment in range(self._first.get(name, 0), last):
                 _remove(self._path(name, segment))
             self._first[name] = last
             if name not in ended:
-                self._write(name, outbox.READ.pack(self._state, *end))
+                page.note_read(self._path(name, "page"), self._state, end)
                 continue
             _remove(self._path(name, "page"))
             for known in (self._boxes, self._first, self._lost):
@@ -224,42 +204,17 @@ class Reader:
 
     def close(self) -> None:
         """Whoever logs here from now on is told that the run is finished; what was logged before can be read."""
+        self.set_state(page.CLOSED)  # before the folder moves, where an outbox could not begin its next segment
         with contextlib.suppress(OSError):
             (self._private / OUTBOXES).rename(self._private / CLOSED)
         self._folder, self._changed, self._next_look = self._private / CLOSED, 0, 0.0
-        self.set_state(outbox.CLOSED)
-
-
-def parse(content: bytes) -> Iterator[tuple[int, tuple, bytes]]:
-    """The whole records in `content`: the length of each, its head, its content."""
-    position = 0
-    while position + RECORD.size <= len(content):
-        head = RECORD.unpack_from(content, position)
-        begin, position = position, position + RECORD.size + head[0]
-        if position > len(content):
-            return
-        yield position - begin, head, content[position - head[0] : position]
-
-
-def lost_by_pipeline(content: bytes) -> dict[int, int]:
-    return {i: n for i, (n,) in enumerate(struct.iter_unpack("<Q", content)) if n}
+        self.set_state(page.CLOSED)  # for those that have begun in between
 
 
 def lives(private: Path, process: str) -> bool:
     """Whether the process of this name, which has an outbox in a run's private folder, is alive."""
-    for page in private.glob("*/*.page"):
-        try:
-            with page.open("r+b", buffering=0) as file:
-                if json.loads(file.read()[outbox.ABOUT_AT :])["name"] != process:
-                    continue
-                if fcntl:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return not fcntl  # on Windows nobody notices
-        except FileNotFoundError:
-            continue
-        except OSError:  # it has the lock
-            return True
-    return False
+    pages = filter(None, map(page.see, private.glob("*/*.page")))
+    return any(seen.lives and json.loads(seen.about)["name"] == process for seen in pages)
 
 
 def _remove(path: str) -> None:

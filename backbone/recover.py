@@ -23,11 +23,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import owner
-from .files import state_path
+from .files import state_path, write_private
 from .inbox import GONE
 from .ledger import Ledger, Ledgers, line
-from .owner import Letter
+from .letter import Letter, move_in, read_letter
 from .reading import lives
 from .run import Run
 from .state import State
@@ -41,10 +40,10 @@ def recover(folder: Path, wait: bool = False) -> Ledgers:
 
     Raises OSError where that is not possible.
     """
-    letter = owner.read_letter(folder)
+    letter = read_letter(folder)
     state = _open_state(letter, wait)
     if state:
-        owner.move_in(letter)
+        move_in(letter)
         run = Run(state, letter.init, letter.address, letter.process, threading.RLock())
         if "ledgers" not in state.facts:
             _finish(run)
@@ -89,10 +88,7 @@ def _finish(run: Run) -> None:
 def write_ledgers(folder: Path, ledgers: Ledgers) -> None:
     """Says that the run is finished, for whoever needs to know."""
     with contextlib.suppress(OSError):
-        descriptor, name = tempfile.mkstemp(dir=folder)  # with mode 0600
-        with os.fdopen(descriptor, "wb") as file:
-            pickle.dump(ledgers, file)
-        os.rename(name, folder / LEDGERS)
+        write_private(folder / LEDGERS, pickle.dumps(ledgers))
 
 
 def read_ledgers(folder: Path) -> Ledgers:
@@ -128,8 +124,9 @@ def finish_without_actor(letter: Letter, why: Exception, begun: Ledger, prefixes
     begun: how the run began, for the ledgers if that fails.
     """
     process, folder = start(letter.address.folder), letter.address.folder
-    upload = letter.init["settings"].get("finish_timeout") or letter.environ.get("WANDB_FINISH_TIMEOUT") or 60
-    said, seconds = b"", 30 + float(upload)
+    settings, said = letter.init["settings"], b""
+    upload = float(settings.get("finish_timeout", letter.environ.get("WANDB_FINISH_TIMEOUT", 60)))
+    seconds = 30 + upload if upload else None
     try:
         _, said = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -137,7 +134,7 @@ def finish_without_actor(letter: Letter, why: Exception, begun: Ledger, prefixes
         process.communicate()
     if (folder / LEDGERS).exists():
         return read_ledgers(folder)
-    problem = said.decode(errors="replace").strip().rpartition("\n")[2] or f"that took more than {seconds:.0f} s"
+    problem = said.decode(errors="replace").strip().rpartition("\n")[2] or f"that took more than {seconds} s"
     told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
     return {prefix: dataclasses.replace(begun, prefix=prefix, unheard=["all"], warnings=told) for prefix in prefixes}
 
@@ -147,7 +144,7 @@ def abandoned() -> list[Path]:
     found = []
     for folder in Path(tempfile.gettempdir()).glob("wandb-run-*"):
         with contextlib.suppress(OSError):
-            if not lives(folder, owner.read_letter(folder).process):
+            if not lives(folder, read_letter(folder).process):
                 found.append(folder)
     return found
 

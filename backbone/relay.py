@@ -13,13 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from . import outbox
+from . import page, ray_internals
 from .files import Address, is_private_folder
-from .process import KV
-from .reading import Position, Reader, Reading
+from .page import Position
+from .reading import Reader, Reading
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -55,14 +54,16 @@ class Relay:
         """Goes, unless somebody has logged meanwhile. Whoever logs from now on tells the run of this place again."""
         if not self._closed:
             (self._folder / "known").unlink(missing_ok=True)
-            internal_kv._internal_kv_del(self._key, namespace=KV)
-            self._reader.set_state(outbox.NOBODY_READS)
+            ray_internals.delete(self._key)
+            self._reader.set_state(page.NOBODY_READS)
             self._last = self._reader.read(look=True)
         if self._last.is_empty:
+            if self._closed:
+                shutil.rmtree(self._folder, ignore_errors=True)
             return Reading([], is_last=True)
         self._heard = time.monotonic()
-        self._reader.set_state(outbox.IS_READ)
-        internal_kv._internal_kv_put(self._key, os.fsencode(self._folder), namespace=KV)
+        self._reader.set_state(page.IS_READ)
+        ray_internals.put(self._key, os.fsencode(self._folder))
         return self._last
 
     def close(self) -> None:
@@ -70,13 +71,9 @@ class Relay:
         self._reader.close()
         self._closed = True
 
-    def remove(self) -> None:
-        """All that was logged here has been read."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
 
 class Relays:
-    """The relays of a run. Each has one call under way.
+    """The places on other nodes where outboxes are, and the relay of each. It has one call under way.
 
     positions: how far the outboxes of a node have been read. gone: called with a node that can't be read, and why.
     """
@@ -87,20 +84,30 @@ class Relays:
         self, address: Address, positions: Callable[[str], dict[str, Position]], gone: Callable[[str, str], None]
     ):
         self._address, self._positions, self._gone = address, positions, gone
+        self._found: dict[str, tuple[bytes, Path]] = {}  # by node, at the last look
+        self._places: dict[str, tuple[bytes, Path]] = {}  # those that are not read to their end
+        self._read: set[str] = set()  # nodes that are, or can't be read
         self._relays: dict[str, ray.actor.ActorHandle] = {}  # by node
         self._calls: dict[str, tuple[ray.ObjectRef, float]] = {}  # by node; and since when it is under way
-        self._failed: set[str] = set()
+        self._closed = False
 
     def look(self) -> None:
-        """Starts relays where there are outboxes, and none yet."""
+        """Asks Ray's GCS where there are outboxes. In a thread of its own: a GCS that restarts doesn't answer."""
         prefix = self._address.key("place")
-        for key in internal_kv._internal_kv_list(prefix, namespace=KV):
-            node, folder = key.removeprefix(prefix).decode(), internal_kv._internal_kv_get(key, namespace=KV)
-            if folder and node not in self._relays and node not in self._failed:
-                here = NodeAffinitySchedulingStrategy(node, soft=False)
-                arguments = key, Path(os.fsdecode(folder)), self._positions(node)
-                self._relays[node] = Relay.options(scheduling_strategy=here).remote(*arguments)
-                self.go_on(node)
+        folders = {key: ray_internals.get(key) for key in ray_internals.keys(prefix)}
+        found = {key: Path(os.fsdecode(folder)) for key, folder in folders.items() if folder}
+        self._found = {key.removeprefix(prefix).decode(): (key, folder) for key, folder in found.items()}
+
+    def start(self) -> None:
+        """Starts relays in places that have none."""
+        self._places = {node: place for node, place in self._found.items() if node not in self._read} | self._places
+        for node in [node for node in self.nodes if node not in self._relays]:
+            here = NodeAffinitySchedulingStrategy(node.partition(" ")[0], soft=False)
+            relay = Relay.options(scheduling_strategy=here).remote(*self._places[node], self._positions(node))
+            self._relays[node] = relay
+            if self._closed:
+                relay.close.remote()
+            self.go_on(node)
 
     def go_on(self, node: str) -> None:
         """What a relay has brought is safe, and it may bring more."""
@@ -109,7 +116,8 @@ class Relays:
 
     def brought(self) -> list[tuple[str, Reading]]:
         """What relays have brought by now."""
-        calls = {call: node for node, (call, _) in [*self._calls.items()]}
+        self.start()
+        calls = {call: node for node, (call, _) in self._calls.items()}
         done, _ = ray.wait([*calls], num_returns=len(calls), timeout=0) if calls else ([], [])
         readings = []
         for node, call in ((calls[call], call) for call in done):
@@ -118,36 +126,43 @@ class Relays:
                 reading = ray.get(call)
                 readings.append((node, reading))
                 if reading.is_last:
-                    del self._relays[node]
+                    self._leave(node)
             except ray.exceptions.RayError as error:
                 self._fail(node, error)
         return readings
+
+    def _leave(self, node: str) -> None:
+        for known in (self._found, self._places, self._relays, self._calls):
+            known.pop(node, None)
+        if self._closed:  # else somebody may log there again
+            self._read.add(node)
 
     def _fail(self, node: str, error: Exception) -> None:
         del self._relays[node]
         if isinstance(error, ray.exceptions.RayActorError) and "creation task" in str(error):
             self.give_up(node, str(error).strip().rpartition("\n")[2])
-        elif not any(known["NodeID"] == node and known["Alive"] for known in ray.nodes()):
+        elif not any(known["NodeID"] == node.partition(" ")[0] and known["Alive"] for known in ray.nodes()):
             self.give_up(node, "it is dead")
-        # else it is started again at the next look: its process was killed
+        # else its process was killed, and another one is started
 
     def give_up(self, node: str, why: str) -> None:
-        self._failed.add(node)
-        self._relays.pop(node, None)
-        self._calls.pop(node, None)
+        self._leave(node)
+        self._read.add(node)
         self._gone(node, why)
 
     def silent(self, seconds: float) -> list[str]:
         """Nodes that don't answer for so long."""
-        return [node for node, (_, since) in [*self._calls.items()] if time.monotonic() - since > seconds]
+        return [node for node, (_, since) in self._calls.items() if time.monotonic() - since > seconds]
 
     def close(self) -> None:
         """Nothing more is taken anywhere. What they still bring ends with a reading that `is_last`."""
-        internal_kv._internal_kv_del(self._address.key("open"), namespace=KV)
+        ray_internals.delete(self._address.key("open"))
+        self._closed = True
         self.look()  # behind that: whoever logs for the first time notes its place before it looks for that key
         for relay in self._relays.values():
             relay.close.remote()
+        self.start()
 
     @property
     def nodes(self) -> list[str]:
-        return [*self._relays]
+        return [*self._places]

@@ -7,29 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import ledger
 from .artifacts import Artifacts
-from .files import Address, state_path
+from .files import Address, write_private
 from .inbox import HOME, Inbox
-from .ledger import Ledger, Ledgers, line, write
+from .ledger import Ledger, Ledgers, line
 from .pipeline import Pipeline
 from .reading import Reader, Reading
 from .reduction import Reduction
 from .state import Row, State
 from .writer import Writer
-
-DEATHS = 3  # of a pipeline actor in a row; after more it is given up
-
-
-class GivenUpError(RuntimeError):
-    """The pipeline actor dies whenever it goes on."""
 
 
 class Started(NamedTuple):
@@ -67,62 +60,6 @@ class Run:
         self._held: list[tuple[str, Reading]] = []  # readings that are not safe yet
         self._rows: list[Row] = []  # that W&B has not got, for the same reason
 
-    @classmethod
-    def open(
-        cls,
-        init: dict[str, Any],
-        address: Address,
-        owner: str,
-        lock: threading.Condition | threading.RLock,
-        stop: Callable[[], None] | None = None,
-    ) -> Run:
-        """Opens what an actor before this one has left of the run, if there was one, and counts the restart.
-
-        Raises GivenUpError after some deaths of actors without a row in between.
-        """
-        folder = Path(init["dir"], "wandb")
-        folder.mkdir(parents=True, exist_ok=True)
-        state = State(state_path(folder, init["id"]))
-        before = state.facts.get("address")
-        if before and before.nonce != address.nonce and "ledgers" in state.facts:  # an earlier run, which is finished
-            state.remove()
-            state = State(state.path)
-            before = None
-        run = cls(state, init, before or address, owner, lock, stop)
-        if not before:
-            run._begin(address)
-        elif before.nonce == address.nonce:
-            rows, facts = run.writer.rows, state.facts
-            deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1
-            state.note(restarts=facts.get("restarts", 0) + 1, deaths=deaths, rows_at_restart=rows)
-            if deaths > DEATHS:
-                raise GivenUpError(f"given up: the pipeline actor died {deaths} times without a row in between")
-        else:  # that of an earlier process, which did not finish it
-            run.read_to_end(time.monotonic() + 10)
-            run.end(run.pipelines, time.monotonic() + 10)
-            run._leave()
-            run = cls(state, init, address, owner, lock, stop)
-            run._begin(address)
-        state.commit()
-        return run
-
-    def _begin(self, address: Address) -> None:
-        self.state.note(address=address, deaths=0, begun=False)
-        lost = address.folder / "pipelines"
-        if lost.exists():  # it is the state of this very run that was there
-            self.inbox.unheard("the time before the run's state was lost")
-            for prefix, reduction, workers in pickle.loads(lost.read_bytes()):
-                self._add(prefix, reduction, workers)
-
-    def _leave(self) -> None:
-        """Forgets the outboxes of an earlier life."""
-        for node in self.inbox.nodes:
-            self.inbox.node_is_gone(node, "the run's earlier life had outboxes there")
-        self.state.do("DELETE FROM outboxes")
-        self.state.note(owner_end=None)
-        self.state.commit()
-        shutil.rmtree(self.address.folder, ignore_errors=True)
-
     def start(self) -> None:
         """Starts it with W&B, or goes on, unless it is finished."""
         if "ledgers" not in self.state.facts:
@@ -141,16 +78,17 @@ class Run:
         """Adds a pipeline, or goes on with it."""
         pipeline = self.pipeline(prefix)
         if not pipeline:
-            self.writer.define(prefix, [other.prefix for other in self.pipelines], reduction.best)
-            pipeline = self._add(prefix, reduction, workers)
-        pipeline.begin(reduction, workers, self.writer.totals(prefix), self.writer.best(prefix, reduction.best))
+            self.writer.axes.define(prefix, [other.prefix for other in self.pipelines], reduction.best)
+            pipeline = self.add(prefix, reduction, workers)
+        before = self.writer.resumed()
+        pipeline.begin(reduction, workers, before.totals(prefix), before.best(prefix, reduction.best))
         self._save()
         known = [(each.prefix, each.reduction, each.steps.workers) for each in self.pipelines]
-        (self.address.folder / "pipelines").write_bytes(pickle.dumps(known))
+        write_private(self.address.folder / "pipelines", pickle.dumps(known))
         run = self.writer.run
         return Started(self.ledger(pipeline), dict(run.config), run.project, pipeline.number)
 
-    def _add(self, prefix: str, reduction: Reduction, workers: int) -> Pipeline:
+    def add(self, prefix: str, reduction: Reduction, workers: int) -> Pipeline:
         self.pipelines.append(Pipeline(self.state, len(self.pipelines), prefix, reduction, workers))
         return self.pipelines[-1]
 
@@ -175,7 +113,7 @@ class Run:
             self._ticked = self.inbox.clock
             for pipeline in self.pipelines:
                 pipeline.steps.tick(self.inbox.clock)
-            arrived = self.writer.look()
+            arrived = self.writer.logs.look()
             self.state.arrived(arrived if self.state.facts.get("mode") != "online" else ())
         if self._ticked == self.inbox.clock or not all(reading.is_empty for _, reading in self._held):
             self._save()
@@ -245,41 +183,9 @@ class Run:
                 in_rows = sum(n for pipeline in self.pipelines for n, _ in self.state.account(pipeline.number).values())
                 summary["ledger"] = {"reports": reports, "lost": reports - in_rows}
                 self.writer.finish(exit_code, failure, summary, deadline)
-                self.conclude()
+                ledger.conclude(self.state, self.writer, self.pipelines)
             return self.state.facts["ledgers"]
 
-    def conclude(self) -> None:
-        """Makes the ledgers. They stay in the state until they have arrived."""
-        deadline = time.monotonic() + 3
-        while True:
-            self.writer.look()
-            ledgers = {pipeline.prefix: self.ledger(pipeline, final=True) for pipeline in self.pipelines}
-            lost = sum(account.lost for account in ledgers.values())
-            if not lost or time.monotonic() > deadline:
-                break
-            time.sleep(0.2)  # a wandb-core that could not be waited for may still be writing
-        if lost:
-            self.state.warn("lost", f"{lost} reports are in no row")
-        for account in ledgers.values():
-            account.warnings = self.state.warnings
-        self.state.note(ledgers=ledgers)
-        with contextlib.suppress(OSError, sqlite3.Error):
-            self.state.commit()
-            rows = {pipeline.prefix: self.state.account(pipeline.number) for pipeline in self.pipelines}
-            write(ledgers, {prefix: {n: reports for n, (reports, _) in row.items()} for prefix, row in rows.items()})
-
-    def ledger(self, pipeline: Pipeline, final: bool = False) -> Ledger:
-        """A pipeline's account: so far, or at the end, when it is known which rows are there."""
-        facts, counts = self.state.facts, pipeline.counts
-        known = ("name", "id", "mode", "url", "restarts", "uploaded", "lost_artifacts", "unheard")
-        account = Ledger(**{"name": "", "id": ""} | {field: facts[field] for field in known if field in facts})
-        account.paths = [*map(Path, facts.get("paths", ()))]
-        account.prefix, account.warnings = pipeline.prefix, self.state.warnings
-        for field in ("reports", "rows", "partial", "lost_values"):
-            setattr(account, field, counts[field])
-        if final:
-            is_there = self.writer.there()
-            found = [row for number, row in self.state.account(pipeline.number).items() if is_there(number)]
-            account.rows, account.lost = len(found), account.reports - sum(reports for reports, _ in found)
-            account.lost_values += sum(refused for _, refused in found)
-        return account
+    def ledger(self, pipeline: Pipeline) -> Ledger:
+        """A pipeline's account so far."""
+        return ledger.account(self.state, pipeline)

@@ -56,6 +56,25 @@ class Tail:
         return [record.history.step.num for record in self.records() if record.HasField("history")]
 
 
+class TransactionLogs:
+    """Those of a run's folders: one, and one more for each restart of its actor."""
+
+    def __init__(self, folders: Iterable[str | Path]):
+        self._tails: list[Tail] = []
+        self.there: set[int] = set()  # W&B's own step of the rows
+        self.add(folders)
+        self.look()
+
+    def add(self, folders: Iterable[str | Path]) -> None:
+        self._tails += [Tail(Path(folder)) for folder in folders]
+
+    def look(self) -> list[int]:
+        """Reads on; the numbers of the rows that have come."""
+        new = [number for tail in self._tails for number in tail.numbers()]
+        self.there.update(new)
+        return new
+
+
 def records(folder: Path) -> Iterator[Any]:
     """All records of a run folder's transaction log."""
     return Tail(folder).records()

@@ -34,7 +34,7 @@ def add_reference(artifact: wandb.Artifact, file: str, reference: str) -> None:
 
 
 def define_by_name(run: wandb.Run, key: str, axis: str) -> None:
-    """Gives one key its step axis, whatever is in its name: `define_metric` takes `*` for a pattern, `.` for nesting."""
+    """Gives one key its step axis. `define_metric` would take `*` in its name for a pattern, and `.` for nesting."""
     from wandb.proto.wandb_internal_pb2 import MetricRecord
 
     record = MetricRecord(name=key.replace(".", "\\."), step_metric=axis)

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from backbone import outbox, values, wandb_internals
+from backbone import records, values, wandb_internals
 from backbone.files import OUTBOXES, Address, state_path, this_machine
 from backbone.ledger import Ledger
+from backbone.lives import open_run
+from backbone.page import Position
 from backbone.pipeline import Pipeline
-from backbone.reading import Position, Reading, Record
+from backbone.reading import Reading, Record
 from backbone.reduction import Reduction
 from backbone.run import Run
 from backbone.state import Row, State
@@ -36,17 +38,17 @@ class Event(NamedTuple):
 
 
 def begun(process: str, parent: str = "") -> Event:
-    return Event(process, outbox.BEGUN, json.dumps(dict(name=process, parent=parent)).encode())
+    return Event(process, records.BEGUN, json.dumps(dict(name=process, parent=parent)).encode())
 
 
 def who(process: str, name: str, label: str = "", task: bool = True) -> Event:
     """From here on this worker logs in the process: a task, unless it is said to be none."""
-    return Event(process, outbox.WHO, json.dumps(dict(name=name, label=label, task=task)).encode())
+    return Event(process, records.WHO, json.dumps(dict(name=name, label=label, task=task)).encode())
 
 
 def report(process: str, step: int, metrics: dict, commit: bool = True, pipeline: int = 0, at: float = 0.0) -> Event:
     """at: wall clock."""
-    kind, content = outbox.COMMIT if commit else outbox.REPORT, values.pack(values.as_report(metrics, step))
+    kind, content = records.COMMIT if commit else records.REPORT, values.pack(values.as_report(metrics, step))
     return Event(process, kind, content, step, pipeline, at)
 
 
@@ -62,7 +64,7 @@ class Kept:
         if not private.exists():
             (private / OUTBOXES).mkdir(parents=True)
             private.chmod(0o700)
-        self.address = Address("n", f"{self.init['id']}-{life}", private, this_machine(), "")
+        self.address = Address("n", f"{self.init['id']}-{life}", private, this_machine(), "", "")
         self.run = self._open()
         self.state, self.writer, self.inbox = self.run.state, self.run.writer, self.run.inbox
 
@@ -73,22 +75,22 @@ class Kept:
         return Run(state, self.init, self.address, "owner", threading.RLock())
 
     def join(self, prefix: str = "", reduction: Reduction | None = None, workers: int = 1) -> Pipeline:
-        pipeline = self.run.pipeline(prefix) or self.run._add(prefix, Reduction(), 1)
+        pipeline = self.run.pipeline(prefix) or self.run.add(prefix, Reduction(), 1)
         pipeline.begin(reduction or Reduction(), workers, {}, {})
         self.run._save()
         return pipeline
 
     def bring(self, *events: Event, node: str = ELSEWHERE) -> None:
         """One reading of a relay. Outboxes that are new begin by themselves."""
-        records, ends = [], dict(self.inbox.positions(node))
+        found, ends = [], dict(self.inbox.positions(node))
         for event in events:
-            is_new = event.process not in ends and event.kind != outbox.BEGUN
+            is_new = event.process not in ends and event.kind != records.BEGUN
             for each in [begun(event.process), event] if is_new else [event]:
                 n = ends[each.process].records + 1 if each.process in ends else 0
                 ends[each.process] = end = Position(0, 100 * n, n, 100 * n)
                 about = each.process, each.kind, each.pipeline, each.step, each.wall_time, each.content, end
-                records.append(Record(time.monotonic(), *about))
-        self.run.read([(node, Reading(records))])
+                found.append(Record(time.monotonic(), *about))
+        self.run.read([(node, Reading(found))])
 
     def say(self, step: int, metrics: dict, prefix: str = "", worker: str = "w", commit: bool = True) -> None:
         """A worker's report."""
@@ -119,7 +121,7 @@ class Opened(Kept):
     """A run of a pipeline actor."""
 
     def _open(self) -> Run:
-        run = Run.open(self.init, self.address, "owner", threading.RLock())
+        run = open_run(self.init, self.address, "owner", threading.RLock())
         run.start()
         self.artifacts = run.artifacts
         return run

@@ -101,7 +101,7 @@ class Node:
         return below(self.raylet, "ray::Relay")
 
     def private_folders(self) -> list[Path]:
-        return [*Path(f"/proc/{self.raylet}/root/tmp").glob("wandb-run-*")]
+        return [*Path(f"/proc/{self.raylet}/root", "tmp").glob("wandb-run-*")]
 
     def die(self) -> None:
         """All of it at once, as when a machine is gone."""
@@ -348,7 +348,10 @@ show(run.finish())
     [node] = told(driver)
     third.die()
     go_on(driver)
-    assert told(driver) == [301, 201, 0, False, [f"node {node}: it is dead"]]
+    *account, unheard = told(driver)
+    assert account == [301, 201, 0, False]
+    assert len(unheard) == 1
+    assert unheard[0].startswith(f"node {node}: ")  # what Ray says of it, or that it does not answer
     assert tokens(tmp_path) == 301
 
 
@@ -378,7 +381,7 @@ def test_a_demo_s_workers_are_on_both_nodes_and_when_one_dies_the_rest_goes_on(c
     """
     (tmp_path / "elsewhere").mkdir()
     command = [sys.executable, str(ROOT / DEMOS["demo1"]), "--address", cluster.address, "--experiment", "x"]
-    command += ["--mode", "offline", "--dir", str(tmp_path), "--steps", "200", "--step-seconds", "0.04"]
+    command += ["--mode", "offline", "--dir", str(tmp_path), "--steps", "300", "--step-seconds", "0.04"]
     where, pipe = tmp_path / "elsewhere", subprocess.PIPE
     with subprocess.Popen(command, cwd=where, env=cluster.environment, stdout=pipe, stderr=pipe, text=True) as process:
         second = cluster.second.raylet
@@ -405,5 +408,5 @@ def test_a_demo_s_workers_are_on_both_nodes_and_when_one_dies_the_rest_goes_on(c
         assert log.exit_code == 1
     assert "not heard" in stdout
     steps = {step for log in logs for step in (row["step"] for row in log.rows)}
-    assert steps == set(range(200))
-    assert sum(row["workers"] for log in logs for row in log.rows) >= 200 * (4 - len(there))  # those that were left
+    assert steps == set(range(300))
+    assert sum(row["workers"] for log in logs for row in log.rows) >= 300 * (4 - len(there))  # those that were left

@@ -372,12 +372,12 @@ def test_what_is_no_private_folder_of_this_user_is_not_used(tmp_path, make):
     assert not is_private_folder(path)
     with pytest.raises(OSError, match=r"is no private folder of this user|File exists"):
         make_private_folder(path)
-    assert not Address("n", "nonce", path, this_machine(), "").is_here
+    assert not Address("n", "nonce", path, this_machine(), "", "").is_here
 
 
 def test_a_run_s_home_is_its_folder_on_its_own_machine(tmp_path):
     """A temporary folder may be on a disk that other machines see, and a container may have another one."""
-    home = Address("n", "nonce", tmp_path / "private", this_machine(), "node")
+    home = Address("n", "nonce", tmp_path / "private", this_machine(), "", "node")
     assert not home.is_here
     make_private_folder(home.folder)
     assert home.is_here
@@ -391,7 +391,7 @@ def test_a_run_s_home_is_its_folder_on_its_own_machine(tmp_path):
 
 def test_elsewhere_each_machine_and_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    home = Address("n", "nonce", tmp_path / "private", "here", "node")
+    home = Address("n", "nonce", tmp_path / "private", "here", "", "node")
     folders = {home.elsewhere, home._replace(nonce="other").elsewhere}
     monkeypatch.setattr(files, "this_machine", lambda: "another-machine")
     folders.add(home.elsewhere)

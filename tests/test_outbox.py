@@ -22,11 +22,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from backbone import outbox, process
+from backbone import outbox, page, process, records
 from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
-from backbone.outbox import BEGUN, ENDED, LOST, REPORT, VANISHED, WHO, Outbox
-from backbone.reading import Position, Reader, Record, lives, lost_by_pipeline
+from backbone.outbox import Outbox
+from backbone.page import Position, lost_by_pipeline
+from backbone.reading import Reader, Record, lives
+from backbone.records import BEGUN, ENDED, LOST, REPORT, VANISHED, WHO
 
 import pytest
 from conftest import wait_for
@@ -38,7 +40,7 @@ def make_address(folder: Path) -> Address:
     """Of a run whose private folder this is."""
     (folder / OUTBOXES).mkdir(mode=0o700, parents=True)
     folder.chmod(0o700)
-    return Address("n", uuid.uuid4().hex, folder, this_machine(), "")
+    return Address("n", uuid.uuid4().hex, folder, this_machine(), "", "")
 
 
 @pytest.fixture
@@ -208,7 +210,7 @@ def put_with_time_outs(box: Outbox, times: int) -> list[int]:
 def test_hundreds_of_time_outs_out_of_a_signal_handler_cost_no_report_whose_put_has_returned(
     address, child, monkeypatch
 ):
-    monkeypatch.setattr(outbox, "SEGMENT", 2_000)
+    monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
     monkeypatch.setattr(Outbox, "LIMIT", 10**9)
 
     def work(pipe, box: Outbox) -> None:
@@ -234,6 +236,9 @@ def test_hundreds_of_time_outs_out_of_a_signal_handler_cost_no_report_whose_put_
             assert who == str(record.step // 7)
 
 
+PLACES = outbox.__file__, page.__file__, records.__file__
+
+
 def at_place(number: int, meanwhile: Callable[[], None], call: Callable[[], None]) -> bool:
     """Does something in the middle of a call; whether the outbox's code has so many places where a signal handler runs.
 
@@ -243,7 +248,7 @@ def at_place(number: int, meanwhile: Callable[[], None], call: Callable[[], None
 
     def trace(frame, event, _):
         nonlocal left, before
-        if frame.f_code.co_filename != outbox.__file__ or frame.f_code.co_name == "<genexpr>":
+        if frame.f_code.co_filename not in PLACES or frame.f_code.co_name in ("<genexpr>", "parse"):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -266,7 +271,7 @@ def at_place(number: int, meanwhile: Callable[[], None], call: Callable[[], None
 
 @pytest.mark.parametrize("size", [0, 400])
 def test_an_exception_at_any_place_of_put_harms_no_other_report(address, child, monkeypatch, size):
-    monkeypatch.setattr(outbox, "SEGMENT", 300)  # each begins one if it is larger
+    monkeypatch.setattr("backbone.records.SEGMENT", 300)  # each begins one if it is larger
 
     def work(pipe, box: Outbox) -> None:
         box.open()
@@ -285,7 +290,7 @@ def test_an_exception_at_any_place_of_put_harms_no_other_report(address, child, 
 
 
 def test_a_signal_handler_may_log_in_the_middle_of_put(address, child, monkeypatch):
-    monkeypatch.setattr(outbox, "SEGMENT", 2_000)
+    monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
     monkeypatch.setattr(Outbox, "LIMIT", 10**9)
 
     def work(pipe, box: Outbox) -> None:
@@ -351,7 +356,7 @@ def test_a_destructor_may_log_whenever_the_collector_runs(address, child, monkey
 
 
 def test_threads_share_an_outbox(address, child, monkeypatch):
-    monkeypatch.setattr(outbox, "SEGMENT", 2_000)
+    monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
 
     def work(pipe, box: Outbox) -> None:
         sys.setswitchinterval(1e-5)
@@ -608,7 +613,7 @@ def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_ba
 
 
 def test_segments_rotate_and_what_is_read_is_removed(address, child, monkeypatch):
-    monkeypatch.setattr(outbox, "SEGMENT", 2_000)
+    monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
     segments = lambda: [path for path in (address.folder / OUTBOXES).iterdir() if path.suffix != ".page"]  # noqa: E731
 
     def work(pipe, box: Outbox) -> None:
@@ -679,7 +684,7 @@ def test_what_put_took_without_an_error_is_read_and_whoever_comes_later_is_told_
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_run_that_is_finished_in_the_middle_of_put_has_its_report_or_put_raises(tmp_path, opened):
     """At each place of it in turn."""
-    addresses = [make_address(tmp_path / str(i)) for i in range(60)]
+    addresses = [make_address(tmp_path / str(i)) for i in range(150)]
 
     def work(pipe) -> None:
         def is_finished_meanwhile() -> None:
@@ -762,7 +767,7 @@ def test_only_whole_records_are_read(address, child, tmp_path):
     [segment] = (address.folder / OUTBOXES).glob("*.0")
     content, other = segment.read_bytes(), make_address(tmp_path / "other")
     shutil.copy(segment.with_suffix(".page"), other.folder / OUTBOXES)
-    reader, record = Reader(other.folder, {}), outbox.RECORD.size + 10
+    reader, record = Reader(other.folder, {}), records.HEAD.size + 10
     with (other.folder / OUTBOXES / segment.name).open("wb", buffering=0) as file:
         for length in range(1, len(content) + 1):
             file.write(content[length - 1 : length])
@@ -800,7 +805,7 @@ def test_a_reading_that_leaves_something_behind_is_in_the_order_of_time_with_the
 def test_a_reader_that_dies_before_it_has_committed_is_followed_by_one_that_reads_the_same_once(
     address, child, monkeypatch, committed
 ):
-    monkeypatch.setattr(outbox, "SEGMENT", 1_000)
+    monkeypatch.setattr("backbone.records.SEGMENT", 1_000)
     monkeypatch.setattr(Reader, "LIMIT", 1)
     logging_child, positions, found = child(put_some, 1_000), {}, []
     logging_child.told()
@@ -908,14 +913,15 @@ def test_all_that_is_kept_is_private(address, child):
 def away(tmp_path, monkeypatch) -> Address:
     """Of a run on another node, which this one has told of its folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    address = Address("n", uuid.uuid4().hex, tmp_path / "on another node", "another", "node")
+    address = Address("n", uuid.uuid4().hex, tmp_path / "on another node", "another", "", "node")
     make_address(address.elsewhere)
     (address.elsewhere / "known").touch()
     return address
 
 
-def test_flush_waits_on_another_node_until_all_has_left_whatever_has_interrupted_put(away):
+def test_flush_waits_on_another_node_until_all_has_left_whatever_has_interrupted_put(away, monkeypatch):
     """At home it returns at once."""
+    monkeypatch.setattr(Outbox, "LIMIT", 10**9)
 
     def work(pipe) -> None:
         box = process.outbox(away)

@@ -24,8 +24,8 @@ from types import SimpleNamespace
 from backbone import process, values
 from backbone import run as run_room
 from backbone.inbox import GONE, HOME
-from backbone.outbox import COMMIT, ENDED, EXIT, GOODBYE, LOST, REPORT, VANISHED
 from backbone.reading import Reader, Reading
+from backbone.records import COMMIT, ENDED, EXIT, GOODBYE, LOST, REPORT, VANISHED
 from backbone.reduction import Reduction
 from backbone.state import Row, State
 from common import TrainingPipelineActor

@@ -117,18 +117,18 @@ def test_nothing_starts_or_joins_a_ray_by_asking_for_it():
     """
     assert {"get_runtime_context", "get_actor"} <= ray.AUTO_INIT_APIS
     for path in [*ROOMS, ROOT / "common.py"]:
-        there = {"process.py": {"get_actor"}, "relay.py": {"get", "wait"}}.get(path.name, set())
+        there = {"calls.py": {"get_actor"}, "relay.py": {"get", "wait"}}.get(path.name, set())
         assert not calls(path) & {f"ray.{name}" for name in ray.AUTO_INIT_APIS - {"kill"} - there}, path
 
 
 JOINS = """
 from pathlib import Path
-from backbone import process
+from backbone import calls
 from backbone.files import Address
 import ray
 try:
-    process.call(Address("n", "nonce", Path("nowhere"), "", ""), "progress", "")
-except process.ActorGoneError:
+    calls.call(Address("n", "nonce", Path("nowhere"), "", "", ""), "progress", "")
+except calls.ActorGoneError:
     pass
 assert not ray.is_initialized()
 """
@@ -139,8 +139,33 @@ def test_a_process_without_ray_that_asks_for_an_answer_joins_no_ray_that_is_arou
 
 
 # What a run is finished by when all of Ray is gone, and what a process without Ray logs by.
-WITHOUT_RAY = ["outbox", "reading", "inbox", "steps", "reduction", "pipeline", "state", "run", "writer", "artifacts"]
-WITHOUT_RAY += ["recover", "owner", "exits", "values", "media", "files", "ledger", "transaction_log", "wandb_internals"]
+WITHOUT_RAY = [
+    "records",
+    "page",
+    "outbox",
+    "reading",
+    "inbox",
+    "steps",
+    "reduction",
+    "pipeline",
+    "state",
+    "run",
+    "lives",
+    "writer",
+    "artifacts",
+]
+WITHOUT_RAY += [
+    "recover",
+    "letter",
+    "exits",
+    "starting",
+    "values",
+    "media",
+    "files",
+    "ledger",
+    "transaction_log",
+    "wandb_internals",
+]
 
 
 def without(modules: str, program: str) -> None:
@@ -153,7 +178,7 @@ def test_what_finishes_a_run_and_what_takes_reports_does_without_ray():
     """So that whoever finds the state of a dead actor can go on from it."""
     rooms = {path.stem for path in ROOMS}
     assert {*WITHOUT_RAY} < rooms
-    for name in {*WITHOUT_RAY} - {"owner"}:  # which imports it where it is needed
+    for name in {*WITHOUT_RAY} - {"letter"}:  # which imports it where it is needed
         assert not {each for each in imports(ROOT / "backbone" / f"{name}.py") if each.partition(".")[0] == "ray"}, name
     without("ray", f"from backbone import {', '.join(WITHOUT_RAY)}")
     assert "ray" in imports(ROOT / "backbone" / "actor.py")  # so that this can fail

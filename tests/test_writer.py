@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from backbone import artifacts, transaction_log
+from backbone import artifacts, ledger, transaction_log
 from backbone import writer as writer_room
 from backbone.ledger import Ledger
+from backbone.lives import DEATHS, GivenUpError, open_run
 from backbone.reduction import Reduction
-from backbone.run import DEATHS, GivenUpError, Run
 
 import numpy as np
 import pytest
@@ -243,7 +243,7 @@ def test_many_refused_values_are_one_warning_with_its_count(opened):
 def concluded(made: Opened, there: Callable[[], Callable[[int], bool]]) -> Ledger:
     """The account where this is what is seen on the disk."""
     made.writer.there = there
-    made.run.conclude()
+    ledger.conclude(made.run.state, made.run.writer, made.run.pipelines)
     return made.state.facts["ledgers"][""]
 
 
@@ -384,7 +384,7 @@ def test_a_death_between_the_last_row_and_the_ledger_changes_nothing(opened):
 
 def test_only_deaths_without_a_row_in_between_give_an_actor_up(opened):
     def come_back() -> None:
-        Run.open(made.init, made.address, "owner", threading.RLock()).state.close()
+        open_run(made.init, made.address, "owner", threading.RLock()).state.close()
 
     for step in range(DEATHS + 2):
         made = opened()

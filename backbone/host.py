@@ -1,0 +1,187 @@
+"""Hosts a run in the process of its pipeline actor: reads what workers log until the run is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import exits, recover, wandb_internals
+from .inbox import GONE, HOME
+from .ledger import Ledgers, RunFinishedError, line
+from .letter import move_in, read_letter
+from .lives import GivenUpError, open_run
+from .nodes import give_back, with_nodes
+from .ray_internals import has_ended, which_ray
+from .reading import Reading, lives
+from .relay import Relays
+from .run import Run
+from .writer import ServiceDiedError
+
+logger = logging.getLogger("wandb_run")
+
+
+class Host:
+    """Has a run, the outboxes at home, and the relays of other nodes. `lock` guards all of it.
+
+    folder: the run's private one. end: is called when the owner has ended, and the run is finished.
+    """
+
+    def __init__(self, folder: Path, end: Callable[[], None]):
+        self._letter, self._end = read_letter(folder), end
+        move_in(self._letter)
+        self.lock = threading.RLock()
+        self.run: Run | None = None
+        self.is_over = False
+        self._relays: Relays | None = None
+        if (folder / "pipelines").exists():  # else no actor before this one has begun it
+            self._come_back()
+        threading.Thread(target=self._read_on, daemon=True).start()
+        threading.Thread(target=self._look_around, daemon=True).start()
+
+    def begin(self) -> None:
+        """Starts the run, or goes on with what a dead actor has left."""
+        address, init = self._letter.address, self._letter.init
+        init = init | dict(settings=with_nodes(init["settings"], address.nonce))
+        run = open_run(init, address, self._letter.process, self.lock, exits.stop_file(address.folder).touch)
+        run.state.hear = self._hear
+        run.start()
+        self.run, self._relays = run, Relays(address, run.inbox.positions, run.inbox.node_is_gone)
+
+    def _come_back(self) -> None:
+        """What a restarted actor does first. If it can't, it dies, and tries again until it has given up."""
+        try:
+            self.begin()
+        except GivenUpError:
+            raise  # out of a constructor: Ray does not restart it any more
+        except Exception as error:
+            logger.warning("the pipeline actor can't go on: %s", line(error))
+            os._exit(1)
+
+    def _hear(self, warning: str) -> None:
+        logger.warning("W&B run %s: %s", self._letter.address.name, warning)
+        with contextlib.suppress(Exception):
+            self.run.writer.run.write_logs(warning)
+
+    # Reading
+
+    def _read_on(self) -> None:
+        """Reads as often as there is something, less often where there is nothing, until the owner has ended."""
+        pause, readings, alive = 0.02, [], time.monotonic()
+        while not self.is_over:
+            with self.lock:
+                began = time.monotonic()
+                if self.run and not self.run.reader.is_closed:
+                    readings = self._read()
+                    if self.run.inbox.owner_end:
+                        return self._end_with_owner()
+                elif lives(self._letter.address.folder, self._letter.process):
+                    alive = began
+                elif began > alive + 5:  # so long `leave` may be on its way
+                    return self._end_with_owner()
+            news = any(not reading.is_empty for _, reading in readings)
+            pause = 0.02 if news else min(0.25, 1.2 * pause)
+            if not any(reading.is_cut for _, reading in readings):
+                time.sleep(max(pause, 4 * (time.monotonic() - began)))
+
+    def _read(self, look: bool = False) -> Sequence[tuple[str, Reading]]:
+        """One reading, with what relays have brought. A fault ends this process: the next goes on from the state."""
+        try:
+            self.run.paused = bool(self._relays.silent(5))
+            readings = self.run.read(self._relays.brought(), look)
+        except sqlite3.Error as error:
+            self.run.state.warn("disk", f"{line(error)}: nothing is read until that ends, training goes on")
+            return []
+        except Exception as error:
+            logger.exception("run %s: the pipeline actor starts again: %s", self._letter.init["id"], line(error))
+            os._exit(1)
+        for node, _ in readings:
+            self._relays.go_on(node)
+        return readings
+
+    def _look_around(self) -> None:
+        """Once a second: where outboxes are, which Ray's GCS knows, and whether wandb-core is alive."""
+        while True:
+            with contextlib.suppress(Exception):  # a GCS that restarts
+                if self._relays and which_ray():
+                    self._relays.look()
+            if self.run and wandb_internals.service_is_dead():
+                os._exit(1)  # only a new process gets a new one
+            time.sleep(1)
+
+    def _catch_up(self, deadline: float, closing: bool) -> None:
+        """Reads all that has been logged by now; nothing more is taken if the run is `closing`."""
+        if closing:
+            self.run.reader.close()
+            with contextlib.suppress(Exception):  # all of Ray is gone
+                self._relays.close()
+        waiting = {HOME, *self._relays.nodes}
+        while waiting & {HOME, *self._relays.nodes}:
+            for node, reading in self._read(look=True):
+                done = reading.is_last if closing and node != HOME else reading.is_empty
+                waiting -= {node} if done else set()
+            for node in self._relays.silent(Relays.PATIENCE):
+                self._relays.give_up(node, f"it did not answer within {Relays.PATIENCE:.0f} s")
+            if time.monotonic() > deadline:
+                if closing:
+                    self.run.inbox.unheard("what was logged last: it could not be read in time")
+                return
+            time.sleep(0.005)
+
+    # Finishing
+
+    def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None) -> Ledgers:
+        """Finishes the run, or closes the steps of one pipeline of a run that goes on.
+
+        Raises RunFinishedError where there is no run.
+        """
+        folder = self._letter.address.folder
+        try:
+            with self.lock:  # a start that is under way ends first
+                if not self.run:
+                    raise RunFinishedError("the run is finished")
+                run, deadline = self.run, time.monotonic() + (self.run.writer.timeout or float("inf"))
+                if "ledgers" not in run.state.facts:
+                    self._catch_up(deadline, closing=prefix is None)
+                    run.end([each for each in run.pipelines if prefix in (None, each.prefix)], deadline)
+                if prefix is not None:
+                    return {prefix: run.ledger(run.pipeline(prefix))}
+            stopped = exits.stop_file(folder).exists()
+            ledgers = run.finish(exits.INTERRUPTED if stopped and exit_code else exit_code, failure, deadline)
+            recover.write_ledgers(folder, ledgers)
+            return ledgers
+        except ServiceDiedError:
+            os._exit(1)  # Ray repeats the call on the next actor
+
+    def forget(self) -> None:
+        """Nothing of the run is needed any more."""
+        self.is_over = True
+        give_back(self._letter.address.nonce)
+        with self.lock:
+            if self.run:
+                self.run.state.remove()
+                self.run = None
+
+    def _end_with_owner(self) -> None:
+        """Finishes the run as its owner has ended. Where Ray is gone, too, it leaves this two seconds at most."""
+        letter, raylet = self._letter, os.getppid()
+        try:
+            if self.run:
+                end = self.run.inbox.owner_end or GONE
+                if end == GONE and letter.job and has_ended(letter.job):
+                    end = 0, None
+                recover.start(letter.address.folder, orphan=True)  # in case that this process is killed first
+                with contextlib.suppress(RunFinishedError):
+                    self.finish(*end)
+                self.forget()
+            recover.clean(letter)
+        except Exception as error:
+            logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))
+        if os.getppid() != raylet:  # which is gone, and with it whoever could end this process
+            os._exit(0)
+        self._end()

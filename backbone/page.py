@@ -1,0 +1,117 @@
+"""An outbox's page: says who logs there, and is locked as long as that process lives. It also has what was lost.
+
+The reader writes there how far it has read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .files import fcntl
+
+# What the reader writes, whether it should stay, the lost reports of each pipeline, who it is (JSON).
+SIZE, STAYS_AT, LOST_AT, ABOUT_AT = 4096, 56, 64, 64 + 8 * 256
+NOTHING_LOST = bytes(8 * 256)
+READ = struct.Struct("<B7xQQQQ")  # state; segment and offset to which it has been read; records and bytes so far
+NOBODY_READS, IS_READ, CLOSED = 0, 1, 2
+
+
+class Position(NamedTuple):
+    """How far an outbox has been read."""
+
+    segment: int = 0
+    offset: int = 0
+    records: int = 0
+    bytes: int = 0
+
+
+class Page:
+    """The page of an outbox of this process, which sees there what the reader writes."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any], lost: Mapping[int, int]):
+        hidden = path.with_name(f".{path.stem}")
+        content = b"".join(struct.pack("<Q", lost.get(pipeline, 0)) for pipeline in range(256))
+        content = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(LOST_AT, b"\0") + content + json.dumps(about).encode()
+        self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            if os.write(self._file, content.ljust(SIZE)) != SIZE:  # to read a gap in it would be a SIGBUS
+                raise OSError(errno.ENOSPC, "no room for a page")
+            self._map = mmap.mmap(self._file, SIZE, access=mmap.ACCESS_READ)
+            if fcntl:  # before others see it, or a reader could take this process for dead
+                fcntl.lockf(self._file, fcntl.LOCK_EX)
+            hidden.rename(path)
+        except BaseException:
+            self.close()
+            hidden.unlink(missing_ok=True)
+            raise
+
+    @property
+    def state(self) -> int:
+        return self._map[0]
+
+    @property
+    def read(self) -> tuple[int, int]:
+        """Records and bytes that have been read."""
+        return READ.unpack_from(self._map)[3:]
+
+    @property
+    def is_removed(self) -> bool:
+        return os.fstat(self._file).st_nlink == 0
+
+    def note_lost(self, pipeline: int, reports: int) -> None:
+        os.pwrite(self._file, struct.pack("<Q", reports), LOST_AT + 8 * pipeline)
+
+    def ask_to_stay(self) -> None:
+        os.pwrite(self._file, b"\1", STAYS_AT)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Seen(NamedTuple):
+    """What a reader sees on the page of another process."""
+
+    state: int
+    position: Position
+    stays: bool
+    lost: bytes  # see `lost_by_pipeline`
+    about: bytes  # JSON
+    lives: bool  # the process
+
+
+def see(path: str | Path, state: int | None = None) -> Seen | None:
+    """Looks at a page, and writes a new state there, if it is given. None where there is no page any more."""
+    try:
+        with open(path, "r+b", buffering=0) as file:
+            content = file.read(SIZE)
+            if state not in (None, content[0]):
+                os.pwrite(file.fileno(), bytes([state]), 0)
+            lives = False
+            try:
+                if fcntl:  # on Windows nobody notices that it has ended
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lives = True
+    except FileNotFoundError:
+        return None
+    state, *position = READ.unpack_from(content)
+    lost, about = content[LOST_AT:ABOUT_AT], content[ABOUT_AT:]
+    return Seen(state, Position(*position), bool(content[STAYS_AT]), lost, about, lives or not fcntl)
+
+
+def lost_by_pipeline(lost: bytes) -> dict[int, int]:
+    """Reports, by the number of their pipeline."""
+    return {i: n for i, (n,) in enumerate(struct.iter_unpack("<Q", lost)) if n}
+
+
+def note_read(path: str | Path, state: int, position: Position) -> None:
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b", buffering=0) as file:
+        file.write(READ.pack(state, *position))

@@ -1,0 +1,104 @@
+"""What an outbox consists of: records, one behind the other, in segments to which one process only appends."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+# The head of a record: length of its content, kind, number of the pipeline, step, and when it was made (monotonic clock
+# and wall clock).
+HEAD = struct.Struct("<IBB2xqdd")
+REPORT, COMMIT = 0, 1  # metrics; COMMIT: and the worker is done with the step
+WHO = 2  # who logs from here on
+GOODBYE = 3  # that worker will log nothing more
+EXIT = 4  # the process ends by itself; an owner's has exit code and failure
+SAID = 5  # anything else that a worker says, see said.py
+COUNTED = (REPORT, COMMIT, SAID)
+# What only a reader says: an outbox is new (with who it is); reports were lost (see the page); its process has ended;
+# somebody has removed it.
+BEGUN, LOST, ENDED, VANISHED = 100, 101, 102, 103
+
+SEGMENT = 1 << 20  # bytes, after which the next one begins
+
+
+def record(kind: int, content: bytes, now: float, pipeline: int = 0, step: int = 0) -> bytes:
+    """now: on the monotonic clock."""
+    return HEAD.pack(len(content), kind, pipeline, step, now, time.time()) + content
+
+
+def parse(content: bytes) -> Iterator[tuple[int, tuple, bytes]]:
+    """The whole records in `content`: the length of each, its head, its content."""
+    position = 0
+    while position + HEAD.size <= len(content):
+        head = HEAD.unpack_from(content, position)
+        begin, position = position, position + HEAD.size + head[0]
+        if position > len(content):
+            return
+        yield position - begin, head, content[position - head[0] : position]
+
+
+class Segments:
+    """The segments that a process writes.
+
+    A signal handler or a destructor may append in the middle of `append`, and an exception may come out of it at any
+    place. Then it is not known what was written, and the next call looks. Python runs handlers behind a call, so
+    what must not be torn apart has no call in it.
+
+    path: of a segment by its number.
+    """
+
+    def __init__(self, path: Callable[[int], str]):
+        self._path = path
+        self.records = self.bytes = 0  # whole ones, in all segments
+        self._unsure: object | None = None  # there while it is not known what was written
+        self._segment: tuple[int, int, int, int] | None = None  # number, file, records and bytes before it
+        self._open(0, 0, 0)
+
+    def _open(self, number: int, records: int, size: int) -> None:
+        segment = number, os.open(self._path(number), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), records, size
+        before, self._segment = self._segment, segment
+        if before:
+            os.close(before[1])
+
+    def append(self, record: bytes, counts: int) -> bool:
+        """Writes a record whole or not at all; whether it could be written. counts: 1 for what is counted, else 0."""
+        try:
+            self.settle()
+            number, _, _, begin = self._segment
+            if (size := self.bytes) - begin >= SEGMENT:
+                self._open(number + 1, self.records, size)
+            sure = self._unsure = object()
+            written = os.write(self._segment[1], record)
+            if written == len(record):
+                self.records, self.bytes = self.records + counts, self.bytes + written
+                self._unsure = None if self._unsure is sure else sure
+                return True
+            self.settle()  # now: nobody could read beyond what was cut
+        except OSError as error:
+            raise_from_outside(error)
+        return False
+
+    def settle(self) -> None:
+        """Finds out what was written, and takes back a record that was cut."""
+        while self._unsure:
+            sure = self._unsure = object()
+            _, file, records, begin = self._segment
+            content = os.pread(file, os.fstat(file).st_size, 0)
+            whole = [*parse(content)]
+            size = sum(length for length, _, _ in whole)
+            count = sum(head[1] in COUNTED for _, head, _ in whole)
+            if size < len(content) and self._unsure is sure:
+                os.ftruncate(file, size)
+            self.records, self.bytes = records + count, begin + size
+            self._unsure = None if self._unsure is sure else sure
+
+    def close(self) -> None:
+        os.close(self._segment[1])
+
+
+def raise_from_outside(error: OSError) -> None:
+    """Raises what is none of the system's: a signal handler's TimeoutError is an OSError, too."""
+    if error.errno is None:
+        raise error
