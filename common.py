@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone import arguments, artifacts, calls, exits, owner, process, ray_internals, records, recover, values
+from backbone import arguments, calls, exits, owner, process, ray_internals, records, recover, staging, values
 from backbone.actor import PipelineActor, pipeline_actor
 from backbone.calls import ActorGoneError
 from backbone.files import Address
@@ -252,12 +252,12 @@ class WandbRun:
         Raises ValueError for a name, type or alias that W&B refuses, OSError for a file that can't be read, TypeError
         for what can't be sent, and RunFinishedError after `finish`.
         """
-        what, content = artifacts.check(name, type, metadata, aliases), artifacts.contents(name, files)
+        what, content = staging.check(name, type, metadata, aliases), staging.contents(name, files)
         if self.path is None:
             return
         folder = self.path / "artifacts" / uuid.uuid4().hex
         send = None if self._address.is_here and self.path.is_dir() else functools.partial(self._ask, "stage")
-        what |= artifacts.stage(content, folder, send)
+        what |= staging.stage(content, folder, send)
         self._ask("log_artifact", folder, what)
 
     def use_artifact(self, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.runtime_context import get_runtime_context
 
-from . import artifacts
+from . import staging
 from .host import Host
 from .ledger import Ledger, Ledgers, RunFinishedError
 from .reduction import Reduction
@@ -56,7 +56,7 @@ class PipelineActor:
     @ray.method(concurrency_group="control")
     def stage(self, to: Path, offset: int, piece: bytes) -> None:
         """Writes a piece of a file from another node."""
-        artifacts.put_piece(to, offset, piece)
+        staging.put_piece(to, offset, piece)
 
     @ray.method(concurrency_group="control")
     def log_artifact(self, folder: Path, what: Mapping[str, Any]) -> None:

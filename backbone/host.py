@@ -114,25 +114,6 @@ class Host:
                 os._exit(1)  # only a new process gets a new one
             time.sleep(1)
 
-    def _catch_up(self, deadline: float, closing: bool) -> None:
-        """Reads all that has been logged by now; nothing more is taken if the run is `closing`."""
-        if closing:
-            self.run.reader.close()
-            with contextlib.suppress(Exception):  # all of Ray is gone
-                self._relays.close()
-        waiting = {HOME, *self._relays.nodes}
-        while waiting & {HOME, *self._relays.nodes}:
-            for node, reading in self._read(look=True):
-                done = reading.is_last if closing and node != HOME else reading.is_empty
-                waiting -= {node} if done else set()
-            for node in self._relays.silent(Relays.PATIENCE):
-                self._relays.give_up(node, f"it did not answer within {Relays.PATIENCE:.0f} s")
-            if time.monotonic() > deadline:
-                if closing:
-                    self.run.inbox.unheard("what was logged last: it could not be read in time")
-                return
-            time.sleep(0.005)
-
     # Finishing
 
     def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None) -> Ledgers:
@@ -147,7 +128,7 @@ class Host:
                     raise RunFinishedError("the run is finished")
                 run, deadline = self.run, time.monotonic() + (self.run.writer.timeout or float("inf"))
                 if "ledgers" not in run.state.facts:
-                    self._catch_up(deadline, closing=prefix is None)
+                    catch_up(run, self._relays, self._read, deadline, closing=prefix is None)
                     run.end([each for each in run.pipelines if prefix in (None, each.prefix)], deadline)
                 if prefix is not None:
                     return {prefix: run.ledger(run.pipeline(prefix))}
@@ -185,3 +166,23 @@ class Host:
         if os.getppid() != raylet:  # which is gone, and with it whoever could end this process
             os._exit(0)
         self._end()
+
+
+def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadline: float, closing: bool) -> None:
+    """Reads all that has been logged by now; nothing more is taken if the run is `closing`."""
+    if closing:
+        run.reader.close()
+        with contextlib.suppress(Exception):  # all of Ray is gone
+            relays.close()
+    waiting = {HOME, *relays.nodes}
+    while waiting & {HOME, *relays.nodes}:
+        for node, reading in read(True):
+            done = reading.is_last if closing and node != HOME else reading.is_empty
+            waiting -= {node} if done else set()
+        for node in relays.silent(Relays.PATIENCE):
+            relays.give_up(node, f"it did not answer within {Relays.PATIENCE:.0f} s")
+        if time.monotonic() > deadline:
+            if closing:
+                run.inbox.unheard("what was logged last: it could not be read in time")
+            return
+        time.sleep(0.005)

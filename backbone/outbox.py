@@ -30,12 +30,35 @@ logger = logging.getLogger("wandb_run")
 own: set[str] = set()  # names of this process's outboxes
 
 
+class Room:
+    """How far may be written: where much is unread, `put` waits for the reader."""
+
+    LIMIT, LIMIT_BYTES = 4096, 32 << 20  # unread records and bytes with which it waits
+    PATIENCE: ClassVar = 5.0  # seconds for a reader that doesn't get on
+    BACKLOG: ClassVar = 1 << 30  # unread bytes then
+
+    def __init__(self) -> None:
+        self.records, self.bytes = self.LIMIT, self.LIMIT_BYTES  # up to here nobody has to look
+        self._read, self._deadline = (-1, -1), 0.0  # how far the reader was when it was seen first there
+        self._stuck: tuple[int, int] | None = None  # how far it was when it was waited for in vain
+
+    def look(self, read: tuple[int, int], segments: Segments, size: int, folder: Path) -> bool | None:
+        """Whether there is room for so many bytes; None while the reader may get on. read: records and bytes."""
+        unread, now = segments.bytes - read[1], time.monotonic()
+        if segments.records - read[0] < self.LIMIT and (not unread or unread + size <= self.LIMIT_BYTES):
+            self.records, self.bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
+            return True
+        if read == self._stuck:
+            return unread + size <= self.BACKLOG and not disk_is_full(folder)
+        if read != self._read:
+            self._read, self._deadline = read, now + self.PATIENCE
+        elif now > self._deadline:
+            self._stuck = read
+        return None
+
+
 class Outbox:
     """What a process has for one run: a page and segments. All copies of the handle in the process share it."""
-
-    LIMIT, LIMIT_BYTES = 4096, 32 << 20  # unread records and bytes with which `put` waits for the reader
-    BACKLOG: ClassVar = 1 << 30  # unread bytes where the reader doesn't get on
-    PATIENCE: ClassVar = 5.0  # seconds for a reader that doesn't get on
 
     def __init__(self, address: Address, process: Process):
         self.address, self.process, self.copies = address, process, 0
@@ -49,8 +72,7 @@ class Outbox:
         self._page: Page | None = None  # until something is logged
         self._segments: Segments | None = None
         self._who = ("", "")
-        self._room, self._room_bytes, self._next_look = self.LIMIT, self.LIMIT_BYTES, 0.0
-        self._stuck: tuple[int, int] | None = None  # how far the reader was when it was waited for in vain
+        self._room, self._next_look = Room(), 0.0
 
     @property
     def is_closed(self) -> bool:
@@ -62,8 +84,8 @@ class Outbox:
         Raises RunFinishedError, and RuntimeError where the run can't be reached from this process.
         """
         room, size = self._segments is not None or self.open(), len(content)
-        if room and (self._segments.records >= self._room or self._segments.bytes + size > self._room_bytes):
-            room = self._waits_for_room(size)
+        if room and (self._segments.records >= self._room.records or self._segments.bytes + size > self._room.bytes):
+            room = self._wait(size)
         with self._lock:
             now = time.monotonic()
             is_written = room and self._write(kind, pipeline, step, content, now, label)
@@ -85,22 +107,12 @@ class Outbox:
             self._who = who  # not before: an interrupt would leave reports that are taken for somebody else's
         return segments.append(record(kind, content, now, pipeline, step), 1)
 
-    def _waits_for_room(self, size: int) -> bool:
-        """Whether there is room for so many bytes, maybe when the reader has got on."""
-        before, deadline = None, 0.0
+    def _wait(self, size: int) -> bool:
+        """Waits for the reader; whether there is room for so many bytes then."""
         while (page := self._page) is not None and page.state != CLOSED:
-            read, now = page.read, time.monotonic()
-            unread = self._segments.bytes - read[1]
-            if self._segments.records - read[0] < self.LIMIT and (not unread or unread + size <= self.LIMIT_BYTES):
-                self._room, self._room_bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
-                return True
-            if read == self._stuck:
-                return unread + size <= self.BACKLOG and not disk_is_full(self._folder)
-            if read != before:
-                before, deadline = read, now + self.PATIENCE
-            elif now > deadline:
-                self._stuck = read
-            if now >= self._next_look:
+            if (room := self._room.look(page.read, self._segments, size, self._folder)) is not None:
+                return room
+            if (now := time.monotonic()) >= self._next_look:
                 self._look(now)
             time.sleep(0.002)
         return True

@@ -111,7 +111,7 @@ class Reader:
         while True:
             # To be seen before this segment is read to its end.
             has_next = offset + share >= records.SEGMENT and os.path.exists(self._path(name, segment + 1))
-            content, is_cut = self._content(name, segment, offset, share)
+            content, is_cut = _content(self._path(name, segment), offset, share)
             share -= len(content)
             for length, (_, kind, pipeline, step, at, wall_time), body in records.parse(content):
                 offset, total, latest = offset + length, total + length, max(latest, at)
@@ -121,17 +121,6 @@ class Reader:
             if is_cut or not has_next or share <= 0:
                 return found, bool(found) and (is_cut or has_next)
             segment, offset = segment + 1, 0
-
-    def _content(self, name: str, segment: int, offset: int, share: int) -> tuple[bytes, bool]:
-        """What a segment has from `offset` on, and whether there is more of it."""
-        with open(self._path(name, segment), "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size - offset
-            content = os.pread(file.fileno(), min(size, share), offset)
-            if HEAD.size <= len(content) < size:
-                first = HEAD.size + HEAD.unpack_from(content)[0]
-                if len(content) < first <= size:  # it is larger than the share
-                    content = os.pread(file.fileno(), first, offset)
-            return content, len(content) < size
 
     def _path(self, name: str, end: str | int) -> str:
         return f"{self._folder}/{name}.{end}"
@@ -171,9 +160,7 @@ class Reader:
                 self._dying.add(name)
         if time.monotonic() > self._next_touch:  # some systems clean their temporary folder of what is old
             self._next_touch = time.monotonic() + 3600
-            for path in (self._private, *self._private.rglob("*")):
-                with contextlib.suppress(OSError):
-                    os.utime(path)
+            _touch(self._private)
 
     def set_state(self, state: int) -> None:
         """Tells all who log here."""
@@ -221,3 +208,21 @@ def _remove(path: str) -> None:
     with contextlib.suppress(OSError):
         os.truncate(path, 0)  # a fork of the process may have it open
         os.unlink(path)
+
+
+def _content(path: str, offset: int, share: int) -> tuple[bytes, bool]:
+    """What a segment has from `offset` on, as much as the share allows, or one record; whether there is more of it."""
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size - offset
+        content = os.pread(file.fileno(), min(size, share), offset)
+        if HEAD.size <= len(content) < size:
+            first = HEAD.size + HEAD.unpack_from(content)[0]
+            if len(content) < first <= size:  # it is larger than the share
+                content = os.pread(file.fileno(), first, offset)
+        return content, len(content) < size
+
+
+def _touch(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            os.utime(path)

@@ -47,9 +47,7 @@ class Reduction:
     largest: Sequence[str] = ()  # the largest worker's value passes through
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of a mean: key -> key of its weight
     statistics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of samples: mean, p99, …
-    worst: Sequence[
-        str
-    ] = ()  # the largest worker's value is logged too, as `<key>/max`, and whose it is, `<key>/worst`
+    worst: Sequence[str] = ()  # the largest is logged too, as `<key>/max`, and whose it is, as `<key>/worst`
     best: Mapping[str, str] = dataclasses.field(default_factory=dict)  # key of a row -> max or min, for the runs' table
 
     def __post_init__(self) -> None:
@@ -121,11 +119,8 @@ def reduce_reports(
 
 def _worst(key: str, reports: Sequence[Mapping], who: Sequence[str]) -> dict[str, Any]:
     """The largest value that a worker has reported, and the worker's name: a mean hides one that is slow."""
-    largest = [
-        (np.nanmax(report[key]).item(), name)
-        for report, name in zip(reports, who, strict=True)
-        if np.size(report.get(key, ()))
-    ]
+    theirs = [(report[key], name) for report, name in zip(reports, who, strict=True) if np.size(report.get(key, ()))]
+    largest = [(np.nanmax(value).item(), name) for value, name in theirs]
     value, name = max((each for each in largest if not math.isnan(each[0])), default=(math.nan, ""))
     return {f"{key}/max": value, f"{key}/worst": name} if name else {}
 
@@ -146,13 +141,10 @@ def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rul
             weighted = [pair for pair in zip(values, weights, strict=True) if pair[1]]  # 0 times NaN would be NaN
             if total := sum(weight for _, weight in weighted):
                 return sum(value * weight for value, weight in weighted) / total
-            why = f"the weights {rule.weight!r} of all reports of {key!r} add up to 0: such a row has NaN"
-            warn(f"weights of {key}", why)
+            warn(f"weights of {key}", f"the weights {rule.weight!r} of all reports of {key!r} add up to 0: such a row has NaN")
             return math.nan
-        warn(
-            f"no weight {key}",
-            f"{key!r} was reported without its weight {rule.weight!r}: such a row has the plain mean",
-        )
+        without = f"{key!r} was reported without its weight {rule.weight!r}: such a row has the plain mean"
+        warn(f"no weight {key}", without)
     return sum(values) / len(values)
 
 

@@ -146,12 +146,12 @@ class Steps:
             elif now - being.heard >= slow:
                 lowest = next((worker for worker in heard if worker.name not in being.reports), None)
                 if not lowest or lowest.step >= step:
-                    self.warnings.append(("few workers", few(step, being, self)))
+                    self.warnings.append(("few workers", _few(step, being, self)))
                     self._row(step)
 
     def finish(self) -> None:
         for step in sorted(self.open):
-            self._row(step)
+            self._row(step)  # 4
 
     def _add(self, worker: Worker, step: int, report: int, now: float) -> None:
         being = self.open.setdefault(step, OpenStep())
@@ -213,7 +213,7 @@ class Steps:
             self.warnings.append(("many workers", told))
 
 
-def few(step: int, being: OpenStep, steps: Steps) -> str:
+def _few(step: int, being: OpenStep, steps: Steps) -> str:
     """What is said of a row that the clock has made."""
     n, silent = len(being.speakers), [name for name in steps.known if name not in being.reports]
     of = f"; nothing was heard of {', '.join(silent[:3])}{' and others' if silent[3:] else ''}" if silent else ""

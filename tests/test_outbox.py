@@ -25,7 +25,7 @@ from pathlib import Path
 from backbone import outbox, page, process, records
 from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
-from backbone.outbox import Outbox
+from backbone.outbox import Outbox, Room
 from backbone.page import Position, lost_by_pipeline
 from backbone.reading import Reader, Record, lives
 from backbone.records import BEGUN, ENDED, LOST, REPORT, VANISHED, WHO
@@ -211,7 +211,7 @@ def test_hundreds_of_time_outs_out_of_a_signal_handler_cost_no_report_whose_put_
     address, child, monkeypatch
 ):
     monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
-    monkeypatch.setattr(Outbox, "LIMIT", 10**9)
+    monkeypatch.setattr(Room, "LIMIT", 10**9)
 
     def work(pipe, box: Outbox) -> None:
         never_waits()
@@ -291,7 +291,7 @@ def test_an_exception_at_any_place_of_put_harms_no_other_report(address, child, 
 
 def test_a_signal_handler_may_log_in_the_middle_of_put(address, child, monkeypatch):
     monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
-    monkeypatch.setattr(Outbox, "LIMIT", 10**9)
+    monkeypatch.setattr(Room, "LIMIT", 10**9)
 
     def work(pipe, box: Outbox) -> None:
         handled, done = itertools.count(10**6), []
@@ -335,7 +335,7 @@ def test_a_signal_handler_may_log_or_raise_while_the_outbox_is_opened(address, c
 
 
 def test_a_destructor_may_log_whenever_the_collector_runs(address, child, monkeypatch):
-    monkeypatch.setattr(Outbox, "LIMIT", 10**9)
+    monkeypatch.setattr(Room, "LIMIT", 10**9)
 
     class Cycle:
         def __init__(self, box: Outbox, number: int):
@@ -381,7 +381,7 @@ def test_threads_share_an_outbox(address, child, monkeypatch):
 
 def test_forks_log_also_while_another_thread_does_and_forks_of_forks(address, child, monkeypatch):
     """Each has an outbox of its own, is counted as the process that it comes from, and leaves that one's alone."""
-    monkeypatch.setattr(Outbox, "LIMIT", 10**9)
+    monkeypatch.setattr(Room, "LIMIT", 10**9)
 
     def fork(box: Outbox, number: int, again: bool) -> int:
         if pid := os.fork():
@@ -520,8 +520,8 @@ def test_where_not_even_an_outbox_can_be_opened_that_is_counted_too(disk, take, 
 
 
 def test_put_waits_for_the_reader_where_so_many_records_are_unread(address, child, monkeypatch):
-    monkeypatch.setattr(Outbox, "LIMIT", 10)
-    monkeypatch.setattr(Outbox, "PATIENCE", float("inf"))
+    monkeypatch.setattr(Room, "LIMIT", 10)
+    monkeypatch.setattr(Room, "PATIENCE", float("inf"))
 
     def work(pipe, box: Outbox) -> None:
         waited = told_once(pipe)
@@ -555,8 +555,8 @@ def told_once(pipe) -> Callable[[int], None]:
 def test_put_waits_where_so_many_bytes_are_unread_and_a_larger_record_passes_when_nothing_is(
     address, child, monkeypatch
 ):
-    monkeypatch.setattr(Outbox, "LIMIT_BYTES", 1_000)
-    monkeypatch.setattr(Outbox, "PATIENCE", float("inf"))
+    monkeypatch.setattr(Room, "LIMIT_BYTES", 1_000)
+    monkeypatch.setattr(Room, "PATIENCE", float("inf"))
 
     def work(pipe, box: Outbox) -> None:
         waited = told_once(pipe)
@@ -578,9 +578,9 @@ def test_put_waits_where_so_many_bytes_are_unread_and_a_larger_record_passes_whe
 def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_backlog_is_lost(
     address, child, monkeypatch, disk_is_full
 ):
-    monkeypatch.setattr(Outbox, "LIMIT", 10)
-    monkeypatch.setattr(Outbox, "PATIENCE", 0.0)
-    monkeypatch.setattr(Outbox, "BACKLOG", 5_000)
+    monkeypatch.setattr(Room, "LIMIT", 10)
+    monkeypatch.setattr(Room, "PATIENCE", 0.0)
+    monkeypatch.setattr(Room, "BACKLOG", 5_000)
     monkeypatch.setattr(outbox, "disk_is_full", lambda path: disk_is_full)  # nearly: a backlog must not fill it
 
     def work(pipe, box: Outbox) -> None:
@@ -644,7 +644,7 @@ def test_what_put_took_without_an_error_is_read_and_whoever_comes_later_is_told_
     address, child, monkeypatch
 ):
     """Processes that log on and on, and others that log for the first time, while the run is being finished."""
-    monkeypatch.setattr(Outbox, "LIMIT", 10**9)
+    monkeypatch.setattr(Room, "LIMIT", 10**9)
 
     def log_on(pipe, box: Outbox, name: int) -> None:
         number = 0
@@ -717,8 +717,8 @@ def test_a_run_that_is_finished_in_the_middle_of_put_has_its_report_or_put_raise
 
 
 def test_a_process_that_waits_for_room_is_told_that_the_run_is_finished(address, child, monkeypatch):
-    monkeypatch.setattr(Outbox, "LIMIT", 10)
-    monkeypatch.setattr(Outbox, "PATIENCE", float("inf"))
+    monkeypatch.setattr(Room, "LIMIT", 10)
+    monkeypatch.setattr(Room, "PATIENCE", float("inf"))
 
     def work(pipe, box: Outbox) -> None:
         on_sleep(lambda: pipe.send("waits"))
@@ -921,7 +921,7 @@ def away(tmp_path, monkeypatch) -> Address:
 
 def test_flush_waits_on_another_node_until_all_has_left_whatever_has_interrupted_put(away, monkeypatch):
     """At home it returns at once."""
-    monkeypatch.setattr(Outbox, "LIMIT", 10**9)
+    monkeypatch.setattr(Room, "LIMIT", 10**9)
 
     def work(pipe) -> None:
         box = process.outbox(away)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
 import ray
 from conftest import ROOT
 
@@ -71,12 +70,11 @@ def functions(tree: ast.AST, kind: type | tuple[type, ...]) -> dict[str, int]:
     return {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, kind)}
 
 
-@pytest.mark.xfail(strict=False, reason="the lead compresses")
 def test_a_file_is_one_idea_and_a_function_one_screen():
-    for path in [*ROOMS, ROOT / "common.py"]:
+    for path in [*ROOMS, ROOT / "common.py", ROOT / "session.py"]:
         tree = ast.parse(path.read_text())
-        assert path.name == "common.py" or len(path.read_text().splitlines()) <= 230, path
-        assert max(functions(tree, ast.ClassDef).values(), default=0) <= 180, path
+        assert path not in ROOMS or len(path.read_text().splitlines()) <= 230, path
+        assert path not in ROOMS or max(functions(tree, ast.ClassDef).values(), default=0) <= 170, path
         assert max(functions(tree, (ast.FunctionDef, ast.AsyncFunctionDef)).values(), default=0) <= 50, path
 
 
@@ -151,21 +149,9 @@ WITHOUT_RAY = [
     "state",
     "run",
     "lives",
-    "writer",
-    "artifacts",
 ]
-WITHOUT_RAY += [
-    "recover",
-    "letter",
-    "exits",
-    "starting",
-    "values",
-    "media",
-    "files",
-    "ledger",
-    "transaction_log",
-    "wandb_internals",
-]
+WITHOUT_RAY += ["writer", "starting", "artifacts", "staging", "recover", "letter", "exits", "values", "media", "files"]
+WITHOUT_RAY += ["ledger", "transaction_log", "wandb_internals"]
 
 
 def without(modules: str, program: str) -> None:
