@@ -75,6 +75,7 @@ def _open_state(letter: Letter, wait: bool) -> State | None:
 
 def _finish(run: Run) -> None:
     minute = time.monotonic() + 60
+    run.state.note(tried_again=True)  # this process could not be followed by another one
     run.state.warn("recovered", "the pipeline actor is gone; the run was finished without it")
     run.read_to_end(minute)
     for node in run.inbox.nodes:

@@ -22,7 +22,7 @@ from .pipeline import Pipeline
 from .reading import Reader, Reading
 from .reduction import Reduction
 from .state import Row, State
-from .writer import Writer
+from .writer import ServiceDiedError, Writer
 
 
 class Started(NamedTuple):
@@ -115,7 +115,8 @@ class Run:
                 pipeline.steps.tick(self.inbox.clock)
             arrived = self.writer.logs.look()
             self.state.arrived(arrived if self.state.facts.get("mode") != "online" else ())
-        if self._ticked == self.inbox.clock or not all(reading.is_empty for _, reading in self._held):
+        has_news = not all(reading.is_empty for _, reading in self._held)
+        if has_news or self.state.is_pending or any(pipeline.steps.rows for pipeline in self.pipelines):
             self._save()
         done, self._held = self._held, []
         self._read_at = time.monotonic()
@@ -183,8 +184,19 @@ class Run:
                 in_rows = sum(n for pipeline in self.pipelines for n, _ in self.state.account(pipeline.number).values())
                 summary["ledger"] = {"reports": reports, "lost": reports - in_rows}
                 self.writer.finish(exit_code, failure, summary, deadline)
+                self._try_again()
                 ledger.conclude(self.state, self.writer, self.pipelines)
             return self.state.facts["ledgers"]
+
+    def _try_again(self) -> None:
+        """Raises ServiceDiedError, once: a wandb-core whose disk was full for a moment writes nothing after that."""
+        facts = self.state.facts
+        if facts["mode"] == "offline" and not facts.get("tried_again"):
+            self.state.arrived(self.writer.logs.look())
+            self.state.note(tried_again=True)
+            self.state.commit()
+            if self.state.waiting():
+                raise ServiceDiedError("wandb-core has not written all rows")
 
     def ledger(self, pipeline: Pipeline) -> Ledger:
         """A pipeline's account so far."""

@@ -66,6 +66,11 @@ class State:
         self._queue.pop(key, None)
         self._queue[key] = statement, values
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether something is to be done."""
+        return bool(self._queue)
+
     def commit(self) -> None:
         """Raises sqlite3.Error where the disk is full. Then all of it stays to be done."""
         if not self._queue:
@@ -114,14 +119,17 @@ class State:
         for number in numbers:
             self.do("UPDATE rows SET metrics = NULL WHERE number = ?", number)
 
+    def waiting(self) -> list[int]:
+        """The numbers of the rows whose content is still there."""
+        return [number for (number,) in self.db.execute("SELECT number FROM rows WHERE metrics IS NOT NULL")]
+
     def missing(self, there: Callable[[int], bool], highest: int) -> Iterator[Row]:
         """The rows that are not `there`, in order. Those below the `highest` that is get numbers behind all others.
 
         W&B drops a number that is lower than the last one.
         """
         self.commit()
-        numbers = [number for (number,) in self.db.execute("SELECT number FROM rows WHERE metrics IS NOT NULL")]
-        for _, number in sorted((number < highest, number) for number in numbers if not there(number)):
+        for _, number in sorted((number < highest, number) for number in self.waiting() if not there(number)):
             new = number
             if number < highest:
                 self._last = new = max(self.facts.get("first", 0), self._last + 1)
