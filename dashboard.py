@@ -36,10 +36,13 @@ except ModuleNotFoundError as missing:
     sys.exit(f"dashboard.py: {missing}; start it with `uv run --group dashboard python dashboard.py`")
 
 # The panels that come first, by metric, path or pattern; a section shows six at a time. The rest follows as logged.
-TRAINING = ("loss", "kl", "entropy", "grads", "e2e/speed", "e2e/latency_ms", "explained_variance", "value_loss")
-INFERENCE = ("reward/mean", "reward/*/mean", "success_rate", "groups", "response_length", "e2e/speed", "e2e/latency_ms")
-INFERENCE += ("staleness", "reward")
+TRAINING = ("loss", "kl", "entropy", "grads", "e2e/speed", "time/wait_for_batch_s", "off_policy", "e2e/latency_ms")
+TRAINING += ("explained_variance", "value_loss")
+INFERENCE = ("reward/mean", "reward/*/mean", "success_rate", "groups", "e2e/speed", "time/wait_for_policy_s")
+INFERENCE += ("response_length", "e2e/latency_ms", "staleness", "reward")
 EVALUATION = ("*/accuracy", "*/pass@4")
+# What the reward has cost, beside its panel over the steps. An axis must be in the rows of what is drawn over it.
+SPENT = "rollouts_total"
 # Noise hides the trend of these; the others are read for spikes, dips and steps, which smoothing would flatten.
 NOISY = ("loss", "entropy", "explained_variance", "value_loss", "reward/mean", "success_rate", "truncated_fraction")
 NOISY += ("reward/*/mean", "groups")
@@ -61,10 +64,14 @@ def panels(
     for path in (*first, *(key.rpartition("/")[0] or key for key in keys)):
         if mine := [key for key in left if fnmatchcase(key, path) or key.rpartition("/")[0] == path]:
             left = [key for key in left if key not in mine]
-            plot = wr.LinePlot(title=path if len(mine) > 1 else mine[0], **SMOOTH if path in NOISY else {})
-            plot.x, plot.y = prefix + axis, [prefix + key for key in mine]
-            plot.layout.w = 12  # half of a Report
-            yield plot
+            yield panel(path if len(mine) > 1 else mine[0], mine, prefix, axis, path in NOISY)
+
+
+def panel(title: str, keys: Sequence[str], prefix: str, axis: str, is_noisy: bool) -> wr.LinePlot:
+    plot = wr.LinePlot(title=title, **SMOOTH if is_noisy else {})
+    plot.x, plot.y = prefix + axis, [prefix + key for key in keys]
+    plot.layout.w = 12  # half of a Report
+    return plot
 
 
 def section(
@@ -72,6 +79,8 @@ def section(
 ) -> ws.Section:
     settings = ws.SectionPanelSettings(x_axis=prefix + axis)  # for panels that are added in the app
     made = list(panels(keys, first, prefix, axis))
+    if "reward/mean" in keys:
+        made.insert(1, panel(f"reward/mean over {SPENT}", ["reward/mean"], prefix, SPENT, is_noisy=True))
     return ws.Section(name=name, panels=made, is_open=True, panel_settings=settings)
 
 

@@ -2,12 +2,7 @@
 
     uv run python -m examples.by_hand
 
-What these lines lose, and `tests/test_recipes.py` shows it:
-- If the logging actor or its machine is killed, wandb's file of the run is empty for up to 15 s, and what was on its
-  way is gone. Nobody is told.
-- W&B drops a row whose step is lower than that of the row before. Two workers, or a restart from a checkpoint, do that.
-- Each report is a row of its own. The mean of them, which the page draws, is a mean of means: wrong where the workers
-  have batches of unequal size.
+They lose the last 15 s when the actor is killed, rows whose step goes back, and of a step all reports but the last.
 """
 
 import os
@@ -31,7 +26,7 @@ class Logger:
 @ray.remote(num_cpus=0)
 def train(logger: ray.actor.ActorHandle, rank: int) -> None:
     for step in range(10):
-        ray.get(logger.log.remote({"loss": 1 / (step + 1), "tokens": 100 * (rank + 1)}, step))
+        ray.get(logger.log.remote({"loss": (rank + 1) / (step + 1), "tokens": 100 * (rank + 1)}, step))
 
 
 def main() -> None:

@@ -5,14 +5,9 @@
 Its step is the training step of the checkpoint, so that its curve lies over training's.
 """
 
-from common import PipelineActor, WandbRun, pipeline_actor
+from common import WandbRun
 
 import ray
-
-
-@pipeline_actor
-class Evaluation(PipelineActor):
-    prefix = "eval/"
 
 
 @ray.remote(num_cpus=0)
@@ -33,7 +28,7 @@ def train(run: WandbRun, evaluation: WandbRun, evaluator: ray.actor.ActorHandle)
 
 def main() -> None:
     with WandbRun("recipes", "evaluation-beside-training", mode="offline") as run:
-        evaluation = WandbRun("recipes", pipeline=Evaluation, share=run)  # eval/accuracy, over eval/step
+        evaluation = WandbRun("recipes", prefix="eval/", share=run)  # eval/accuracy, over eval/step
         ray.get(ray.get(train.remote(run, evaluation, Evaluator.remote())))
     print(run.finish())
 

@@ -32,7 +32,6 @@ def train_on_rank(config: dict) -> None:
         optimizer.load_state_dict(moments)
     for step in range(first, STEPS):
         if step == KILLED_AT and rank == 1 and not checkpoint:
-            run.flush()  # W&B: what was logged in the last milliseconds would die with this process
             os.kill(os.getpid(), signal.SIGKILL)
         points = torch.randn(256, 2)
         labels = (points.prod(dim=1) > 0).long()

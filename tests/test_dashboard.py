@@ -44,8 +44,13 @@ def metrics(*found: Log) -> set[str]:
     return {key for key, value in items if "." not in key and key[0] != "_" and not isinstance(value, str)}
 
 
+def over_what_is_spent(panel: dict) -> bool:
+    return " over " in panel["title"]
+
+
 def check_panels(panels: list[dict], *found: Log, prefix: str = "", axis: str = "step") -> None:
-    """All that these runs log is on exactly one panel, on an axis that each row carries."""
+    """All that these runs log is on exactly one panel over the steps, an axis that each row carries."""
+    panels = [panel for panel in panels if not over_what_is_spent(panel)]
     shown = [key for panel in panels for key in panel["y"]]
     axes = {prefix + key for key in ("step", "workers", axis)}
     assert sorted(shown) == sorted(metrics(*found) - axes)
@@ -100,6 +105,23 @@ def test_the_report_compares_what_demo2_logs_to_both_of_its_projects(ran, pages)
         assert {"step", *shown} <= log.keys
 
 
+def test_the_reward_is_also_drawn_over_a_running_total_that_is_in_its_rows(ran, pages):
+    for page, demo, prefix in ((pages[0], "demo3", "inference/"), (pages[1], "demo4", "")):
+        every = [panel for section in page["sections"] for panel in section["panels"] if "title" in panel]
+        [panel] = filter(over_what_is_spent, every)
+        assert (panel["x"], panel["y"]) == (f"{prefix}rollouts_total", [f"{prefix}reward/mean"])
+        rows = logs(ran(demo)[1])["inference-exp"].rows
+        assert all({panel["x"], *panel["y"]} <= row.keys() for row in rows if f"{prefix}reward/mean" in row)
+        totals = [row[panel["x"]] for row in rows]
+        assert totals == sorted(set(totals))
+
+
+def test_who_waits_for_whom_and_how_old_rollouts_are_is_shown_early(pages):
+    training, inference = ([panel["title"] for panel in section["panels"]] for section in pages[0]["sections"])
+    assert {"time/wait_for_batch_s", "off_policy"} <= {*training[:8]}
+    assert "time/wait_for_policy_s" in inference[:8]
+
+
 @pytest.mark.filterwarnings("ignore:Pydantic V1 style")  # the library's own, when it is imported
 def test_the_panels_named_first_exist_and_come_first(pages):
     import dashboard
@@ -107,8 +129,9 @@ def test_the_panels_named_first_exist_and_come_first(pages):
     sections = [*pages[0]["sections"], next(s for s in pages[1]["sections"] if s["name"] == "evaluation")]
     named = (dashboard.TRAINING, dashboard.INFERENCE, dashboard.EVALUATION)
     for section, first in zip(sections, named, strict=True):
-        assert [panel["title"] for panel in section["panels"]][: len(first)] == list(first)
-    panels = [panel for section in pages[0]["sections"] for panel in section["panels"]]
+        titles = [panel["title"] for panel in section["panels"] if not over_what_is_spent(panel)]
+        assert titles[: len(first)] == list(first)
+    panels = [panel for section in pages[0]["sections"] for panel in section["panels"] if not over_what_is_spent(panel)]
     assert {panel["title"] for panel in panels if "smoothing_type" in panel} == set(dashboard.NOISY)
 
 

@@ -2,14 +2,23 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+from backbone import transaction_log
+from common import WandbRun, node_metrics
 
 import numpy as np
 import pytest
 import ray
-from conftest import ROOT, Log, each_log, folders
+from conftest import ROOT, Log, each_log, folders, wait_for
+from processes import below
 
 RECIPES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem not in ("ray_train", "rllib_ppo"))
 
@@ -27,21 +36,32 @@ def recipe(ray_here, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_a_page_with_its_command_and_is_named_in_the_docs(name):
+def test_a_recipe_is_a_page_with_its_sentence_and_command_and_is_named_in_the_docs(name):
     source = (ROOT / "examples" / f"{name}.py").read_text()
-    assert len(source.splitlines()) <= 50
-    assert re.search(
-        rf"^    (uv run python -m examples\.{name}|wandb sweep)\b", ast.get_docstring(ast.parse(source)), re.M
-    )
+    tree = ast.parse(source)
+    sentence, command, *_ = ast.get_docstring(tree).split("\n\n")
+    assert 10 <= len(source.splitlines()) <= 40
+    assert re.search(r"^[A-Z][^\n]*[.:]", sentence)
+    assert re.match(rf" *(uv run python -m examples\.{name}|wandb sweep examples/{name}\.yaml)\b", command)
+    assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert re.search(r'\nif __name__ == "__main__":\n    ray\.init\(\)\n    main\(.*\)\n$', source)
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     assert any(f"examples/{name}.py" in page.read_text() for page in pages)
 
 
+def test_each_recipe_is_run_by_a_test():
+    assert {*RECIPES} == {
+        *re.findall(r'\brecipe\("(\w+)"', Path(__file__).read_text().partition("\n\n\n@pytest.mark")[2])
+    }
+
+
 def test_by_hand_loses_what_it_says_that_it_loses(recipe, tmp_path):
     [log] = recipe("by_hand")
-    # Of 20 reports: W&B has merged those of one step into a row, of which the last to come is left.
-    assert [row["_step"] for row in log.rows] == list(range(10))
-    assert {row["tokens"] for row in log.rows} < {100, 200, 300}
+    assert [row["_step"] for row in log.rows] == list(range(10))  # of 20 reports
+    for row in log.rows:
+        of_rank_0, of_rank_1 = ((rank + 1) / (row["_step"] + 1) for rank in range(2))
+        assert (row["loss"], row["tokens"]) in ((of_rank_0, 100), (of_rank_1, 200))
+        assert row["loss"] != pytest.approx((100 * of_rank_0 + 200 * of_rank_1) / 300)
 
     by_hand = importlib.import_module("examples.by_hand")
     logger = by_hand.Logger.remote(str(tmp_path))
@@ -52,9 +72,11 @@ def test_by_hand_loses_what_it_says_that_it_loses(recipe, tmp_path):
     logger = by_hand.Logger.remote(str(tmp_path))
     ray.get([logger.log.remote({"loss": 1.0}, step) for step in range(100)])
     pid = ray.get(logger.__ray_call__.remote(lambda _: os.getpid()))
+    [core] = below(pid, "wandb-core")
     os.kill(pid, signal.SIGKILL)
-    last = folders(tmp_path)[-1]
-    assert not any("history" in line for path in last.glob("*.wandb") for line in [path.read_bytes().decode("latin1")])
+    wait_for(lambda: not Path(f"/proc/{core}").exists())
+    rows = [record for record in transaction_log.records(folders(tmp_path)[-1]) if record.HasField("history")]
+    assert len(rows) < 100
 
 
 def test_first_steps_weights_the_loss_and_counts_the_tokens(recipe):
@@ -109,7 +131,7 @@ def test_a_table_of_rollouts_grows_by_the_rows_of_all_workers(recipe):
 def test_checkpoints_are_versions_of_one_artifact_and_their_use_is_noted(recipe):
     training, serving = recipe("checkpoints")
     checkpoints = [artifact for artifact in training.of("artifact") if artifact["name"] == "checkpoint"]
-    assert [artifact["aliases"] for artifact in checkpoints] == [["step-0", "latest"], ["step-10", "latest"]]
+    assert [{*artifact["aliases"]} for artifact in checkpoints] == [{"step-0", "latest"}, {"step-10", "latest"}]
     assert "checkpoint:step-10" in str(serving.config["used_artifacts"])
     assert training.run["run_group"] == serving.run["run_group"] == "checkpoints"
 
@@ -172,3 +194,94 @@ def test_the_slowest_worker_is_named(recipe):
     [log] = recipe("slowest_worker")
     found = {(row["time/step_s/worst"], row["time/step_s/max"], round(row["time/step_s"], 2)) for row in log.rows}
     assert found == {("rank 3", 1.2, 1.05)}
+
+
+def test_an_alert_that_all_ranks_send_goes_out_once(recipe):
+    [log] = recipe("alerts")
+    assert [(alert["title"], alert["level"]) for alert in log.of("alert")] == [("reward collapsed", "WARN")]
+    assert re.fullmatch(r"0\.1 at step 5, says rank [0-3]", log.of("alert")[0]["text"])
+    assert len(log.rows) == 10
+
+
+@ray.remote(num_cpus=0)
+def fail(run: WandbRun, rank: int) -> None:
+    raise ValueError(f"a batch without tokens on rank {rank}")
+
+
+def said(log: Log) -> str:
+    return "".join(output["line"] for output in log.of("output_logger"))
+
+
+def test_what_workers_say_is_in_the_runs_logs_with_their_labels(recipe):
+    [log] = recipe("logs")
+    for rank in range(2):
+        lines = [line for line in said(log).splitlines() if line.startswith(f"rank {rank}: ")]
+        assert lines == [f"rank {rank}: step {step} is done" for step in range(3)]
+
+
+def test_the_traceback_of_what_ends_the_with_block_is_in_the_runs_logs(recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.import_module("examples.logs"), "train", fail)
+    with pytest.raises(ValueError, match="a batch without tokens"):
+        recipe("logs")
+    [log] = each_log(tmp_path)
+    assert "Traceback (most recent call last)" in said(log)
+    assert "ray.get([train.remote(run, rank) for rank in range(2)])" in said(log)
+    assert "a batch without tokens on rank" in said(log)
+
+
+def test_the_timeline_is_an_artifact_that_has_the_tasks_of_all_workers(recipe):
+    [log] = recipe("timeline")
+    [artifact] = log.of("artifact")
+    assert (artifact["name"], artifact["type"]) == ("timeline", "profile")
+    [file] = artifact["manifest"]["contents"]
+    events = json.loads(Path(file["local_path"]).read_text())
+    seconds = sorted(event["dur"] / 1e6 for event in events if event.get("name") == "examples.timeline.train")
+    assert len(seconds) == 2
+    assert seconds[0] >= 5 * 0.02  # of rank 0
+    assert seconds[1] >= 5 * 0.04
+    assert len(log.rows) == 5
+
+
+class Pages(BaseHTTPRequestHandler):
+    """What vLLM and a node of Ray's export, as far as wandb-core asks them."""
+
+    EXPORTED = {  # noqa: RUF012 - by path
+        "/metrics": ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:prompt_tokens_total"),
+        "/node": ("ray_node_mem_used", "ray_node_disk_free"),
+    }
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        for metric in self.EXPORTED[self.path]:
+            self.wfile.write(f'# TYPE {metric} gauge\n{metric}{{model_name="m"}} 3\n'.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_engines_page_is_in_the_runs_system_metrics_beside_the_nodes(recipe, monkeypatch, tmp_path):
+    example = importlib.import_module("examples.engine_metrics")
+    monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.5")
+
+    def system_metrics() -> dict[str, float]:
+        [path] = folders(tmp_path)
+        items = [item for record in transaction_log.records(path) for item in record.stats.item]
+        pages = [item for item in items if item.key.startswith("openmetrics.")]
+        return {".".join(item.key.split(".")[1:3]): float(item.value_json) for item in pages}
+
+    def serve_until_it_was_read(seconds: float) -> None:
+        assert seconds == 60
+        wait_for(lambda: {key.partition(".")[0] for key in system_metrics()} == {"vllm", "node-1"})
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        found = {"node-1": f"http://{address}/node"}
+        monkeypatch.setattr(example, "node_metrics", lambda: (found, node_metrics()[1]))
+        monkeypatch.setattr(example, "time", SimpleNamespace(sleep=serve_until_it_was_read))
+        [log] = recipe("engine_metrics", address)
+        server.shutdown()
+    wanted = ("vllm.vllm:num_requests_running", "vllm.vllm:kv_cache_usage_perc", "node-1.ray_node_mem_used")
+    assert system_metrics() == dict.fromkeys(wanted, 3.0)  # of all that is exported
+    assert len(log.rows) == 1

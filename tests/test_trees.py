@@ -41,7 +41,9 @@ def test_the_readme_has_the_tree_of_each_demos_runs(made, command):
     assert block, f"README.md has no ```text block behind {name}"
     printed = print_tree(made(*command)).stdout
     assert block[1] == re.sub(r"\bexp\b", "7", printed), f"paste this into README.md:\n{printed}"
-    assert max(map(len, block[1].splitlines())) <= 100
+    lines = block[1].splitlines()
+    assert len(lines) <= 6
+    assert max(map(len, lines)) <= 100
 
 
 def named(printed: str) -> dict[str, set[str]]:
@@ -49,11 +51,11 @@ def named(printed: str) -> dict[str, set[str]]:
     runs = {}
     for line in printed.splitlines():
         _, branch, text = line.rpartition("── ")
-        if " (job type " in text:
-            keys = runs[text.partition(" (")[0]] = set()
-        elif branch and not text.startswith(("artifact ", "config ")):
-            for path, _, ends in (item.partition("{") for item in text.split(", ") if item != "…"):
-                keys |= {path + end for end in ends.rstrip("}").split(",")}
+        if branch and not text.startswith(("artifact ", "config ")):
+            if " (job type " in text:
+                name, text = text.partition(" (")[0], text.partition("): ")[2]
+                runs[name] = set()
+            runs[name] |= {*text.split(", ")} - {"", "…"}
     return runs
 
 
@@ -72,11 +74,22 @@ def test_a_tree_names_keys_with_and_without_a_section_and_none_that_is_not_logge
 
 def test_a_tree_says_what_ties_runs_together(made):
     of_config = print_tree(made("demo2")).stdout
-    assert "── config training_run: demo2-training-exp\n" in of_config
+    assert "── config training_project: rl-agent, training_run: demo2-training-exp\n" in of_config
     printed = print_tree(made("demo4")).stdout
-    assert "── evaluation-exp (job type evaluation, group exp, tags demo4 seed-42 experiment-exp, axis step)" in printed
-    assert "── artifact checkpoint: best latest step-0 step-10\n" in printed
-    assert printed.count("── config used_artifacts: checkpoint:step-0 checkpoint:step-10\n") == 2
+    assert printed.startswith("rl-agent-extended (group exp, tags demo4 seed-42 experiment-exp, axis step)\n")
+    assert "── evaluation-exp (job type evaluation): checkpoint_step, " in printed
+    assert (
+        "── artifact checkpoint: best latest step-0 step-10 (training-exp → inference-exp, evaluation-exp)\n" in printed
+    )
+    assert "── artifact trajectories: latest step-0 step-10 (inference-exp)\n" in printed
+
+
+def test_what_not_all_runs_of_a_project_are_stands_at_the_run(made):
+    assert (
+        "── exp (job type training, axes training/step inference/step)\n"
+        in print_tree(made("demo3", "--one-run")).stdout
+    )
+    assert "── inference-exp (job type inference, axis inference/step)\n" in print_tree(made("demo3")).stdout
 
 
 def test_a_run_with_two_folders_is_there_once(made):
