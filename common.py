@@ -72,8 +72,8 @@ class InferencePipelineActor(PipelineActor):
     prefix = "inference/"
     job_type = "inference"
     reduction = Reduction(
-        sums=("rollouts", "e2e/speed", "requests/*"),
-        totals=("rollouts",),
+        sums=("rollouts", "tokens", "e2e/speed", "requests/*"),
+        totals=("rollouts", "tokens"),
         largest=("policy_version",),
         statistics={
             "reward": ("mean", "min", "max", "std", "p10", "p90"),
@@ -449,6 +449,7 @@ def generate_inference_metrics(step: int, rng: np.random.Generator, rank: int = 
     success = (rng.random(32) < chance) & ~truncated
     reward = np.clip(np.where(success, 0.9, 0.08) + rng.normal(0, 0.06, 32), 0, 1)
     load = rng.uniform(0.85, 1.15)
+    length = np.minimum(wanted, 1024).astype(int)
     return {
         "reward": reward,
         "reward/gsm8k": reward[:16],
@@ -456,9 +457,10 @@ def generate_inference_metrics(step: int, rng: np.random.Generator, rank: int = 
         "groups/all_solved": success.reshape(-1, GROUP).all(axis=1),
         "groups/none_solved": ~success.reshape(-1, GROUP).any(axis=1),
         "success_rate": success,
-        "response_length": np.minimum(wanted, 1024).astype(int),
+        "response_length": length,
         "truncated_fraction": truncated,
         "rollouts": 32,
+        "tokens": int(length.sum()),
         "e2e/speed": 5_200 / slow * load * (rng.uniform(0.03, 0.3) if syncing else 1),
         "e2e/latency_ms": rng.lognormal(math.log(1_100 * load), 0.75, 64) * (1.6 if syncing else 1),
         "kv_cache_utilization": min(0.95, 0.4 + 0.12 * (step % SYNC_EVERY) + rng.uniform(0, 0.06)),

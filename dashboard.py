@@ -42,7 +42,7 @@ INFERENCE = ("reward/mean", "reward/*/mean", "success_rate", "groups", "e2e/spee
 INFERENCE += ("response_length", "e2e/latency_ms", "staleness", "reward")
 EVALUATION = ("*/accuracy", "*/pass@4")
 # What the reward has cost, beside its panel over the steps. An axis must be in the rows of what is drawn over it.
-SPENT = "rollouts_total"
+SPENT = "tokens_total"
 # Noise hides the trend of these; the others are read for spikes, dips and steps, which smoothing would flatten.
 NOISY = ("loss", "entropy", "explained_variance", "value_loss", "reward/mean", "success_rate", "truncated_fraction")
 NOISY += ("reward/*/mean", "groups")

@@ -24,6 +24,7 @@ from arguments import Args, parse_args
 from backbone import exits, wandb_internals
 from backbone.ledger import line
 from backbone.ray_internals import ray_answers
+from backbone.writer import PREEMPTED
 from common import CHECKPOINT_EVERY, Ledger, WandbRun
 
 import ray
@@ -54,7 +55,7 @@ def ray_session(args: Args) -> Iterator[None]:
             os._exit(128 + signum)
         signals.append(signum)
         if not ending:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signum)
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
@@ -70,8 +71,8 @@ def ray_session(args: Args) -> Iterator[None]:
         ray.init(**_ray_at(args.address), log_to_driver=False, logging_level=logging.ERROR)
         catch_signals()  # Ray has set its own
         yield
-    except KeyboardInterrupt:
-        status, failure = 1, "KeyboardInterrupt"  # and what the signal says
+    except KeyboardInterrupt as error:
+        status, failure = _exit_code(error), "KeyboardInterrupt"
     except Exception as error:
         status = 2 if type(error) is ConnectionError else 1  # no Ray at the address
         hint = "; has it a token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)?" if status == 2 else ""
@@ -79,7 +80,7 @@ def ray_session(args: Args) -> Iterator[None]:
         print(f"{failure}{hint}", file=sys.stderr)
     finally:
         ending = True
-        exits.unfinished.finish(int(status != 0), failure)
+        exits.unfinished.finish(status if status == PREEMPTED else int(status != 0), failure)
         status = 128 + signals[0] if signals else status
         if ray.is_initialized() and not ray_answers():  # its shutdown would take long, and say much
             sys.stdout.flush()
@@ -91,6 +92,11 @@ def ray_session(args: Args) -> Iterator[None]:
             signal.signal(signum, handler)
     if status:
         sys.exit(status)
+
+
+def _exit_code(error: KeyboardInterrupt) -> int:
+    """Of the runs that are interrupted. A job that is preempted gets SIGTERM; W&B's sweeps queue such a run again."""
+    return PREEMPTED if error.args == (signal.SIGTERM,) else 1
 
 
 def _ray_at(address: str | None) -> dict[str, Any]:
@@ -107,11 +113,14 @@ def run_to_end(args: Args, **pipelines: tuple[WandbRun, Sequence[ray.ObjectRef]]
     Returns the exit status: 0, or 1 if a worker failed or something that was logged is not where it should be.
     """
     runs = {name: run for name, (run, _) in pipelines.items()}
-    bars, failure = _Bars(args, runs), "interrupted"
+    bars, failure, exit_code, ledgers = _Bars(args, runs), "interrupted", 1, []
     try:
         failure = _follow(pipelines, bars)
+        exit_code = int(bool(failure))
+    except KeyboardInterrupt as error:
+        exit_code = _exit_code(error)
+        raise
     finally:
-        exit_code, ledgers = int(bool(failure)), []
         exits.unfinished.finish(exit_code, failure)
         for run in runs.values():
             with contextlib.suppress(Exception):  # it can't be finished, which has been told

@@ -1,19 +1,27 @@
-"""How a worker's report gets into a row of a W&B run. In the order of its way:
+"""How what a worker logs gets into a row of a W&B run.
 
-outbox.py      takes it in the worker's process
-wire.py        brings it to the pipeline actor, in batches; backlog.py has what is under way, inbox.py what arrives
-actor.py       receives it; starts, restarts and finishes the run, which is run.py, without Ray
-pipeline.py    keeps it in the store until its step is over
-steps.py       says when that is
-reduction.py   makes one row of all reports of a step
-store.py       keeps the row under a number: all that must survive the actor; a push is one transaction
-writer.py      gives the rows to the W&B run, and says which of them are there
+    worker: log → outbox → pipeline actor: inbox → pipeline → state → writer → W&B
 
-How a run begins and ends: starting.py, last_words.py (of the workers), ending.py (without its actor), owner.py and
-exits.py (the process that made it), guest.py (what the run must know of that). What serves all of these: values.py
-(what may be logged), media.py (W&B's data types), artifacts.py, ledger.py (the account), events.py, process.py,
-calls.py, files.py, disk.py, nodes.py, transaction_log.py and wandb_internals.py (what of wandb is used without being
-public).
+A *report* is one call of `log`. An *outbox* is a file into which one process appends its reports. A *row* is what W&B
+has of a step: all reports of it, reduced to one. To read it, begin with these, in this order:
+
+values.py      what may be logged, and how it is packed
+outbox.py      takes a report in the worker's process; page.py says who logs there, records.py what is in the file
+reading.py     reads the outboxes of a node; relay.py does so on the other nodes, and brings what it has read
+inbox.py       who has logged what is read, and for which pipeline it is
+steps.py       when a step is over; reduction.py makes a row of its reports; pipeline.py has both
+state.py       what must survive the pipeline actor, in an SQLite file
+run.py         reads, commits and gives rows to W&B; lives.py goes on with what somebody before has left of it
+writer.py      the W&B run, which starting.py starts
+host.py        hosts a run in the process of its actor; actor.py is what others can ask of that
+
+The process that makes a run: owner.py starts the actor, letter.py is what that must know, exits.py says how the process
+ends, recover.py finishes a run without its actor, arguments.py checks what the code says.
+
+What else workers can log: artifacts.py and staging.py, media.py (W&B's data types), said.py (alerts, config, log lines).
+
+What these share: ledger.py (the account), files.py, process.py (what a process knows of itself), calls.py (of the actor),
+nodes.py (the nodes' CPUs and GPUs), and what is not public: ray_internals.py, wandb_internals.py, transaction_log.py.
 """
 
 import os

@@ -141,7 +141,10 @@ def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rul
             weighted = [pair for pair in zip(values, weights, strict=True) if pair[1]]  # 0 times NaN would be NaN
             if total := sum(weight for _, weight in weighted):
                 return sum(value * weight for value, weight in weighted) / total
-            warn(f"weights of {key}", f"the weights {rule.weight!r} of all reports of {key!r} add up to 0: such a row has NaN")
+            warn(
+                f"weights of {key}",
+                f"the weights {rule.weight!r} of all reports of {key!r} add up to 0: such a row has NaN",
+            )
             return math.nan
         without = f"{key!r} was reported without its weight {rule.weight!r}: such a row has the plain mean"
         warn(f"no weight {key}", without)

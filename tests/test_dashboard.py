@@ -100,7 +100,14 @@ def test_the_report_compares_what_demo2_logs_to_both_of_its_projects(ran, pages)
     assert {runset["filters"] for runset in grid["runsets"]} == {"Config(\"experiment\") == 'exp'"}
     assert {log.config["experiment"] for log in found.values()} == {"exp"}
     shown = [key for panel in grid["panels"] for key in panel["y"]]
-    assert shown == ["e2e/speed", "e2e/latency_ms/mean", "e2e/latency_ms/p50", "e2e/latency_ms/p99"]
+    assert shown == [
+        "tokens",
+        "e2e/speed",
+        "e2e/latency_ms/mean",
+        "e2e/latency_ms/p50",
+        "e2e/latency_ms/p99",
+        "tokens_total",
+    ]
     for log in found.values():
         assert {"step", *shown} <= log.keys
 
@@ -109,7 +116,7 @@ def test_the_reward_is_also_drawn_over_a_running_total_that_is_in_its_rows(ran, 
     for page, demo, prefix in ((pages[0], "demo3", "inference/"), (pages[1], "demo4", "")):
         every = [panel for section in page["sections"] for panel in section["panels"] if "title" in panel]
         [panel] = filter(over_what_is_spent, every)
-        assert (panel["x"], panel["y"]) == (f"{prefix}rollouts_total", [f"{prefix}reward/mean"])
+        assert (panel["x"], panel["y"]) == (f"{prefix}tokens_total", [f"{prefix}reward/mean"])
         rows = logs(ran(demo)[1])["inference-exp"].rows
         assert all({panel["x"], *panel["y"]} <= row.keys() for row in rows if f"{prefix}reward/mean" in row)
         totals = [row[panel["x"]] for row in rows]

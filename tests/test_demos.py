@@ -25,6 +25,7 @@ TRAINING_KEYS = {
 INFERENCE_KEYS = {
     *("reward/mean", "reward/min", "reward/max", "reward/std", "success_rate", "truncated_fraction"),
     *("response_length/mean", "response_length/p90", "response_length/max", "rollouts", "rollouts_total"),
+    *("tokens", "tokens_total"),
     *("e2e/speed", "e2e/latency_ms/mean", "e2e/latency_ms/p50", "e2e/latency_ms/p99", "kv_cache_utilization"),
     *("requests/running", "requests/waiting", "policy_version", "staleness/mean", "staleness/max"),
     *("reward/gsm8k/mean", "reward/code/mean", "groups/all_solved", "groups/none_solved", "reward/p10", "reward/p90"),
@@ -85,6 +86,7 @@ def check_inference_rows(rows: list[dict], prefix: str = "") -> None:
             "e2e/speed": pooled["e2e/speed"].sum(),
             "requests/waiting": pooled["requests/waiting"].sum(),
             "rollouts_total": 64 * (step + 1),
+            "tokens": pooled["response_length"].sum(),
             "policy_version": step // 5 * 5,
             "staleness/max": pooled["staleness"].max(),
             "errors": pooled["errors"].mean(),

@@ -197,13 +197,15 @@ def put_with_time_outs(box: Outbox, times: int) -> list[int]:
     signal.signal(signal.SIGALRM, raise_time_is_up)
     while found < times:
         try:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(0, 0.0005) + 1e-6)
+            # Again after a second: what is raised in a callback of Python's collector gets nowhere.
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0, 0.0005) + 1e-6, 1.0)
             while True:
                 n = next(number)
                 put(box, n, label=str(n // 7))
                 returned.append(n)
         except TimeIsUpError:
             found += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
     return returned
 
 

@@ -66,6 +66,12 @@ def test_what_is_not_public_of_wandb_has_rooms_of_its_own():
         assert not inside or path.name in ("wandb_internals.py", "transaction_log.py", "media.py"), path
 
 
+def test_what_is_not_public_of_ray_has_a_room_of_its_own():
+    for path in [*ROOMS, ROOT / "common.py", ROOT / "session.py"]:
+        inside = re.search(r"ray\._private|internal_kv|core_worker|_actor_id\b", path.read_text())
+        assert bool(inside) == (path.name == "ray_internals.py"), path
+
+
 def functions(tree: ast.AST, kind: type | tuple[type, ...]) -> dict[str, int]:
     return {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, kind)}
 
