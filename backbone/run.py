@@ -116,8 +116,11 @@ class Run:
             arrived = self.writer.logs.look()
             self.state.arrived(arrived if self.state.facts.get("mode") != "online" else ())
         has_news = not all(reading.is_empty for _, reading in self._held)
-        if has_news or self.state.is_pending or any(pipeline.steps.rows for pipeline in self.pipelines):
+        if has_news or self.state.is_pending or any(each.steps.rows or each.steps.warnings for each in self.pipelines):
             self._save()
+        elif self._ticked == self.inbox.clock:
+            self.state.note(clock=self.inbox.clock)
+            self.state.commit()
         done, self._held = self._held, []
         self._read_at = time.monotonic()
         return done
@@ -192,11 +195,12 @@ class Run:
         """Raises ServiceDiedError, once: a wandb-core whose disk was full for a moment writes nothing after that."""
         facts = self.state.facts
         if facts["mode"] == "offline" and not facts.get("tried_again"):
-            self.state.arrived(self.writer.logs.look())
+            self.writer.logs.look()
             self.state.note(tried_again=True)
-            self.state.commit()
-            if self.state.waiting():
-                raise ServiceDiedError("wandb-core has not written all rows")
+            with contextlib.suppress(sqlite3.Error):
+                self.state.commit()
+                if not all(map(self.writer.there(), self.state.waiting())):
+                    raise ServiceDiedError("wandb-core has not written all rows")
 
     def ledger(self, pipeline: Pipeline) -> Ledger:
         """A pipeline's account so far."""

@@ -11,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -459,15 +460,17 @@ def test_finish_does_not_wait_for_those_who_log_on_and_on_and_they_are_told(run,
     assert (tokens(ledger), ledger.lost) == (ledger.reports, 0)
 
 
-def test_a_worker_with_a_temporary_folder_of_its_own_is_named(run):
+def test_a_worker_with_a_temporary_folder_of_its_own_is_named(run, tmp_path):
     """As in a container, here on the run's own node: nobody else sees its outbox."""
+    (own := tmp_path / "own").mkdir()
 
     @ray.remote(runtime_env=dict(env_vars={"OF_ITS_OWN": "1"}))  # a process that nobody else uses
     def work(made: WandbRun) -> int:
         is_alone = ctypes.CDLL(None).unshare(0x00020000) == 0  # CLONE_NEWNS
-        hide = "mount --make-rprivate / && mount -t tmpfs tmpfs /tmp"
+        hide = f"mount --make-rprivate / && mount -t tmpfs tmpfs {own} && mount -t tmpfs tmpfs {made._address.folder}"
         if not is_alone or subprocess.run(["sh", "-c", hide], capture_output=True).returncode:
             return 0
+        tempfile.tempdir = str(own)
         for step in range(10):
             made.log({"tokens": 1}, step)
         return 10

@@ -73,6 +73,7 @@ def test_without_finish_a_run_ends_as_its_driver(drive, tmp_path, end, status, e
     assert (log.exit_code, log.summary.get("failure"), len(log.rows)) == (exit_code, failure, 1)
 
 
+@pytest.mark.slow
 def test_only_what_happened_to_a_run_counts(drive, tmp_path):
     """Not an error of a notebook's cell, nor what was before it; also those are finished whose Ray was shut down."""
     program = """
@@ -255,6 +256,7 @@ def test_a_demo_has_a_live_bar_for_each_pipeline_on_a_terminal(run, monkeypatch)
     bars.close()
 
 
+@pytest.mark.slow
 def test_hooks_are_given_back_and_bear_those_of_others(run):
     """Also when others have put theirs on top in between, as `wandb.init` does in the user's process."""
     ours = sys.exit, sys.excepthook
@@ -274,6 +276,7 @@ def test_hooks_are_given_back_and_bear_those_of_others(run):
     assert Log(made.path).exit_code == 3
 
 
+@pytest.mark.slow
 def test_a_stop_function_of_the_users_is_called_once_in_the_driver_also_after_the_actor_has_restarted(
     run, server, monkeypatch
 ):

@@ -48,6 +48,7 @@ def test_after_an_interrupt_every_report_is_in_a_row_and_the_runs_have_failed(bu
         assert [row["step"] for row in log.rows] == list(range(len(log.rows)))
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once_and_damages_nothing(busy, tmp_path):
     process = busy(*ONE_EACH)
     [actor] = below(process.pid, "ray::TrainingPipelineActor")
@@ -199,6 +200,7 @@ def test_a_flood_makes_log_wait_and_memory_stays_flat(ray_here, run):
     assert megabytes < 50
 
 
+@pytest.mark.slow
 def test_a_straggler_thousands_of_steps_behind_gets_its_rows(ray_here, run):
     @ray_here.remote
     class Worker:
@@ -377,6 +379,7 @@ def test_while_the_actor_goes_the_run_is_finished_for_all(run, lingering, tmp_pa
             call()
 
 
+@pytest.mark.slow
 def test_a_signal_handler_may_finish_a_run_that_is_being_finished(run, lingering):
     """Also where the handler's `finish` is over, and the actor on its way out, before the other one asks for it."""
     for pipeline, after in ((TrainingPipelineActor, 0.05), (lingering, 0.001)):

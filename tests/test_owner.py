@@ -68,6 +68,7 @@ def test_resume_in_the_environment_goes_on_with_the_totals(run, monkeypatch):
         assert Log(made.path).rows[0]["tokens_total"] == total
 
 
+@pytest.mark.slow
 def test_finish_waits_as_long_as_the_environment_says_for_the_rows_where_there_are_no_artifacts(
     run, server, monkeypatch
 ):
@@ -125,6 +126,7 @@ def test_an_id_in_the_environment_is_for_one_run(run, monkeypatch, caplog):
     assert caplog.text.count("stays outside WANDB_RUN_ID=a, which is for one run") == 2
 
 
+@pytest.mark.slow
 def test_a_task_of_the_drivers_does_not_take_its_id_again(run, ray_here, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "taken")
 
@@ -151,6 +153,7 @@ def test_a_demo_s_flags_begin_as_the_environment_says(tmp_path, monkeypatch):
     assert (args.dir, args.finish_timeout, args.address) == (tmp_path, 8, None)
 
 
+@pytest.mark.slow
 def test_a_cluster_of_another_shell_gets_what_wandb_needs_and_adds_nothing(drive, tmp_path, server):
     """Here the server is behind a proxy."""
     network = {"HTTP_PROXY": f"http://127.0.0.1:{server.port}", "SSL_CERT_FILE": "/mine", "REQUESTS_CA_BUNDLE": "/mine"}
@@ -213,6 +216,7 @@ wandb.agent("sweep", trial, entity="e", project="p", count=2)
     assert done.stderr.count("stays outside the sweep") == 2
 
 
+@pytest.mark.slow
 def test_a_report_that_the_actor_can_not_read_is_lost_alone(drive, tmp_path):
     """A class of the user's own script, which the actor has never seen."""
     done = drive(
@@ -240,6 +244,7 @@ print("", ledger.reports, ledger.rows, ledger.lost, ledger.restarts, ledger.ok, 
     assert sorted(row["step"] for log in each_log(tmp_path) for row in log.rows) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
 
 
+@pytest.mark.slow
 def test_a_driver_may_be_a_fork_of_a_process_without_ray(drive, tmp_path):
     done = drive(
         """

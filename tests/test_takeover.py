@@ -312,7 +312,7 @@ def test_a_restart_that_finds_the_state_gone_goes_on_with_a_new_one_and_the_ledg
 
     made, worker = run(), Worker.remote()
     ray.get(worker.log.remote(made, 0))
-    wait_for(lambda: made.progress()[0].rows == 100)
+    wait_for(lambda: len(transaction_log.numbers([made.path])) == 100)
     for file in made.path.parent.glob(".*state*"):
         file.unlink()
     os.kill(pipeline_process(made), signal.SIGKILL)
@@ -327,6 +327,7 @@ def test_a_restart_that_finds_the_state_gone_goes_on_with_a_new_one_and_the_ledg
     assert [warning for warning in ledger.warnings if "state was lost" in warning]
 
 
+@pytest.mark.slow
 def test_where_somebody_cleans_the_temporary_folder_training_goes_on_and_the_ledger_says_so(run, caplog):
     """The run's private folder, with the outboxes and the letter."""
 

@@ -405,7 +405,7 @@ def online(server: Server) -> dict[str, str]:
     return server.environment | {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
 
 
-@pytest.mark.parametrize("disk_every", ["0.5", "100"], ids=["disk", "server"])
+@pytest.mark.parametrize("disk_every", ["0.5", pytest.param("100", marks=pytest.mark.slow)], ids=["disk", "server"])
 def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server, disk_every):
     """Not the disk's, which may be behind or ahead of them: each row is on the server once, with its media."""
     variables = online(server) | {"WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": disk_every}
@@ -425,6 +425,7 @@ def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server, dis
     assert [row["step"] for row in rows if "page" in row] == list(range(0, 6000, 50))
 
 
+@pytest.mark.slow
 def test_passing_troubles_of_the_server_lose_nothing(tmp_path, server):
     server.troubles = [500, 429]
     process = writing(tmp_path, 30, dict(mode="online"), "lambda step: dict(n=1)", online(server))
@@ -522,7 +523,9 @@ def test_artifacts_and_rows_have_one_deadline(tmp_path, server, opened, monkeypa
     wandb.teardown()
 
 
-@pytest.mark.parametrize("how", ["is away", pytest.param("is silent", marks=pytest.mark.slow), "drops packets"])
+@pytest.mark.parametrize(
+    "how", ["is away", *(pytest.param(how, marks=pytest.mark.slow) for how in ("is silent", "drops packets"))]
+)
 def test_with_a_server_that_does_not_answer_the_run_is_kept_here_long_before_wandb_gives_up(tmp_path, server, how):
     """Which it does after 90 seconds."""
     server.stop()
