@@ -18,10 +18,11 @@ host.py        hosts a run in the process of its actor; actor.py is what others 
 The process that makes a run: owner.py starts the actor, letter.py is what that must know, exits.py says how the process
 ends, recover.py finishes a run without its actor, arguments.py checks what the code says.
 
-What else workers can log: artifacts.py and staging.py, media.py (W&B's data types), said.py (alerts, config, log lines).
+What else workers log: artifacts.py and staging.py, media.py (W&B's data types), said.py (alerts, config, log lines).
 
-What these share: ledger.py (the account), files.py, process.py (what a process knows of itself), calls.py (of the actor),
-nodes.py (the nodes' CPUs and GPUs), and what is not public: ray_internals.py, wandb_internals.py, transaction_log.py.
+What these share: ledger.py (the account), files.py, process.py (what a process knows of itself), calls.py (calls of the
+actor), nodes.py (the nodes' CPUs and GPUs), and for what is not public ray_internals.py, wandb_internals.py and
+transaction_log.py.
 """
 
 import os
