@@ -119,10 +119,10 @@ def reduce_reports(
 
 def _worst(key: str, reports: Sequence[Mapping], who: Sequence[str]) -> dict[str, Any]:
     """The largest value that a worker has reported, and the worker's name: a mean hides one that is slow."""
-    theirs = [(report[key], name) for report, name in zip(reports, who, strict=True) if np.size(report.get(key, ()))]
-    largest = [(np.nanmax(value).item(), name) for value, name in theirs]
-    value, name = max((each for each in largest if not math.isnan(each[0])), default=(math.nan, ""))
-    return {f"{key}/max": value, f"{key}/worst": name} if name else {}
+    theirs = [(np.ravel(report[key]), name) for report, name in zip(reports, who, strict=True) if key in report]
+    known = [(value[~np.isnan(value)], name) for value, name in theirs]
+    largest = [(value.max().item(), name) for value, name in known if value.size]
+    return dict(zip((f"{key}/max", f"{key}/worst"), max(largest), strict=True)) if largest else {}
 
 
 def _plain(value: Any) -> Any:

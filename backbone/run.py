@@ -155,24 +155,13 @@ class Run:
     def read_to_end(self, deadline: float) -> None:
         """Closes the outboxes at home: nothing more is taken there, and what is there is read."""
         self.reader.close()
-        self._until(deadline, lambda: not all(reading.is_empty for _, reading in self.read(look=True)))
+        _until(self.state, deadline, lambda: not all(reading.is_empty for _, reading in self.read(look=True)))
 
     def end(self, pipelines: Sequence[Pipeline], deadline: float) -> None:
         """Closes all steps of pipelines with the reports that came."""
         for pipeline in pipelines:
             pipeline.steps.finish()
-        self._until(deadline, self._save)
-
-    def _until(self, deadline: float, call: Callable[[], object]) -> None:
-        """Repeats it as long as it says so, or the disk is full."""
-        while True:
-            try:
-                if not call():
-                    return
-            except sqlite3.Error as error:
-                if time.monotonic() > deadline:
-                    return self.state.warn("disk", f"{line(error)}: what could not be written is lost")
-                time.sleep(0.1)
+        _until(self.state, deadline, self._save)
 
     def finish(self, exit_code: int, failure: str | None, deadline: float) -> Ledgers:
         """Finishes it with W&B, when its pipelines have ended.
@@ -205,3 +194,15 @@ class Run:
     def ledger(self, pipeline: Pipeline) -> Ledger:
         """A pipeline's account so far."""
         return ledger.account(self.state, pipeline)
+
+
+def _until(state: State, deadline: float, call: Callable[[], object]) -> None:
+    """Repeats a call as long as it says so, or the disk is full."""
+    while True:
+        try:
+            if not call():
+                return
+        except sqlite3.Error as error:
+            if time.monotonic() > deadline:
+                return state.warn("disk", f"{line(error)}: what could not be written is lost")
+            time.sleep(0.1)

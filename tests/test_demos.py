@@ -124,7 +124,9 @@ def check_whole(log: Log, rows: int = STEPS) -> None:
 HURRY = ("--step-seconds", "0")
 
 
-@pytest.mark.parametrize("demo", ["demo1", "demo2", pytest.param("demo3", marks=pytest.mark.slow), "demo4"])
+@pytest.mark.parametrize(
+    "demo", ["demo1", *(pytest.param(demo, marks=pytest.mark.slow) for demo in ("demo2", "demo3")), "demo4"]
+)
 def test_a_demo_is_quiet_says_where_its_runs_are_and_leaves_nothing_else(ran, demo):
     done, directory = ran(demo, *HURRY, WANDB_MODE="offline") if demo == "demo2" else ran(demo)
     assert done.returncode == 0

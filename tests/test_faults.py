@@ -143,6 +143,7 @@ def test_an_exception_in_a_worker_keeps_all_rows_up_to_then(ray_here, run):
     assert [row["workers"] for row in Log(made.path).rows] == [2] * 7 + [1] * 13
 
 
+@pytest.mark.slow
 def test_a_driver_that_ends_without_finish_loses_nothing(tmp_path, environment):
     program = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
@@ -452,6 +453,7 @@ def test_one_run_can_carry_two_pipelines(run):
     assert sum(row.get("training/workers", 0) for row in rows) == 10
 
 
+@pytest.mark.slow
 def test_after_ray_shutdown_the_driver_finishes_the_run_and_a_handle_says_that_ray_is_gone(tmp_path, environment):
     program = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
@@ -491,7 +493,7 @@ def disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("gets_room", [False, True])
+@pytest.mark.parametrize("gets_room", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_full_disk_is_told_once_holds_nobody_up_for_long_and_the_ledger_says_what_is_lost(ray_here, disk, gets_room):
     """That of the run's folder; what is logged meanwhile waits in the temporary folder."""
     if gets_room:

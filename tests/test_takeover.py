@@ -25,7 +25,7 @@ from ray._private import state
 @pytest.mark.parametrize(
     ("number", "status", "order"),
     [
-        (signal.SIGTERM, 143, "the driver last"),
+        pytest.param(signal.SIGTERM, 143, "the driver last", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, "the driver first", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, "any", marks=pytest.mark.slow),
     ],
