@@ -7,9 +7,9 @@ million    a million reports of one worker, ten to a step: how much its process 
            wandb-core) grow after the first tenth, and how long `finish` takes after 100,000 rows
 scaling    the same number of reports from 4, 16 and 64 workers, flat out: 10 numbers, or 4 arrays of 64 samples
 thousand   1,000 workers that report every second, every quarter of one, and flat out
+idle       1,000 workers that have logged and live on
 start      demo 1 with its default flags, and a script that only starts Ray and two actors
 
-idle       1,000 workers that have logged and go on to live
 Workers are simulated by a few processes: each worker has an outbox of its own, as if it were a process. What is lost is
 read from the transaction log.
 """

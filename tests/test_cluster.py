@@ -1,4 +1,4 @@
-"""A real cluster of two nodes on this machine, the second with a /tmp of its own: what is logged there is brought."""
+"""A real cluster of two nodes on this machine, the second with a temporary folder of its own: what is logged there is brought."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ cluster.shutdown()
 
 # A temporary folder of its own: else a node would take the run's private folder for its own one.
 OWN_TMP = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.getuid() else []), "sh", "-c"]
-OWN_TMP += ['mount -t tmpfs tmpfs /tmp && exec "$@"', "sh"]
+OWN_TMP += ['mount -t tmpfs tmpfs "$TMPDIR" && exec "$@"', "sh"]
 
 JOIN = f"""
 import json, os, pickle, signal, subprocess, sys, threading, time
@@ -86,10 +86,10 @@ def show(ledger):
 
 
 class Node:
-    """A further one, with a /tmp of its own."""
+    """A further one, with a temporary folder of its own."""
 
     def __init__(self, address: str, name: str, environment: dict[str, str]):
-        self.name = name
+        self.name, self._temporary = name, environment["TMPDIR"].lstrip("/")
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", address, "--num-cpus", "2"]
         start += ["--resources", json.dumps({name: 1}), "--block", "--disable-usage-stats"]
         start += ["--min-worker-port", "0", "--max-worker-port", "0"]
@@ -101,7 +101,7 @@ class Node:
         return below(self.raylet, "ray::Relay")
 
     def private_folders(self) -> list[Path]:
-        return [*Path(f"/proc/{self.raylet}/root", "tmp").glob("wandb-run-*")]
+        return [*Path(f"/proc/{self.raylet}/root", self._temporary).glob("wandb-run-*")]
 
     def die(self) -> None:
         """All of it at once, as when a machine is gone."""
@@ -127,12 +127,16 @@ class Nodes:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Nodes]:
     """In processes of its own, because a process has one token."""
-    if not shutil.which("unshare") or subprocess.run([*OWN_TMP, "true"], capture_output=True).returncode:
-        pytest.skip("needs the right to give a node a /tmp of its own: unshare --mount")
     environment = no_account(tmp_path_factory.mktemp("home"))
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     with short_folder() as folder:
-        environment["RAY_TMPDIR"] = folder
+        environment |= {"RAY_TMPDIR": folder, "TMPDIR": folder}
+        may = (
+            shutil.which("unshare")
+            and not subprocess.run([*OWN_TMP, "true"], env=environment, capture_output=True).returncode
+        )
+        if not may:
+            pytest.skip("needs the right to give a node a temporary folder of its own: unshare --mount")
         pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         head = subprocess.Popen([sys.executable, "-c", HEAD], env=environment, text=True, **pipe)
         address, raylet = head.stdout.readline().split()
