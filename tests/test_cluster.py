@@ -1,4 +1,4 @@
-"""A real cluster of two nodes on this machine, the second with a temporary folder of its own: what is logged there is brought."""
+"""A real cluster of two nodes, each with a temporary folder of its own: what is logged on the second is brought."""
 
 import contextlib
 import json
