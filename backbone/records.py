@@ -85,7 +85,12 @@ class Segments:
         while self._unsure:
             sure = self._unsure = object()
             _, file, records, begin = self._segment
-            content = os.pread(file, os.fstat(file).st_size, 0)
+            try:
+                content = os.pread(file, os.fstat(file).st_size, 0)
+            except OSError as error:
+                if error.errno is None or self._unsure is sure:
+                    raise
+                continue  # a signal handler has begun the next segment, and closed this one
             whole = [*parse(content)]
             size = sum(length for length, _, _ in whole)
             count = sum(head[1] in COUNTED for _, head, _ in whole)
