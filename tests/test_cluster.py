@@ -191,7 +191,8 @@ def actors(raylet: int) -> dict[int, str]:
     return found
 
 
-@pytest.mark.parametrize("where", ["netrc", pytest.param("environment", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["netrc", "environment"])
 def test_the_users_login_is_found_by_the_actors_of_a_cluster_that_was_started_without_it(cluster, begin, where):
     server = Server()
     program = "with WandbRun('p', id='r', mode='online') as run: run.log({'a': 1.0}, 5)"
@@ -381,6 +382,7 @@ time.sleep(600)
     wait_for(lambda: not cluster.second.relays() and before.issuperset(cluster.second.private_folders()))
 
 
+@pytest.mark.slow
 def test_a_demo_s_workers_are_on_both_nodes_and_when_one_dies_the_rest_goes_on(cluster, tmp_path):
     """The pipeline actors are on the driver's node, the runs where `--dir` says, and the ledger is right.
 

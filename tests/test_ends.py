@@ -140,27 +140,39 @@ def test_actors_that_are_killed_right_after_they_logged_lose_nothing(run, tmp_pa
 def test_a_task_that_is_cancelled_in_the_middle_of_log_loses_nothing_and_the_next_one_in_its_process_goes_on(
     run, tmp_path
 ):
+    made, file, stop = run(), tmp_path / "logs", tmp_path / "stops"
+
     @ray.remote(max_retries=0)
-    def work(made: WandbRun, file: Path | None) -> int:
-        first, step = 10**6 * (file is None), -1
+    def work(made: WandbRun, first: int) -> None:
+        step = first - 1
         try:
-            for step in range(first, first + (10**6 if file else 100)):
+            for step in range(first, first + (100 if first else 10**6)):
                 made.log({"tokens": 1}, step)
                 if step == 2_000:
                     file.touch()
+                if step % 1_000 == 0 and stop.exists():
+                    break
         finally:
             (tmp_path / f"{os.getpid()}-{first}").write_text(str(step))  # this one's `log` may not have returned
 
-    made, file = run(), tmp_path / "logs"
-    works = work.remote(made, file)
-    wait_for(file.exists, every=0.01)
-    ray.cancel(works)
-    while not ray.wait([works], timeout=2)[0]:
-        ray.cancel(works)  # again: what is raised in a callback of Python's collector gets nowhere
-    with pytest.raises(ray.exceptions.TaskCancelledError):
-        ray.get(works)
-    [told] = tmp_path.glob("*-0")
-    wait_for(lambda: ray.get(work.remote(made, None)) or (tmp_path / told.name.replace("-0", "-1000000")).exists())
+    def is_cancelled() -> bool:
+        """Seldom an interrupt gets lost: what is raised in a callback of Python's collector gets nowhere."""
+        works = work.remote(made, 0)
+        wait_for(file.exists, every=0.01)
+        ray.cancel(works)
+        ray.wait([works], timeout=10)
+        stop.touch()
+        try:
+            ray.get(works)
+        except ray.exceptions.TaskCancelledError:
+            return True
+        file.unlink()
+        return False
+
+    assert any(is_cancelled() for _ in range(3))
+    stop.unlink()
+    told = max(tmp_path.glob("*-0"), key=lambda path: path.stat().st_mtime)
+    wait_for(lambda: ray.get(work.remote(made, 10**6)) or (tmp_path / told.name.replace("-0", "-1000000")).exists())
     ledger = made.finish()
     steps = {row["step"] for row in Log(ledger.path).rows}
     assert steps >= {*range(int(told.read_text())), *range(10**6, 10**6 + 100)}

@@ -211,6 +211,7 @@ time.sleep(600)
     assert log.exit_code == 1
 
 
+@pytest.mark.slow
 def test_what_comes_while_the_actor_is_killed_again_and_again_is_in_order_and_whole(run):
     """Steps in two calls, flat out, from two workers."""
 
