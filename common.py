@@ -38,15 +38,8 @@ from ray.util import client
 
 __all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
 __all__ += ["generate_evaluation_metrics", "generate_inference_metrics", "generate_training_metrics"]
-__all__ += [
-    "Ledger",
-    "PipelineActor",
-    "Reduction",
-    "RunFinishedError",
-    "node_metrics",
-    "pipeline_actor",
-    "reduce_reports",
-]
+__all__ += ["Ledger", "PipelineActor", "Reduction", "RunFinishedError", "node_metrics", "pipeline_actor"]
+__all__ += ["reduce_reports"]
 logger = logging.getLogger("wandb_run")
 
 
@@ -120,10 +113,8 @@ class WandbRun:
     ):
         prefix = prefix or (getattr(pipeline, "prefix", "") if share is not None else "")
         _check(project, pipeline, workers, prefix, share, init)
-        self._host, self._is_view = (
-            share._host if share else self,
-            bool(share),
-        )  # the run itself, and whether it is not this
+        self._host: WandbRun = share._host if share else self  # the run itself
+        self._is_view = bool(share)
         self._owned = share._owned if share else owner.start_actor(pipeline, init | dict(project=project, name=name))
         self._address: Address = self._owned.letter.address
         self._prefix, self._speaks_for, self._finishing = prefix, "", threading.RLock()
