@@ -38,17 +38,12 @@ def strategy(args: Args) -> tuple[WandbRun, WandbRun, WandbRun]:
     """One project and one group; job types and tags tell the runs apart."""
 
     def run(job_type: str, pipeline: ray.actor.ActorClass, workers: int) -> WandbRun:
-        return WandbRun(
-            "rl-agent-extended",
+        name, tags = (
             f"{job_type}-{args.experiment}",
-            pipeline=pipeline,
-            workers=workers,
-            id=f"demo4-{job_type}-{args.experiment}",
-            job_type=job_type,
-            group=args.experiment,
-            tags=["demo4", f"seed-{args.seed}", f"experiment-{args.experiment}"[:64]],
-            **args.init,
+            ["demo4", f"seed-{args.seed}", f"experiment-{args.experiment}"[:64]],
         )
+        ties = dict(job_type=job_type, group=args.experiment, tags=tags, id=f"demo4-{name}")
+        return WandbRun("rl-agent-extended", name, pipeline=pipeline, workers=workers, **ties, **args.init)
 
     training = run("training", TrainingPipelineActor, args.training_workers)
     inference = run("inference", InferencePipelineActor, args.inference_workers)
