@@ -142,7 +142,7 @@ def test_a_task_that_is_cancelled_in_the_middle_of_log_loses_nothing_and_the_nex
 ):
     made, file, stop = run(), tmp_path / "logs", tmp_path / "stops"
 
-    @ray.remote(max_retries=0)
+    @ray.remote(max_retries=0, runtime_env=dict(env_vars={"TO_BE_CANCELLED": "1"}))  # processes that no other test uses
     def work(made: WandbRun, first: int) -> None:
         step = first - 1
         try:
@@ -166,11 +166,12 @@ def test_a_task_that_is_cancelled_in_the_middle_of_log_loses_nothing_and_the_nex
             ray.get(works)
         except ray.exceptions.TaskCancelledError:
             return True
+        finally:
+            stop.unlink()
         file.unlink()
         return False
 
     assert any(is_cancelled() for _ in range(3))
-    stop.unlink()
     told = max(tmp_path.glob("*-0"), key=lambda path: path.stat().st_mtime)
     wait_for(lambda: ray.get(work.remote(made, 10**6)) or (tmp_path / told.name.replace("-0", "-1000000")).exists())
     ledger = made.finish()
