@@ -51,7 +51,7 @@ class Host:
         run = open_run(init, address, self._letter.process, self.lock, exits.stop_file(address.folder).touch)
         run.state.hear = self._hear
         run.start()
-        self.run, self._relays = run, Relays(address, run.inbox.positions, run.inbox.node_is_gone)
+        self.run, self._relays = run, Relays(address, run.inbox.positions, run.inbox.place_is_gone)
 
     def _come_back(self) -> None:
         """What a restarted actor does first. If it can't, it dies, and tries again until it has given up."""
@@ -100,8 +100,8 @@ class Host:
         except Exception as error:
             logger.exception("run %s: the pipeline actor starts again: %s", self._letter.init["id"], line(error))
             os._exit(1)
-        for node, _ in readings:
-            self._relays.go_on(node)
+        for place, _ in readings:
+            self._relays.go_on(place)
         return readings
 
     def _look_around(self) -> None:
@@ -174,13 +174,17 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
         run.reader.close()
         with contextlib.suppress(Exception):  # all of Ray is gone
             relays.close()
-    waiting = {HOME, *relays.nodes}
-    while waiting & {HOME, *relays.nodes}:
-        for node, reading in read(True):
-            done = reading.is_last if closing and node != HOME else reading.is_empty
-            waiting -= {node} if done else set()
-        for node in relays.silent(Relays.PATIENCE):
-            relays.give_up(node, f"it did not answer within {Relays.PATIENCE:.0f} s")
+    waiting, heard = {HOME, *relays.places}, {HOME}  # a relay's first answer may be on its way since before
+    while waiting & {HOME, *relays.places}:
+        for place, reading in read(True):
+            if closing:
+                done = reading.is_empty if place == HOME else reading.is_last
+            else:  # others may log on and on
+                done = reading.is_empty or (place in heard and not reading.is_cut)
+            waiting -= {place} if done else set()
+            heard.add(place)
+        for place in relays.silent(Relays.PATIENCE):
+            relays.give_up(place, f"it did not answer within {Relays.PATIENCE:.0f} s")
         if time.monotonic() > deadline:
             if closing:
                 run.inbox.unheard("what was logged last: it could not be read in time")

@@ -13,7 +13,7 @@ from .reading import Reading, Record
 from .said import Said
 from .state import State
 
-HOME = ""  # the run's own node, among those that have outboxes
+HOME = ""  # the run's own place, among those that have outboxes; of others see relay.py
 GONE = 1, "the process that the run belonged to is gone"  # exit code and failure of an owner that has said nothing
 
 
@@ -41,7 +41,7 @@ class Inbox:
     def __init__(self, state: State, pipelines: list[Pipeline], owner: str):
         self._state, self._pipelines, self._owner = state, pipelines, owner
         found = state.db.execute("SELECT * FROM outboxes").fetchall()
-        self.boxes: dict[tuple[str, str], Box] = {(node, name): pickle.loads(box) for node, name, box in found}
+        self.boxes: dict[tuple[str, str], Box] = {(place, name): pickle.loads(box) for place, name, box in found}
         self.said = Said(state)
         self.clock: float = state.facts.get("clock", 0.0)  # of the steps, in seconds
 
@@ -50,31 +50,31 @@ class Inbox:
         """Exit code and failure, when the owner has ended."""
         return self._state.facts.get("owner_end")
 
-    def positions(self, node: str) -> dict[str, Position]:
-        """How far the outboxes of a node have been read."""
-        return {name: box.position for (where, name), box in self.boxes.items() if where == node}
+    def positions(self, place: str) -> dict[str, Position]:
+        """How far the outboxes of a place have been read."""
+        return {name: box.position for (where, name), box in self.boxes.items() if where == place}
 
     @property
-    def nodes(self) -> set[str]:
-        """Other ones than the run's own."""
-        return {node for (node, _), box in self.boxes.items() if not box.ended} - {HOME}
+    def places(self) -> set[str]:
+        """Other ones than the run's own, where outboxes have not been read to their end."""
+        return {place for (place, _), box in self.boxes.items() if not box.ended} - {HOME}
 
-    def take(self, node: str, reading: Reading) -> None:
-        """Takes what is new on a node. The reading before must have been committed by its reader."""
-        for key in [key for key, box in self.boxes.items() if key[0] == node and box.ended]:
+    def take(self, place: str, reading: Reading) -> None:
+        """Takes what is new in a place. The reading before must have been committed by its reader."""
+        for key in [key for key, box in self.boxes.items() if key[0] == place and box.ended]:
             del self.boxes[key]
-            self._state.do("DELETE FROM outboxes WHERE node = ? AND name = ?", *key)
+            self._state.do("DELETE FROM outboxes WHERE place = ? AND name = ?", *key)
         for record in reading.records:
-            box = self.boxes.get((node, record.outbox))
+            box = self.boxes.get((place, record.outbox))
             if record.kind == records.BEGUN:
                 about = json.loads(record.content)
-                self.boxes[node, record.outbox] = Box(about["name"], about["parent"], about["name"])
+                self.boxes[place, record.outbox] = Box(about["name"], about["parent"], about["name"])
             elif box:  # else it had ended before an actor died that had not removed its files yet
                 self._take_record(box, record)
         for name, end in {record.outbox: record.end for record in reading.records}.items():
-            if box := self.boxes.get((node, name)):
+            if box := self.boxes.get((place, name)):
                 box.position = end
-                self._state.do("INSERT OR REPLACE INTO outboxes VALUES (?, ?, ?)", node, name, pickle.dumps(box))
+                self._state.do("INSERT OR REPLACE INTO outboxes VALUES (?, ?, ?)", place, name, pickle.dumps(box))
 
     def _take_record(self, box: Box, record: Record) -> None:
         if record.kind in (records.REPORT, records.COMMIT):
@@ -115,12 +115,12 @@ class Inbox:
         box.ended = True
         self._end(box.name, died=not box.exit)
 
-    def node_is_gone(self, node: str, why: str) -> None:
+    def place_is_gone(self, place: str, why: str) -> None:
         """What was not brought from it can't be read any more."""
-        self.unheard(f"node {node[:6]}: {why}")
-        for key in [key for key in self.boxes if key[0] == node]:
+        self.unheard(f"node {place[:6]}: {why}")
+        for key in [key for key in self.boxes if key[0] == place]:
             self._close(self.boxes.pop(key))
-            self._state.do("DELETE FROM outboxes WHERE node = ? AND name = ?", *key)
+            self._state.do("DELETE FROM outboxes WHERE place = ? AND name = ?", *key)
 
     def unheard(self, what: str) -> None:
         """There may be reports that nobody can read."""

@@ -74,8 +74,8 @@ def _end_earlier(run: Run) -> None:
     """Makes rows of all that is left of an earlier run, whose process did not finish it. This one goes on with them."""
     run.read_to_end(time.monotonic() + 10)
     run.end(run.pipelines, time.monotonic() + 10)
-    for node in run.inbox.nodes:
-        run.inbox.node_is_gone(node, "the run's earlier life had outboxes there")
+    for place in run.inbox.places:
+        run.inbox.place_is_gone(place, "the run's earlier life had outboxes there")
     run.state.do("DELETE FROM outboxes")
     run.state.note(owner_end=None)
     run.state.commit()

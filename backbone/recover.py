@@ -78,8 +78,8 @@ def _finish(run: Run) -> None:
     run.state.note(tried_again=True)  # this process could not be followed by another one
     run.state.warn("recovered", "the pipeline actor is gone; the run was finished without it")
     run.read_to_end(minute)
-    for node in run.inbox.nodes:
-        run.inbox.node_is_gone(node, "what was logged there at last")
+    for place in run.inbox.places:
+        run.inbox.place_is_gone(place, "what was logged there at last")
     run.end(run.pipelines, minute)
     run.start()
     exit_code, failure = run.inbox.owner_end or GONE

@@ -75,20 +75,22 @@ class Relay:
 class Relays:
     """The places on other nodes where outboxes are, and the relay of each. It has one call under way.
 
-    positions: how far the outboxes of a node have been read. gone: called with a node that can't be read, and why.
+    A place is a node and a view of its files: a container may have a temporary folder of its own.
+
+    positions: how far the outboxes of a place have been read. gone: called with a place that can't be read, and why.
     """
 
-    PATIENCE = 10.0  # seconds for a node that doesn't answer
+    PATIENCE = 10.0  # seconds for a place that doesn't answer
 
     def __init__(
         self, address: Address, positions: Callable[[str], dict[str, Position]], gone: Callable[[str, str], None]
     ):
         self._address, self._positions, self._gone = address, positions, gone
-        self._found: dict[str, tuple[bytes, Path]] = {}  # by node, at the last look
-        self._places: dict[str, tuple[bytes, Path]] = {}  # those that are not read to their end
-        self._read: set[str] = set()  # nodes that are, or can't be read
-        self._relays: dict[str, ray.actor.ActorHandle] = {}  # by node
-        self._calls: dict[str, tuple[ray.ObjectRef, float]] = {}  # by node; and since when it is under way
+        self._found: dict[str, tuple[bytes, Path]] = {}  # by place, at the last look
+        self._open: dict[str, tuple[bytes, Path]] = {}  # those that are not read to their end
+        self._read: set[str] = set()  # places that are, or can't be read
+        self._relays: dict[str, ray.actor.ActorHandle] = {}  # by place
+        self._calls: dict[str, tuple[ray.ObjectRef, float]] = {}  # by place; and since when it is under way
         self._closed = False
 
     def look(self) -> None:
@@ -100,59 +102,59 @@ class Relays:
 
     def start(self) -> None:
         """Starts relays in places that have none."""
-        self._places = {node: place for node, place in self._found.items() if node not in self._read} | self._places
-        for node in [node for node in self.nodes if node not in self._relays]:
-            here = NodeAffinitySchedulingStrategy(node.partition(" ")[0], soft=False)
-            relay = Relay.options(scheduling_strategy=here).remote(*self._places[node], self._positions(node))
-            self._relays[node] = relay
+        self._open = {place: at for place, at in self._found.items() if place not in self._read} | self._open
+        for place in [place for place in self._open if place not in self._relays]:
+            here = NodeAffinitySchedulingStrategy(_node(place), soft=False)
+            relay = Relay.options(scheduling_strategy=here).remote(*self._open[place], self._positions(place))
+            self._relays[place] = relay
             if self._closed:
                 relay.close.remote()
-            self.go_on(node)
+            self.go_on(place)
 
-    def go_on(self, node: str) -> None:
+    def go_on(self, place: str) -> None:
         """What a relay has brought is safe, and it may bring more."""
-        if relay := self._relays.get(node):
-            self._calls[node] = relay.read.remote(), time.monotonic()
+        if relay := self._relays.get(place):
+            self._calls[place] = relay.read.remote(), time.monotonic()
 
     def brought(self) -> list[tuple[str, Reading]]:
         """What relays have brought by now."""
         self.start()
-        calls = {call: node for node, (call, _) in self._calls.items()}
+        calls = {call: place for place, (call, _) in self._calls.items()}
         done, _ = ray.wait([*calls], num_returns=len(calls), timeout=0) if calls else ([], [])
         readings = []
-        for node, call in ((calls[call], call) for call in done):
-            del self._calls[node]
+        for place, call in ((calls[call], call) for call in done):
+            del self._calls[place]
             try:
                 reading = ray.get(call)
-                readings.append((node, reading))
+                readings.append((place, reading))
                 if reading.is_last:
-                    self._leave(node)
+                    self._leave(place)
             except ray.exceptions.RayError as error:
-                self._fail(node, error)
+                self._fail(place, error)
         return readings
 
-    def _leave(self, node: str) -> None:
-        for known in (self._found, self._places, self._relays, self._calls):
-            known.pop(node, None)
+    def _leave(self, place: str) -> None:
+        for known in (self._found, self._open, self._relays, self._calls):
+            known.pop(place, None)
         if self._closed:  # else somebody may log there again
-            self._read.add(node)
+            self._read.add(place)
 
-    def _fail(self, node: str, error: Exception) -> None:
-        del self._relays[node]
+    def _fail(self, place: str, error: Exception) -> None:
+        del self._relays[place]
         if isinstance(error, ray.exceptions.RayActorError) and "creation task" in str(error):
-            self.give_up(node, str(error).strip().rpartition("\n")[2])
-        elif not any(known["NodeID"] == node.partition(" ")[0] and known["Alive"] for known in ray.nodes()):
-            self.give_up(node, "it is dead")
+            self.give_up(place, str(error).strip().rpartition("\n")[2])
+        elif not any(node["NodeID"] == _node(place) and node["Alive"] for node in ray.nodes()):
+            self.give_up(place, "it is dead")
         # else its process was killed, and another one is started
 
-    def give_up(self, node: str, why: str) -> None:
-        self._leave(node)
-        self._read.add(node)
-        self._gone(node, why)
+    def give_up(self, place: str, why: str) -> None:
+        self._leave(place)
+        self._read.add(place)
+        self._gone(place, why)
 
     def silent(self, seconds: float) -> list[str]:
-        """Nodes that don't answer for so long."""
-        return [node for node, (_, since) in self._calls.items() if time.monotonic() - since > seconds]
+        """Places that don't answer for so long."""
+        return [place for place, (_, since) in self._calls.items() if time.monotonic() - since > seconds]
 
     def close(self) -> None:
         """Nothing more is taken anywhere. What they still bring ends with a reading that `is_last`."""
@@ -164,5 +166,10 @@ class Relays:
         self.start()
 
     @property
-    def nodes(self) -> list[str]:
-        return [*self._places]
+    def places(self) -> list[str]:
+        """Those that are not read to their end."""
+        return [*self._open]
+
+
+def _node(place: str) -> str:
+    return place.partition(" ")[0]

@@ -19,7 +19,7 @@ from .files import open_database, remove_database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
-CREATE TABLE IF NOT EXISTS outboxes (node TEXT, name TEXT, state BLOB, PRIMARY KEY (node, name));
+CREATE TABLE IF NOT EXISTS outboxes (place TEXT, name TEXT, state BLOB, PRIMARY KEY (place, name));
 CREATE TABLE IF NOT EXISTS pipelines (number INTEGER PRIMARY KEY, prefix TEXT, reduction BLOB, state BLOB);
 CREATE TABLE IF NOT EXISTS reports (
     pipeline INTEGER, id INTEGER, wall_time REAL, who TEXT, metrics BLOB, PRIMARY KEY (pipeline, id));

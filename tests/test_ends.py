@@ -6,6 +6,7 @@ import copy
 import ctypes
 import dataclasses
 import gc
+import itertools
 import os
 import pickle
 import signal
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import Ledger, RunFinishedError, WandbRun
@@ -140,40 +142,25 @@ def test_actors_that_are_killed_right_after_they_logged_lose_nothing(run, tmp_pa
 def test_a_task_that_is_cancelled_in_the_middle_of_log_loses_nothing_and_the_next_one_in_its_process_goes_on(
     run, tmp_path
 ):
-    made, file, stop = run(), tmp_path / "logs", tmp_path / "stops"
-
-    @ray.remote(max_retries=0, runtime_env=dict(env_vars={"TO_BE_CANCELLED": "1"}))  # processes that no other test uses
-    def work(made: WandbRun, first: int) -> None:
-        step = first - 1
+    @ray.remote(max_retries=0)
+    def work(made: WandbRun, file: Path | None) -> None:
+        first, step = 10**6 * (file is None), -1
         try:
-            for step in range(first, first + (100 if first else 10**6)):
+            for step in range(first, first + (10**6 if file else 100)):
                 made.log({"tokens": 1}, step)
                 if step == 2_000:
                     file.touch()
-                if step % 1_000 == 0 and stop.exists():
-                    break
         finally:
             (tmp_path / f"{os.getpid()}-{first}").write_text(str(step))  # this one's `log` may not have returned
 
-    def is_cancelled() -> bool:
-        """Seldom an interrupt gets lost: what is raised in a callback of Python's collector gets nowhere."""
-        works = work.remote(made, 0)
-        wait_for(file.exists, every=0.01)
-        ray.cancel(works)
-        ray.wait([works], timeout=10)
-        stop.touch()
-        try:
-            ray.get(works)
-        except ray.exceptions.TaskCancelledError:
-            return True
-        finally:
-            stop.unlink()
-        file.unlink()
-        return False
-
-    assert any(is_cancelled() for _ in range(3))
-    told = max(tmp_path.glob("*-0"), key=lambda path: path.stat().st_mtime)
-    wait_for(lambda: ray.get(work.remote(made, 10**6)) or (tmp_path / told.name.replace("-0", "-1000000")).exists())
+    made, file = run(), tmp_path / "logs"
+    works = work.remote(made, file)
+    wait_for(file.exists, every=0.01)
+    ray.cancel(works)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(works)
+    [told] = tmp_path.glob("*-0")
+    wait_for(lambda: ray.get(work.remote(made, None)) or (tmp_path / told.name.replace("-0", "-1000000")).exists())
     ledger = made.finish()
     steps = {row["step"] for row in Log(ledger.path).rows}
     assert steps >= {*range(int(told.read_text())), *range(10**6, 10**6 + 100)}
@@ -473,6 +460,32 @@ def test_finish_does_not_wait_for_those_who_log_on_and_on_and_they_are_told(run,
     assert sum(returned) <= ledger.reports <= sum(returned) + 2  # each may have been told of its last one
     assert min(returned) > 0
     assert (tokens(ledger), ledger.lost) == (ledger.reports, 0)
+
+
+def test_a_view_is_finished_while_others_log_on_and_on(run, tmp_path):
+    @ray.remote
+    def work(made: WandbRun) -> None:
+        for step in itertools.count():
+            made.log({"tokens": 1}, step)
+            if step == 100:
+                (tmp_path / "logs").touch()
+            if step % 100 == 0 and (tmp_path / "stops").exists():
+                break
+
+    made = run(settings=dict(finish_timeout=0))  # no limit
+    view = WandbRun("p", share=made, prefix="eval/")
+    view.log({"accuracy": 0.5}, 7)
+    working = work.remote(made)
+    wait_for((tmp_path / "logs").exists)
+    with ThreadPoolExecutor(1) as pool:
+        finishing = pool.submit(view.finish)
+        try:
+            account = finishing.result(timeout=60)
+        finally:
+            (tmp_path / "stops").touch()
+    assert (account.reports, account.rows) == (1, 1)
+    ray.get(working)
+    assert made.finish().ok
 
 
 def test_a_worker_with_a_temporary_folder_of_its_own_is_named(run, tmp_path):

@@ -312,13 +312,13 @@ def test_on_a_node_that_is_gone_all_have_died(kept):
     made = kept(workers=2)
     made.bring(report("w", 0, {"a": 1.0}, commit=False), report("v", 0, {"a": 3.0}, commit=False))
     made.bring(report("elsewhere", 1, {"a": 1.0}), node="another")
-    assert made.inbox.nodes == {ELSEWHERE, "another"}
-    made.inbox.node_is_gone(ELSEWHERE, "it is dead")
-    assert made.inbox.nodes == {"another"}
+    assert made.inbox.places == {ELSEWHERE, "another"}
+    made.inbox.place_is_gone(ELSEWHERE, "it is dead")
+    assert made.inbox.places == {"another"}
     made.bring(report("successor", 0, {"a": 5.0}), node="another")
     assert sizes(made) == [(0, 2)]
     made = again(made)
-    assert (made.inbox.nodes, made.inbox.positions(ELSEWHERE)) == ({"another"}, {})
+    assert (made.inbox.places, made.inbox.positions(ELSEWHERE)) == ({"another"}, {})
     account = made.run.ledger(made.run.pipeline(""))
     assert (account.unheard, account.ok) == ([f"node {ELSEWHERE}: it is dead"], False)
 

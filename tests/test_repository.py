@@ -111,7 +111,7 @@ def test_nothing_waits_inside_ray_and_no_process_is_signalled():
         assert not calls(path) & {"os.kill", *waits}, path
     [taking] = functions_that_call(ROOT / "backbone" / "relay.py", "ray.get")
     assert "timeout=0" in taking.partition("ray.get")[0]
-    assert "for node, call in ((calls[call], call) for call in done)" in taking
+    assert "for place, call in ((calls[call], call) for call in done)" in taking
 
 
 def test_nothing_starts_or_joins_a_ray_by_asking_for_it():
