@@ -20,8 +20,9 @@ import re
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backbone import arguments, calls, exits, owner, process, ray_internals, records, recover, staging, values
 from backbone.actor import PipelineActor, pipeline_actor
@@ -35,6 +36,9 @@ from backbone.said import LogHandler
 import numpy as np
 import ray
 from ray.util import client
+
+if TYPE_CHECKING:  # importing it takes a second, and workers don't need it
+    import wandb
 
 __all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
 __all__ += ["generate_evaluation_metrics", "generate_inference_metrics", "generate_training_metrics"]
@@ -194,14 +198,23 @@ class WandbRun:
         kind, step = records.COMMIT if commit else records.REPORT, values.as_step(step)
         self._outbox.put(kind, self._pipeline, step, values.pack(values.as_report(metrics, step)), label)
 
-    def alert(self, title: str, text: str = "", level: str = "INFO", wait_duration: float = 60.0) -> None:
+    def alert(
+        self,
+        title: str,
+        text: str = "",
+        level: str | wandb.AlertLevel = "INFO",
+        wait_duration: float | timedelta = 60.0,
+    ) -> None:
         """Sends W&B's alert, by mail or Slack as the user's settings say. Of a title one goes out in a minute.
 
-        level: INFO, WARN or ERROR. wait_duration: seconds in which W&B sends no other of this title. Raises ValueError
-        for another level, and RunFinishedError after `finish`.
+        level: INFO, WARN or ERROR. wait_duration: time in which W&B sends no other of this title, in seconds if it is
+        a number. Raises ValueError for another level, TypeError for no duration, and RunFinishedError after `finish`.
         """
+        level = getattr(level, "value", level)
         if level not in ("INFO", "WARN", "ERROR"):
             raise ValueError(f"level must be INFO, WARN or ERROR, not {level!r}")
+        if not isinstance(wait_duration, int | float | timedelta):
+            raise TypeError(f"wait_duration must be seconds or a timedelta, not {wait_duration!r}")
         self._say("alert", dict(title=str(title), text=str(text), level=level, wait_duration=wait_duration))
 
     def update_config(self, config: Mapping[str, Any]) -> None:
@@ -210,7 +223,7 @@ class WandbRun:
 
     def update_summary(self, summary: Mapping[str, Any]) -> None:
         """Adds to the run's summary, or changes it. Raises TypeError or ValueError for what W&B can't record."""
-        self._say("summary", arguments.as_recorded(summary))
+        self._say("summary", arguments.as_recorded(summary, "summary"))
 
     def logging_handler(self, label: str = "") -> logging.Handler:
         """A handler for `logging` that brings lines to the run's Logs, each with `label`: 1,000 a minute at most."""

@@ -86,10 +86,10 @@ def _shown(value: Any) -> str:
     return f"{value!r:.40}{'…' if len(repr(value)) > 40 else ''}"
 
 
-def as_recorded(config: Any) -> dict[str, Any]:
-    """What wandb records of a config; here, because the actor has neither its classes nor its resolvers and files."""
+def as_recorded(config: Any, name: str = "config") -> dict[str, Any]:
+    """What wandb records of it; here, because the actor has neither its classes nor its resolvers and files."""
     try:
         return wandb_internals.recorded_config(config)
     except Exception as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"config={_shown(config)} can't be recorded: {line(error)}") from None
+        raise kind(f"{name}={_shown(config)} can't be recorded: {line(error)}") from None

@@ -97,7 +97,7 @@ class Pipeline:
                 self.best[key] = {"max": max, "min": min}[op](value, self.best.get(key, value))
 
     def best_values(self) -> dict[str, dict[str, float]]:
-        """As W&B has them in the summary. After a restart it knows only those since."""
+        """As W&B has them in the summary: after a restart W&B itself knows only the values since."""
         best = {key: {self.reduction.best[key]: value} for key, value in self.best.items()}
         return {f"{self.prefix}{key}": value | {"last": self.last_row.get(key)} for key, value in best.items()}
 

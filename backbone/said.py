@@ -42,20 +42,25 @@ class Said:
             new, known = f"new_{kind}", facts.get(kind, {})
             self._state.note(**{kind: known | value, new: facts.get(new, {}) | value})
 
-    def tell(self, run: wandb.Run) -> None:
-        """Tells W&B what is new."""
+    def news(self) -> list[tuple[str, Callable[[wandb.Run], object]]]:
+        """What W&B is to be told: what it is, and how."""
         facts = self._state.facts
-        if new := facts.get("new_config"):
-            run.config.update(new, allow_val_change=True)
-        if new := facts.get("new_summary"):
-            run.summary.update(new)
+        news: list[tuple[str, Callable[[wandb.Run], object]]] = []
+        if config := facts.get("new_config"):
+            news.append(("a config", lambda run: run.config.update(config, allow_val_change=True)))
+        if summary := facts.get("new_summary"):
+            news.append(("a summary", lambda run: run.summary.update(summary)))
         for alert in facts.get("alerts", ()):
-            run.alert(**alert)
-        if self._lines:
-            run.write_logs("\n".join(self._lines))
-            self._lines.clear()
+            news.append((f"the alert {alert['title']!r}", lambda run, alert=alert: run.alert(**alert)))
+        if lines := "\n".join(self._lines):
+            news.append(("log lines", lambda run: run.write_logs(lines)))
+        return news
+
+    def is_told(self) -> None:
+        """All news."""
+        self._lines.clear()
         for name, nothing in (("new_config", {}), ("new_summary", {}), ("alerts", [])):
-            if facts.get(name):
+            if self._state.facts.get(name):
                 self._state.note(**{name: nothing})
 
     def again(self) -> None:

@@ -99,9 +99,14 @@ class Writer:
     # Rows
 
     def tell(self, said: Said) -> None:
-        """Gives the run what workers have said besides metrics."""
-        with _death_of_service():
-            said.tell(self.run)
+        """Gives the run what workers have said besides metrics. What W&B refuses of it is told, the rest goes on.
+
+        Raises ServiceDiedError if wandb-core is dead.
+        """
+        for what, tell in said.news():
+            if why := _refusal(what, lambda tell=tell: tell(self.run)):
+                self._state.warn("refused", why)
+        said.is_told()
 
     def log(self, row: Row) -> None:
         """Gives a row to the run. What W&B refuses of it is counted, the rest of it stays.
@@ -132,14 +137,8 @@ class Writer:
 
     def _log(self, metrics: dict[str, Any], number: int, commit: bool) -> str:
         """Why W&B refuses it; nothing if it doesn't."""
-        try:
-            with _death_of_service():
-                self.run.log(metrics, step=number, commit=commit)
-        except ServiceDiedError:
-            raise
-        except Exception as error:
-            return f"W&B refused a value of {next(iter(metrics))!r}: {line(error)}"
-        return ""
+        what = f"a value of {next(iter(metrics))!r}"
+        return _refusal(what, lambda: self.run.log(metrics, step=number, commit=commit))
 
     # The end
 
@@ -179,6 +178,18 @@ class Writer:
         mode = self._state.facts.get("mode")
         below = self.run.starting_step if self.run and mode == "online" else 0
         return lambda number: mode == "disabled" or number < below or number in self.logs.there
+
+
+def _refusal(what: str, call: Callable[[], object]) -> str:
+    """Why W&B refuses something; nothing if it doesn't. Raises ServiceDiedError if wandb-core is dead."""
+    try:
+        with _death_of_service():
+            call()
+    except ServiceDiedError:
+        raise
+    except Exception as error:
+        return f"W&B refused {what}: {line(error)}"
+    return ""
 
 
 def _within(seconds: float, call: Callable[[], object]) -> None:

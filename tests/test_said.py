@@ -20,7 +20,9 @@ from processes import pipeline_process
 
 @ray.remote(num_cpus=0)
 def say(run, rank: int) -> None:
-    run.alert("reward collapsed", f"says rank {rank}", level="WARN")
+    import wandb
+
+    run.alert("reward collapsed", f"says rank {rank}", level=wandb.AlertLevel.WARN if rank else "WARN")
     run.update_config({f"rank_{rank}": {"lr": 0.1}})
     run.update_summary({"best_rank": rank})
     handler = run.logging_handler(label=f"rank {rank}")
@@ -63,6 +65,23 @@ def test_a_restart_of_the_actor_forgets_nothing_of_it(run, tmp_path):
     assert (last.summary["best_rank"], last.summary["after"]) == (0, 1)
 
 
+def test_what_w_b_refuses_is_told_and_the_rest_goes_on(opened, tmp_path):
+    """It must not end the pipeline actor, which would be told the same again."""
+    made = opened()
+    made.join()
+    for value in (dict(wait_duration="soon"), {}):
+        content = pickle.dumps(("alert", dict(title=f"{value}", text="x") | value))
+        made.run.inbox.said.take("w", 1000.0, content)
+    made.run.inbox.said.take("w", 1000.0, pickle.dumps(("config", {"lr": 0.1})))
+    made.say(0, {"a": 1.0})
+    account = made.finish()[""]
+    assert [warning for warning in account.warnings if "refused the alert" in warning]
+    assert (account.reports, account.lost) == (1, 0)
+    [log] = each_log(tmp_path)
+    assert alerts([log]) == [("{}", "INFO")]
+    assert (log.config["lr"], len(log.rows)) == (0.1, 1)
+
+
 def test_an_alert_goes_out_again_after_a_minute(opened, tmp_path, monkeypatch):
     made = opened()
     made.join()
@@ -78,8 +97,12 @@ def test_what_can_not_be_said_is_refused_at_the_caller(run):
     made = run()
     with pytest.raises(ValueError, match="level must be INFO, WARN or ERROR, not 'LOUD'"):
         made.alert("t", level="LOUD")
+    with pytest.raises(TypeError, match="wait_duration must be seconds or a timedelta, not 'soon'"):
+        made.alert("t", wait_duration="soon")
     with pytest.raises((TypeError, ValueError), match="config="):
         made.update_config("no mapping")
+    with pytest.raises((TypeError, ValueError), match="summary="):
+        made.update_summary("no mapping")
     assert made.finish().ok
 
 
