@@ -380,9 +380,19 @@ def foreign(everybodys, tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def begin(foreign, tmp_path, environment) -> Iterator[Callable[..., subprocess.Popen]]:
+def started() -> Iterator[list[subprocess.Popen]]:
+    """Processes that don't outlive the test."""
+    started: list[subprocess.Popen] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def begin(foreign, tmp_path, environment, started) -> Callable[..., subprocess.Popen]:
     """begin("run()"): a driver that does this, on that Ray and in tmp_path."""
-    started = []
 
     def begin(program: str, *arguments: str, before: str = JOIN, **variables: str) -> subprocess.Popen:
         (tmp_path / "program.py").write_text(before + program)
@@ -391,11 +401,7 @@ def begin(foreign, tmp_path, environment) -> Iterator[Callable[..., subprocess.P
         started.append(subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=pipe, stderr=pipe, text=True))
         return started[-1]
 
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    return begin
 
 
 @pytest.fixture
