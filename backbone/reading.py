@@ -200,8 +200,10 @@ class Reader:
 
 def lives(private: Path, process: str) -> bool:
     """Whether the process of this name, which has an outbox in a run's private folder, is alive."""
-    pages = filter(None, map(page.see, private.glob("*/*.page")))
-    return any(seen.lives and json.loads(seen.about)["name"] == process for seen in pages)
+    with contextlib.suppress(FileNotFoundError):  # the folder is being removed
+        pages = filter(None, map(page.see, private.glob("*/*.page")))
+        return any(seen.lives and json.loads(seen.about)["name"] == process for seen in pages)
+    return False
 
 
 def _remove(path: str) -> None:
@@ -223,6 +225,7 @@ def _content(path: str, offset: int, share: int) -> tuple[bytes, bool]:
 
 
 def _touch(folder: Path) -> None:
-    for path in (folder, *folder.rglob("*")):
-        with contextlib.suppress(OSError):
-            os.utime(path)
+    with contextlib.suppress(OSError):
+        for path in (folder, *folder.rglob("*")):
+            with contextlib.suppress(OSError):
+                os.utime(path)

@@ -911,6 +911,18 @@ def test_all_that_is_kept_is_private(address, child):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
+def test_nobody_lives_in_a_folder_that_is_being_removed(address, monkeypatch):
+    for folder in ("one", "other"):
+        (address.folder / folder).mkdir()
+        (address.folder / folder / "a.page").touch()
+
+    def see(path: Path) -> None:
+        shutil.rmtree(address.folder)
+
+    monkeypatch.setattr(page, "see", see)
+    assert not lives(address.folder, "owner")
+
+
 @pytest.fixture
 def away(tmp_path, monkeypatch) -> Address:
     """Of a run on another node, which this one has told of its folder."""
