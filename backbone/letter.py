@@ -115,8 +115,11 @@ def read_letter(folder: Path) -> Letter:
     path = folder / "letter"
     if not is_private(path):
         raise OSError(f"{path} is no private file of this user")
-    with path.open("rb") as file:
-        return pickle.load(file)
+    content = path.read_bytes()
+    try:
+        return pickle.loads(content)
+    except Exception as error:  # an earlier version of this code has written it
+        raise OSError(f"{path} can't be read: {line(error)}") from None
 
 
 def move_in(letter: Letter) -> None:

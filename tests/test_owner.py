@@ -7,12 +7,13 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from arguments import parse_args
-from backbone import exits
+from backbone import exits, recover
 from common import PipelineActor, WandbRun, pipeline_actor
 
 import pytest
@@ -25,6 +26,16 @@ from wandb_server import KEY
 @pytest.fixture
 def run(run_at_home) -> Callable[..., WandbRun]:
     return run_at_home
+
+
+def test_a_letter_of_an_earlier_version_is_told_in_one_line_and_hinders_no_other_recovery(tmp_path, monkeypatch):
+    (folder := tmp_path / "wandb-run-old").mkdir(0o700)
+    (folder / "letter").touch(0o600)
+    (folder / "letter").write_bytes(b"cbackbone.letter\nNoLongerThere\n.")
+    with pytest.raises(OSError, match="letter can't be read: Can't get attribute 'NoLongerThere'"):
+        recover.recover(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert recover.abandoned() == []
 
 
 # Environment
