@@ -124,8 +124,8 @@ class Resumed(NamedTuple):
         found = {}
         for key, op in best.items():
             values = [value for path in self.folders for value in transaction_log.values(path, prefix + key)]
-            there = self.summary.get(prefix + key)
-            values += [there[op]] if there and op in there else []
+            with contextlib.suppress(KeyError, TypeError):  # a server has max and last of a key below it
+                values.append(self.summary[prefix + key][op])
             if values:
                 found[key] = {"max": max, "min": min}[op](values)
         return found

@@ -21,6 +21,7 @@ from backbone import writer as writer_room
 from backbone.ledger import Ledger
 from backbone.lives import DEATHS, GivenUpError, open_run
 from backbone.reduction import Reduction
+from backbone.starting import Resumed
 
 import numpy as np
 import pytest
@@ -433,6 +434,13 @@ def test_passing_troubles_of_the_server_lose_nothing(tmp_path, server):
     assert json.loads(stdout.splitlines()[-1]) == [30, 30, 0, 0, []], stderr[-800:]
     assert server.troubles == []
     assert numbers(server.rows("run")) == list(range(30))
+
+
+def test_best_values_are_found_in_a_summary_as_wandb_has_it(opened):
+    summary = opened().writer.run.summary
+    summary.update({"reward": {"max": 3.0, "last": 1.0}, "loss": 0.5})
+    best = Resumed([], dict(summary)).best("", {"reward": "max", "loss": "min", "another": "max"})
+    assert best == {"reward": 3.0}
 
 
 def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, server):
