@@ -17,8 +17,9 @@ from .ledger import Ledgers, RunFinishedError, line
 from .letter import move_in, read_letter
 from .lives import GivenUpError, open_run
 from .nodes import give_back, with_nodes
-from .ray_internals import has_ended, which_ray
-from .reading import Reading, lives
+from .page import lives
+from .ray_internals import has_ended, ray_answers, which_ray
+from .reading import Reading
 from .relay import Relays
 from .run import Run
 from .writer import ServiceDiedError
@@ -172,8 +173,12 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
     """Reads all that has been logged by now; nothing more is taken if the run is `closing`."""
     if closing:
         run.reader.close()
-        with contextlib.suppress(Exception):  # all of Ray is gone
-            relays.close()
+        if ray_answers():
+            with contextlib.suppress(Exception):
+                relays.close()
+        else:  # it leaves this process two seconds, and who asks it for something waits
+            for place in relays.places:
+                relays.give_up(place, "all of Ray is gone")
     waiting, heard = {HOME, *relays.places}, {HOME}  # a relay's first answer may be on its way since before
     while waiting & {HOME, *relays.places}:
         for place, reading in read(True):

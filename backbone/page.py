@@ -115,3 +115,11 @@ def lost_by_pipeline(lost: bytes) -> dict[int, int]:
 def note_read(path: str | Path, state: int, position: Position) -> None:
     with contextlib.suppress(FileNotFoundError), open(path, "r+b", buffering=0) as file:
         file.write(READ.pack(state, *position))
+
+
+def lives(private: Path, process: str) -> bool:
+    """Whether the process of this name, which has an outbox in a run's private folder, is alive."""
+    with contextlib.suppress(FileNotFoundError):  # the folder is being removed
+        pages = filter(None, map(see, private.glob("*/*.page")))
+        return any(seen.lives and json.loads(seen.about)["name"] == process for seen in pages)
+    return False

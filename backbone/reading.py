@@ -7,7 +7,6 @@ when an outbox begins, when reports were lost in it, and when it ends.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -196,14 +195,6 @@ class Reader:
             (self._private / OUTBOXES).rename(self._private / CLOSED)
         self._folder, self._changed, self._next_look = self._private / CLOSED, 0, 0.0
         self.set_state(page.CLOSED)  # for those that have begun in between
-
-
-def lives(private: Path, process: str) -> bool:
-    """Whether the process of this name, which has an outbox in a run's private folder, is alive."""
-    with contextlib.suppress(FileNotFoundError):  # the folder is being removed
-        pages = filter(None, map(page.see, private.glob("*/*.page")))
-        return any(seen.lives and json.loads(seen.about)["name"] == process for seen in pages)
-    return False
 
 
 def _remove(path: str) -> None:

@@ -27,7 +27,7 @@ from .files import state_path, write_private
 from .inbox import GONE
 from .ledger import Ledger, Ledgers, line
 from .letter import Letter, move_in, read_letter
-from .reading import lives
+from .page import lives
 from .run import Run
 from .state import State
 

@@ -90,7 +90,8 @@ class Relays:
         self._open: dict[str, tuple[bytes, Path]] = {}  # those that are not read to their end
         self._read: set[str] = set()  # places that are, or can't be read
         self._relays: dict[str, ray.actor.ActorHandle] = {}  # by place
-        self._calls: dict[str, tuple[ray.ObjectRef, float]] = {}  # by place; and since when it is under way
+        self._calls: dict[str, ray.ObjectRef] = {}  # by place, those under way
+        self._heard: dict[str, float] = {}  # by place, when it was asked last, or found
         self._closed = False
 
     def look(self) -> None:
@@ -103,7 +104,10 @@ class Relays:
     def start(self) -> None:
         """Starts relays in places that have none."""
         self._open = {place: at for place, at in self._found.items() if place not in self._read} | self._open
-        for place in [place for place in self._open if place not in self._relays]:
+        for place in self._open.keys() - self._heard.keys():
+            self._heard[place] = time.monotonic()
+        missing = self._open.keys() - self._relays.keys()
+        for place in missing if missing and ray_internals.ray_answers() else ():
             here = NodeAffinitySchedulingStrategy(_node(place), soft=False)
             relay = Relay.options(scheduling_strategy=here).remote(*self._open[place], self._positions(place))
             self._relays[place] = relay
@@ -114,12 +118,12 @@ class Relays:
     def go_on(self, place: str) -> None:
         """What a relay has brought is safe, and it may bring more."""
         if relay := self._relays.get(place):
-            self._calls[place] = relay.read.remote(), time.monotonic()
+            self._calls[place], self._heard[place] = relay.read.remote(), time.monotonic()
 
     def brought(self) -> list[tuple[str, Reading]]:
         """What relays have brought by now."""
         self.start()
-        calls = {call: place for place, (call, _) in self._calls.items()}
+        calls = {call: place for place, call in self._calls.items()}
         done, _ = ray.wait([*calls], num_returns=len(calls), timeout=0) if calls else ([], [])
         readings = []
         for place, call in ((calls[call], call) for call in done):
@@ -134,7 +138,7 @@ class Relays:
         return readings
 
     def _leave(self, place: str) -> None:
-        for known in (self._found, self._open, self._relays, self._calls):
+        for known in (self._found, self._open, self._relays, self._calls, self._heard):
             known.pop(place, None)
         if self._closed:  # else somebody may log there again
             self._read.add(place)
@@ -143,7 +147,7 @@ class Relays:
         del self._relays[place]
         if isinstance(error, ray.exceptions.RayActorError) and "creation task" in str(error):
             self.give_up(place, str(error).strip().rpartition("\n")[2])
-        elif not any(node["NodeID"] == _node(place) and node["Alive"] for node in ray.nodes()):
+        elif ray_internals.ray_answers() and not _is_alive(place):
             self.give_up(place, "it is dead")
         # else its process was killed, and another one is started
 
@@ -153,8 +157,9 @@ class Relays:
         self._gone(place, why)
 
     def silent(self, seconds: float) -> list[str]:
-        """Places that don't answer for so long."""
-        return [place for place, (_, since) in self._calls.items() if time.monotonic() - since > seconds]
+        """Places that don't answer for so long, though they were asked, or have had no relay since."""
+        asked = [place for place in self._open if place in self._calls or place not in self._relays]
+        return [place for place in asked if time.monotonic() - self._heard[place] > seconds]
 
     def close(self) -> None:
         """Nothing more is taken anywhere. What they still bring ends with a reading that `is_last`."""
@@ -173,3 +178,7 @@ class Relays:
 
 def _node(place: str) -> str:
     return place.partition(" ")[0]
+
+
+def _is_alive(place: str) -> bool:
+    return any(node["NodeID"] == _node(place) and node["Alive"] for node in ray.nodes())

@@ -26,8 +26,8 @@ from backbone import outbox, page, process, records
 from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
 from backbone.outbox import Outbox, Room
-from backbone.page import Position, lost_by_pipeline
-from backbone.reading import Reader, Record, lives
+from backbone.page import Position, lives, lost_by_pipeline
+from backbone.reading import Reader, Record
 from backbone.records import BEGUN, ENDED, LOST, REPORT, VANISHED, WHO
 
 import pytest
