@@ -107,23 +107,26 @@ def draw(text: str) -> Image.Image:
 
 
 def plot(run: Path) -> Image.Image:
-    """All numbers of a run, read from its transaction log; those of one section on one panel."""
+    """All that a run has logged, read from its transaction log: names alone, numbers of one section on one panel."""
     log = subprocess.check_output([*LEET, "inspect", "--json", run]).splitlines()
     rows = [record["history"]["item"] for record in map(json.loads, log) if "history" in record]
     axis = "checkpoint_step" if "checkpoint_step" in rows[0] else "step"
     panels: dict[str, list[str]] = {}
     for key in sorted(rows[-1]):
         if not re.match(r"_|(step|workers|checkpoint_step)$|.*\.", key):  # a dot: of a table
-            panels.setdefault(key.rpartition("/")[0] or key, []).append(key)
+            section = "" if isinstance(rows[-1][key], str) else key.rpartition("/")[0]
+            panels.setdefault(section or key, []).append(key)
     height = -(-len(panels) // 3)
     figure = plt.figure(figsize=(11, 1.7 * height), dpi=150, layout="constrained")
     figure.supxlabel(axis, fontsize=8)
     for i, (panel, keys) in enumerate(sorted(panels.items()), 1):
         axes = figure.add_subplot(height, 3, i)
         for key in keys:
-            axes.plot([row[axis] for row in rows], [row[key] for row in rows], label=key.rpartition("/")[2])
+            look = "." if isinstance(rows[-1][key], str) else "-"
+            axes.plot([row[axis] for row in rows], [row[key] for row in rows], look, label=key.rpartition("/")[2])
         axes.set_title(panel if keys[1:] else keys[0], loc="left", fontsize=10, family="monospace")
-        axes.yaxis.set_major_formatter("{x:g}")
+        if look == "-":
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25)
         if keys[1:]:
             axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1.03, 0.95))

@@ -22,6 +22,7 @@ import backbone
 import common
 from arguments import Args, parse_args
 from backbone import exits, wandb_internals
+from backbone.calls import uncoloured
 from backbone.ledger import line
 from backbone.ray_internals import ray_answers
 from backbone.writer import PREEMPTED
@@ -132,7 +133,7 @@ def run_to_end(args: Args, **pipelines: tuple[WandbRun, Sequence[ray.ObjectRef]]
 
 
 def _follow(pipelines: Mapping[str, tuple[WandbRun, Sequence[ray.ObjectRef]]], bars: _Bars) -> str | None:
-    """Returns when all workers have ended; what the first failure was."""
+    """Returns when all workers have ended; what the first failure was, a line and then the rest."""
     working = {
         call.future(): f"{name} worker {i}" for name, (_, calls) in pipelines.items() for i, call in enumerate(calls)
     }
@@ -144,7 +145,7 @@ def _follow(pipelines: Mapping[str, tuple[WandbRun, Sequence[ray.ObjectRef]]], b
                 cause = getattr(error, "cause", None)
                 why = f"{worker} failed: " + (f"{type(cause).__name__}: {line(cause)}" if cause else "its process died")
                 bars.say(why)
-                failure = failure or why
+                failure = failure or f"{why}\n{uncoloured(error)}"  # the traceback is for the run's Logs
         bars.update()
     return failure
 

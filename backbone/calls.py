@@ -62,8 +62,13 @@ def result(ref: ray.ObjectRef, actor: ray.actor.ActorHandle) -> Any:
     return future.result()
 
 
+def uncoloured(error: BaseException) -> str:
+    """All that an error of Ray's says, with the worker's traceback if it is one of a worker's."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+
+
 def plain(error: BaseException) -> str:
     """What an error of Ray's says, in one line without colours; of an actor that could not start, its own error."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    text = uncoloured(error)
     first, _, last = text.partition("\n")[0], "", text.rpartition("\n")[2]
     return (last if "creation task" in first or "is dead because" in last else first).rstrip(".")

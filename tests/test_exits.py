@@ -186,6 +186,9 @@ assert signal.getsignal(signal.SIGINT) is before
     assert done.returncode == 0, done.stderr
     [log] = each_log(tmp_path)
     assert (log.exit_code, log.summary["failure"]) == (1, "training worker 0 failed: MemoryError: of the GPU")
+    said = "".join(output["line"] for output in log.of("output_logger"))
+    assert "TrainingWorker.work()" in said  # the worker's traceback
+    assert "\x1b" not in said
 
 
 OFTEN = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
