@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backbone import arguments, calls, exits, owner, process, ray_internals, records, recover, staging, values
+from backbone import arguments, calls, exits, owner, process, ray_internals, records, staging, values
 from backbone.actor import PipelineActor, pipeline_actor
 from backbone.calls import ActorGoneError
 from backbone.files import Address
@@ -149,7 +149,7 @@ class WandbRun:
             raise
         except Exception as error:
             if not self._is_view:
-                owned.give_up()
+                owned.undo.close()
             hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
             kind = RuntimeError if isinstance(error, ActorGoneError) else type(error)
             raise kind(f"W&B run {self._address.name!r} can't start: {line(error)}{hint}") from None
@@ -335,10 +335,10 @@ class WandbRun:
             if not self._owned:
                 raise RuntimeError(f"run {self.name!r} can only be finished by its owner: {line(error)}") from None
             gone = error
-            self.note_end(exit_code, failure)
+            self._outbox.exit = exit_code, failure
             self._outbox.say_exit()
             prefixes = [each._prefix for each in (self, *self._views)]
-            ledgers = recover.finish_without_actor(self._owned.letter, error, self._begun, prefixes)
+            ledgers = owner.finish_without_actor(self._owned.letter, error, self._begun, prefixes)
         for each in (self, *self._views):
             each._ledger = ledgers[each._prefix]
             exits.unfinished.remove(each)
@@ -347,11 +347,7 @@ class WandbRun:
                 # Behind that, because a signal handler may finish the run at any moment. The option is not at the
                 # method, because this module could not be imported then where Ray Client is, which `_check` refuses.
                 self._owned.actor.leave.options(max_task_retries=0).remote()
-            self._owned.forget()
-
-    def note_end(self, exit_code: int, failure: str | None) -> None:
-        """How the run is to end, if this process has to leave that to others."""
-        self._outbox.exit = exit_code, failure
+            owner.forget(self._address)
 
 
 def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, init: Mapping[str, Any]) -> None:

@@ -11,18 +11,17 @@ reading.py     reads the outboxes of a node; relay.py does so on the other nodes
 inbox.py       who has logged what is read, and for which pipeline it is
 steps.py       when a step is over; reduction.py makes a row of its reports; pipeline.py has both
 state.py       what must survive the pipeline actor, in an SQLite file
-run.py         reads, commits and gives rows to W&B; lives.py goes on with what somebody before has left of it
+run.py         reads, commits and gives rows to W&B
 writer.py      the W&B run, which starting.py starts
 host.py        hosts a run in the process of its actor; actor.py is what others can ask of that
 
-The process that makes a run: owner.py starts the actor, letter.py is what that must know, exits.py says how the process
-ends, recover.py finishes a run without its actor, arguments.py checks what the code says.
+The process that makes a run: owner.py starts the actor and calls it, exits.py says how the process ends, arguments.py
+checks what the code says. recover.py goes on with, or finishes, what a dead actor has left.
 
 What else workers log: artifacts.py and staging.py, media.py (W&B's data types), said.py (alerts, config, log lines).
 
-What these share: ledger.py (the account), files.py, process.py (what a process knows of itself), calls.py (calls of the
-actor), nodes.py (the nodes' CPUs and GPUs), and for what is not public ray_internals.py, wandb_internals.py and
-transaction_log.py.
+What these share: ledger.py (the account), files.py, process.py (what a process knows of itself), nodes.py (the nodes'
+CPUs and GPUs), and for what is not public ray_internals.py, wandb_internals.py and transaction_log.py.
 """
 
 import os

@@ -41,30 +41,25 @@ class PipelineActor:
                     raise kind(" ".join(str(error).split())[:500]) from error
             return self._host.run.join(prefix, reduction, workers)
 
-    @ray.method(concurrency_group="control")
     def expect(self, prefix: str, workers: int) -> None:
         with self._host.lock:
             self._run.expect(prefix, workers)
 
-    @ray.method(concurrency_group="control")
     def progress(self, prefix: str) -> tuple[Ledger, dict[str, Any]]:
         """The ledger so far, and the numbers of the row of the highest step (keys without prefix)."""
         with self._host.lock:
             pipeline = self._run.pipeline(prefix)
             return self._run.ledger(pipeline), pipeline.last_row
 
-    @ray.method(concurrency_group="control")
     def stage(self, to: Path, offset: int, piece: bytes) -> None:
         """Writes a piece of a file from another node."""
         staging.put_piece(to, offset, piece)
 
-    @ray.method(concurrency_group="control")
     def log_artifact(self, folder: Path, what: Mapping[str, Any]) -> None:
         """Has an artifact logged whose files are in `folder`."""
         with self._host.lock:
             self._run.artifacts.log(folder, what)
 
-    @ray.method(concurrency_group="control")
     def use_artifact(self, name: str) -> None:
         with self._host.lock:
             self._run.artifacts.use(name)
@@ -76,7 +71,6 @@ class PipelineActor:
             raise RunFinishedError("the run is finished")
         return self._host.run
 
-    @ray.method(concurrency_group="control")
     def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None) -> Ledgers:
         """Finishes the run, or closes the steps of one pipeline of a run that goes on.
 
@@ -84,7 +78,6 @@ class PipelineActor:
         """
         return self._host.finish(exit_code, failure, prefix)
 
-    @ray.method(concurrency_group="control")
     def leave(self) -> None:
         """The ledgers have arrived, so nothing of this is needed any more."""
         self._host.forget()
@@ -96,6 +89,6 @@ def pipeline_actor(cls: type[PipelineActor]) -> ray.actor.ActorClass:
     if not issubclass(cls, PipelineActor):
         raise TypeError(f"{cls.__name__} must be derived from PipelineActor")
     lives = dict(max_restarts=-1, max_task_retries=-1, lifetime="detached")
-    threads = {"control": 8}  # next to the one that starts the run
+    # Calls at the same time, because they must be answered while one of them starts the run, or finishes it.
     # pyrefly: ignore[unexpected-keyword] - Ray's own types lack some of its options
-    return ray.remote(concurrency_groups=threads, num_cpus=0, **lives)(cls)
+    return ray.remote(max_concurrency=9, num_cpus=0, **lives)(cls)

@@ -11,8 +11,8 @@ import ray
 from . import process, ray_internals
 from .files import Address
 from .ledger import RunFinishedError, run_is_finished
-from .lives import DEATHS
 from .ray_internals import ray_answers
+from .recover import DEATHS
 
 NAMESPACE = "wandb_run"  # of the actors' names
 

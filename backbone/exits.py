@@ -24,48 +24,40 @@ INTERRUPTED = 255  # the exit code that wandb records for Ctrl-C, and so for "St
 class Unfinished:
     """Runs of this driver that are not finished. It finishes them when it ends, each with its own exit code.
 
-    Which that is, it finds out as wandb does: by `sys.exit` and `sys.excepthook`, as long as there are such runs.
+    Which that is, it finds out as wandb does: by `sys.exit` and `sys.excepthook`.
     """
 
     def __init__(self) -> None:
         self._runs: dict[Any, tuple[int, str | None]] = {}  # -> exit code and failure, as things stand
-        self._pid, self._lock = 0, threading.RLock()
-        self._hooks = self._before = sys.exit, sys.excepthook
+        self._pid = 0  # of the process that has them
 
     def add(self, run: Any) -> None:
-        with self._lock:
-            if not self._runs:
-                self._pid = os.getpid()
-                self._watch()
-                atexit.unregister(self._at_exit)
-                atexit.register(self._at_exit)  # now, so that it runs before Ray's own, which takes the actors down
-            self._runs[run] = 0, None
+        if self._pid != os.getpid():  # the first time, or in a fork, whose runs they are not
+            self._pid, self._runs = os.getpid(), {}
+            self._watch()
+        atexit.unregister(self._at_exit)
+        atexit.register(self._at_exit)  # now, so that it runs before Ray's own, which takes the actors down
+        self._runs[run] = 0, None
 
     def _watch(self) -> None:
-        """Puts new functions in place each time: those of the last time may lie below somebody else's hooks."""
-        before = sys.exit, sys.excepthook
+        end, tell = sys.exit, sys.excepthook
 
         def on_exit(code: Any = None) -> None:
             self._end_as(*how_it_ends(SystemExit(code)))
-            before[0](code)
+            end(code)
 
         def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             code, failure = how_it_ends(error)
             self._end_as(INTERRUPTED if kind is KeyboardInterrupt else code, failure)
-            before[1](kind, error, trace)
+            tell(kind, error, trace)
 
-        sys.exit, sys.excepthook = self._hooks = on_exit, on_exception
-        self._before = before
+        sys.exit, sys.excepthook = on_exit, on_exception
 
     def _end_as(self, exit_code: int, failure: str | None) -> None:
-        with self._lock:
-            self._runs = dict.fromkeys(self._runs, (exit_code, failure))
+        self._runs.update(dict.fromkeys(self._runs, (exit_code, failure)))
 
     def remove(self, run: Any) -> None:
-        with self._lock:
-            if self._runs.pop(run, None) and not self._runs:
-                sys.exit = self._before[0] if sys.exit is self._hooks[0] else sys.exit
-                sys.excepthook = self._before[1] if sys.excepthook is self._hooks[1] else sys.excepthook
+        self._runs.pop(run, None)
 
     def finish(self, exit_code: int | None = None, failure: str | None = None) -> None:
         """Finishes all of them, each as far as it can be, at the same time. exit_code: each run's own if None."""
@@ -77,9 +69,8 @@ class Unfinished:
                 logger.warning("run %s could not be finished: %s", run.name, line(error))
                 self.remove(run)
 
-        with self._lock:
-            ends = {run: own if exit_code is None else (exit_code, failure) for run, own in self._runs.items()}
-        threads = [threading.Thread(target=finish, args=(run, *end)) for run, end in ends.items()]
+        ends = [(run, *(own if exit_code is None else (exit_code, failure))) for run, own in [*self._runs.items()]]
+        threads = [threading.Thread(target=finish, args=end) for end in ends]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -87,8 +78,6 @@ class Unfinished:
 
     def _at_exit(self) -> None:
         if self._pid == os.getpid():  # and no fork of it
-            for run, end in self._runs.items():
-                run.note_end(*end)  # in case that it can't be finished here
             self.finish()
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-import logging
 import os
+import pickle
 import re
 import shutil
-import sqlite3
 import stat
+import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .ledger import line
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-logger = logging.getLogger("wandb_run")
-
 
 OUTBOXES, CLOSED = "outboxes", "closed"  # folder of a run's outboxes in a private folder, and its name in the end
 
@@ -109,7 +108,10 @@ def write_private(path: Path, content: bytes) -> None:
 
 def disk_is_full(path: Path) -> bool:
     """Nearly: nobody wants the last of a disk to be taken by a backlog."""
-    found = shutil.disk_usage(path)
+    try:
+        found = shutil.disk_usage(path)
+    except OSError:  # somebody has removed it
+        return False
     return found.free < found.total / 10
 
 
@@ -146,63 +148,61 @@ def is_private(path: Path) -> bool:
     return stat.S_ISREG(found.st_mode) and owned and found.st_nlink == 1
 
 
-def open_database(path: Path, patience: float) -> sqlite3.Connection:
-    """The database at `path`, for this process alone; a new one if there is none, or what is there can't be trusted.
+# What the owner tells whoever runs its run: the pipeline actor, or `recover`
 
-    patience: seconds to wait for a process that has it. Raises OSError if that does not end.
-    """
-    for file in _files(path):
-        if os.path.lexists(file) and not is_private(file):
-            _set_aside(file, "is no private file of this user")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return _open(path)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise OSError(str(error)) from None
-            time.sleep(0.1)
+# What wandb needs to reach its server, and to find a login.
+NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
+NETWORK += ("CURL_CA_BUNDLE", "NETRC", "HOME")
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    """Raises BlockingIOError if another process has it, or has just removed it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    opened = os.fstat(file)
-    os.close(file)
-    database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+@dataclasses.dataclass
+class Letter:
+    """What the pipeline actor is told. Not by its constructor's arguments, which Ray's GCS keeps and shows."""
+
+    address: Address
+    process: str  # the owner's name
+    job: str  # the owner's Ray job, if it is a worker of Ray's; empty for a driver
+    init: dict[str, Any]  # for `wandb.init`
+    environ: dict[str, str]
+    directory: str  # where the owner is: wandb's settings and the repository are found from there
+    argv: list[str]
+
+
+def write_letter(letter: Letter) -> None:
+    """Raises TypeError for an argument that can't be sent."""
+    from ray import cloudpickle  # a config may have objects of the user's `__main__`
+
     try:
-        database.execute("PRAGMA locking_mode=EXCLUSIVE")
-        database.execute("PRAGMA journal_mode=WAL")  # takes the lock
-        database.execute("PRAGMA synchronous=OFF")
-        [(state,)] = database.execute("PRAGMA quick_check(1)")  # a machine that has lost its power
-        if state != "ok":
-            raise sqlite3.DatabaseError(state)
-    except sqlite3.OperationalError as error:
-        database.close()
-        if "locked" in str(error) or not path.exists():
-            raise BlockingIOError(f"{path} is in use: is another run of this id going on?") from None
-        raise OSError(f"{path}: {error}") from None
-    except sqlite3.DatabaseError as error:
-        database.close()
-        _set_aside(path, f"is damaged ({error})")  # SQLite drops a log that is left beside a new file
-        return _open(path)
-    if not path.exists() or not os.path.samestat(opened, path.stat()):
-        database.close()
-        raise BlockingIOError(f"{path} was removed while it was opened")
-    return database
+        content = cloudpickle.dumps(letter)
+    except Exception:
+        for name, value in letter.init.items():
+            try:
+                cloudpickle.dumps(value)
+            except Exception as error:
+                raise TypeError(f"{name}={value!r:.80} can't be sent to the pipeline actor: {line(error)}") from None
+        raise
+    write_private(letter.address.folder / "letter", content)
 
 
-def _files(path: Path) -> list[Path]:
-    """A database and what SQLite keeps beside it."""
-    return [path.with_name(path.name + end) for end in ("", "-wal", "-journal", "-shm")]
+def read_letter(folder: Path) -> Letter:
+    """Raises OSError where there is none that can be trusted."""
+    path = folder / "letter"
+    if not is_private(path):
+        raise OSError(f"{path} is no private file of this user")
+    content = path.read_bytes()
+    try:
+        return pickle.loads(content)
+    except Exception as error:  # an earlier version of this code has written it
+        raise OSError(f"{path} can't be read: {line(error)}") from None
 
 
-def _set_aside(path: Path, why: str) -> None:
-    aside = path.with_name(f"{path.name}.set-aside-{time.time_ns()}")
-    path.rename(aside)
-    logger.warning("%s %s: it is set aside as %s", path, why, aside.name)
-
-
-def remove_database(path: Path) -> None:
-    for file in _files(path):
-        file.unlink(missing_ok=True)
+def move_in(letter: Letter) -> None:
+    """Makes this process look to wandb as its owner does."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.upper() in NETWORK]:
+        del os.environ[name]
+    os.environ.update(letter.environ)
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it takes a third of the time of `run.log`
+    os.environ.setdefault("WANDB_PROGRAM", letter.argv[0])
+    sys.argv = letter.argv  # wandb records it; that of a Ray worker is Ray's own, addresses and all
+    if os.path.isdir(letter.directory):
+        os.chdir(letter.directory)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import exits, recover, wandb_internals
+from .files import move_in, read_letter
 from .inbox import GONE, HOME
 from .ledger import Ledgers, RunFinishedError, line
-from .letter import move_in, read_letter
-from .lives import GivenUpError, open_run
-from .nodes import give_back, with_nodes
+from .nodes import with_nodes
 from .page import lives
-from .ray_internals import has_ended, ray_answers, which_ray
+from .ray_internals import has_ended, ray_answers, release, which_ray
 from .reading import Reading
 from .relay import Relays
 from .run import Run
@@ -38,31 +37,27 @@ class Host:
         move_in(self._letter)
         self.lock = threading.RLock()
         self.run: Run | None = None
-        self.is_over = False
         self._relays: Relays | None = None
         if (folder / "pipelines").exists():  # else no actor before this one has begun it
-            self._come_back()
+            try:
+                self.begin()
+            except recover.GivenUpError:
+                raise  # out of a constructor: Ray does not restart it any more
+            except Exception as error:  # it dies, and tries again until it has given up
+                logger.warning("the pipeline actor can't go on: %s", line(error))
+                os._exit(1)
         threading.Thread(target=self._read_on, daemon=True).start()
         threading.Thread(target=self._look_around, daemon=True).start()
 
     def begin(self) -> None:
         """Starts the run, or goes on with what a dead actor has left."""
         address, init = self._letter.address, self._letter.init
-        init = init | dict(settings=with_nodes(init["settings"], address.nonce))
-        run = open_run(init, address, self._letter.process, self.lock, exits.stop_file(address.folder).touch)
+        stop = dict(stop_fn=exits.stop_file(address.folder).touch)  # called when "Stop run" is pressed
+        init = init | dict(settings=with_nodes(init["settings"], address.nonce) | stop)
+        run = recover.open_run(init, address, self._letter.process, self.lock)
         run.state.hear = self._hear
         run.start()
         self.run, self._relays = run, Relays(address, run.inbox.positions, run.inbox.place_is_gone)
-
-    def _come_back(self) -> None:
-        """What a restarted actor does first. If it can't, it dies, and tries again until it has given up."""
-        try:
-            self.begin()
-        except GivenUpError:
-            raise  # out of a constructor: Ray does not restart it any more
-        except Exception as error:
-            logger.warning("the pipeline actor can't go on: %s", line(error))
-            os._exit(1)
 
     def _hear(self, warning: str) -> None:
         logger.warning("W&B run %s: %s", self._letter.address.name, warning)
@@ -74,17 +69,17 @@ class Host:
     def _read_on(self) -> None:
         """Reads as often as there is something, less often where there is nothing, until the owner has ended."""
         pause, readings, alive = 0.02, [], time.monotonic()
-        while not self.is_over:
+        while True:
             with self.lock:
                 began = time.monotonic()
                 if self.run and not self.run.reader.is_closed:
                     readings = self._read()
-                    if self.run.inbox.owner_end:
-                        return self._end_with_owner()
-                elif lives(self._letter.address.folder, self._letter.process):
-                    alive = began
-                elif began > alive + 5:  # so long `leave` may be on its way
-                    return self._end_with_owner()
+                    is_over = self.run.inbox.owner_end is not None
+                else:
+                    alive = began if lives(self._letter.address.folder, self._letter.process) else alive
+                    is_over = began > alive + 5  # so long `leave` may be on its way
+            if is_over:
+                return self._end_with_owner()  # without the lock, which the artifacts need
             news = any(not reading.is_empty for _, reading in readings)
             pause = 0.02 if news else min(0.25, 1.2 * pause)
             if not any(reading.is_cut for _, reading in readings):
@@ -142,8 +137,7 @@ class Host:
 
     def forget(self) -> None:
         """Nothing of the run is needed any more."""
-        self.is_over = True
-        give_back(self._letter.address.nonce)
+        release("nodes", self._letter.address.nonce)
         with self.lock:
             if self.run:
                 self.run.state.remove()

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import sqlite3
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,15 +98,9 @@ def account(state: State, pipeline: Pipeline, there: Callable[[int], bool] | Non
 
 def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> None:
     """Makes the ledgers of a finished run. They stay in its state until they have arrived, and in its folder."""
-    deadline = time.monotonic() + 3
-    while True:
-        writer.logs.look()
-        ledgers = {pipeline.prefix: account(state, pipeline, writer.there()) for pipeline in pipelines}
-        lost = sum(ledger.lost for ledger in ledgers.values())
-        if not lost or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)  # a wandb-core that could not be waited for may still be writing
-    if lost:
+    writer.logs.look()
+    ledgers = {pipeline.prefix: account(state, pipeline, writer.there()) for pipeline in pipelines}
+    if lost := sum(ledger.lost for ledger in ledgers.values()):
         state.warn("lost", f"{lost} reports are in no row")
     for ledger in ledgers.values():
         ledger.warnings = state.warnings

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.runtime_context import get_runtime_context
 
 from . import ray_internals, wandb_internals
 
@@ -25,22 +24,7 @@ def with_nodes(settings: Mapping[str, Any], nonce: str) -> dict[str, Any]:
     nonce: of the run.
     """
     more = wandb_internals.with_endpoints(settings, endpoints(), METRICS)
-    return more if more != settings and _take(nonce.encode()) else dict(settings)
-
-
-def _key() -> bytes:
-    return f"nodes/{get_runtime_context().get_job_id()}".encode()
-
-
-def _take(nonce: bytes) -> bool:
-    """Whether this run may record the nodes for its job."""
-    return not ray_internals.put(_key(), nonce, overwrite=False) or ray_internals.get(_key()) == nonce
-
-
-def give_back(nonce: str) -> None:
-    """The run is finished, or could not start: another one may record the nodes."""
-    if ray_internals.which_ray() and ray_internals.ray_answers() and ray_internals.get(_key()) == nonce.encode():
-        ray_internals.delete(_key())
+    return more if more != settings and ray_internals.claim("nodes", nonce) else dict(settings)
 
 
 def node_metrics() -> tuple[dict[str, str], list[str]]:

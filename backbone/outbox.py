@@ -76,15 +76,19 @@ class Outbox:
 
     @property
     def is_closed(self) -> bool:
-        return self._page is not None and self._page.state == CLOSED
+        return (page := self._page) is not None and page.state == CLOSED
 
     def put(self, kind: int, pipeline: int, step: int, content: bytes, label: str = "") -> None:
         """Takes a record. It waits where many are unread; a report that there is no room for is lost, and counted.
 
         Raises RunFinishedError, and RuntimeError where the run can't be reached from this process.
         """
-        room, size = self._segments is not None or self.open(), len(content)
-        if room and (self._segments.records >= self._room.records or self._segments.bytes + size > self._room.bytes):
+        size, segments = len(content), self._segments  # which another thread may replace
+        if segments is None:
+            room = self.open()
+        elif segments.records < self._room.records and segments.bytes + size <= self._room.bytes:
+            room = True
+        else:
             room = self._wait(size)
         with self._lock:
             now = time.monotonic()
@@ -109,8 +113,8 @@ class Outbox:
 
     def _wait(self, size: int) -> bool:
         """Waits for the reader; whether there is room for so many bytes then."""
-        while (page := self._page) is not None and page.state != CLOSED:
-            if (room := self._room.look(page.read, self._segments, size, self._folder)) is not None:
+        while (page := self._page) and (segments := self._segments) and page.state != CLOSED:
+            if (room := self._room.look(page.read, segments, size, self._folder)) is not None:
                 return room
             if (now := time.monotonic()) >= self._next_look:
                 self._look(now)
@@ -119,22 +123,23 @@ class Outbox:
 
     def look(self) -> None:
         """As `put` does, for a process whose life matters though it may log nothing for long."""
-        with self._lock, contextlib.suppress(RuntimeError):  # the run is finished
+        with contextlib.suppress(RuntimeError):  # the run is finished
             self._look(time.monotonic())
 
     def _look(self, now: float, pipeline: int = 0) -> None:
         """Once a second, while something is logged: whether anybody can read it."""
-        self._next_look = now + 1
-        if self._page is None:
-            return
-        if self._page.is_removed:  # somebody has cleaned the temporary folder
-            lost = max(0, self._segments.records - self._page.read[0])
-            self.close()
-            self._lost = {}
-            self.open()
-            self._lose(pipeline, lost)
-        elif self._page.state == NOBODY_READS:
-            self.process.find_folder(self.address)
+        with self._lock:
+            self._next_look = now + 1
+            if self._page is None:
+                return
+            if self._page.is_removed:  # somebody has cleaned the temporary folder
+                lost = max(0, self._segments.records - self._page.read[0])
+                self.close()
+                self._lost = {}
+                self.open()
+                self._lose(pipeline, lost)
+            elif self._page.state == NOBODY_READS:
+                self.process.find_folder(self.address)
 
     def _lose(self, pipeline: int, reports: int) -> None:
         if reports and not self._lost:
@@ -149,9 +154,10 @@ class Outbox:
         deadline = time.monotonic() + timeout
         while self._page and self._folder.parent != Path(self.address.folder) and not self.is_closed:
             with self._lock:
-                self._segments.settle()
-            if self._page.read[1] >= self._segments.bytes:
-                return True
+                if self._segments:
+                    self._segments.settle()
+                if not self._page or self._page.read[1] >= self._segments.bytes:
+                    return True
             if (now := time.monotonic()) > deadline:
                 return False
             if now >= self._next_look:
@@ -201,7 +207,7 @@ class Outbox:
 
     def _open(self, folder: Path, name: str) -> None:
         own.add(name)
-        page = Page(folder / f"{name}.page", self.process.about(), self._lost)
+        page = Page(folder / f"{name}.page", self.process.name, self.process.parent, self._lost)
         try:
             self._segments = Segments(lambda number: f"{folder}/{name}.{number}")
             if (folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more

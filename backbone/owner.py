@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +21,14 @@ import ray
 from ray.runtime_context import get_runtime_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from . import arguments, calls, exits, nodes, process, ray_internals
-from .files import OUTBOXES, Address, make_runs_folder, this_machine, this_view
-from .letter import Letter, command_line, travelling, write_letter
+from . import arguments, calls, exits, process, ray_internals, recover
+from .files import NETWORK, OUTBOXES, Address, Letter, make_runs_folder, this_machine, this_view, write_letter
+from .ledger import Ledger, Ledgers, line
 
 logger = logging.getLogger("wandb_run")
+NO_PROGRAM = "<python with no main file>"  # as wandb says
+# What belongs to one run: the first that is made without an id of its own since the value appeared.
+ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 class Owned(NamedTuple):
@@ -50,18 +56,10 @@ class Owned(NamedTuple):
 
         threading.Thread(target=watch, daemon=True).start()
 
-    def give_up(self) -> None:
-        """The run could not start."""
-        self.undo.close()
-
-    def forget(self) -> None:
-        """The run is finished."""
-        forget(self.letter.address)
-
 
 def forget(address: Address) -> None:
     """Nothing of a run of this process is needed any more."""
-    nodes.give_back(address.nonce)
+    ray_internals.release("nodes", address.nonce)
     process.forget(address)
     shutil.rmtree(address.folder, ignore_errors=True)
 
@@ -74,8 +72,9 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
     """
     context, init = get_runtime_context(), arguments.said(init)
     with contextlib.ExitStack() as undo:
-        environ, claim, aside = travelling(init.get("id"))
-        undo.callback(claim.give_back)
+        nonce = uuid.uuid4().hex
+        environ, claim, aside = travelling(init.get("id"), nonce)
+        undo.callback(ray_internals.release, claim, nonce)
         own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
         init = arguments.complete(init, own, environ)
         if aside:
@@ -84,7 +83,7 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
         folder = Path(tempfile.mkdtemp(prefix="wandb-run-"))  # with mode 0700
         (folder / OUTBOXES).mkdir(0o700)
         name = init.get("name") or init["id"]
-        address = Address(name, uuid.uuid4().hex, folder, this_machine(), this_view(), context.get_node_id())
+        address = Address(name, nonce, folder, this_machine(), this_view(), context.get_node_id())
         undo.callback(forget, address)
         box = process.outbox(address)
         box.open()
@@ -98,3 +97,58 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
         actor = pipeline.options(**options).remote(address.folder)
         undo.callback(ray.kill, actor)
         return Owned(actor, told, stop, undo.pop_all())
+
+
+def travelling(own_id: str | None, nonce: str) -> tuple[dict[str, str], str, str]:
+    """The variables that a run's actor gets, the claim of the ids among them, or a line to say why they stay outside.
+
+    own_id: the run's id, if the code says so.
+    """
+    # What `ray.init(runtime_env={"env_vars": …})` says, the driver's own environment has not.
+    job = get_runtime_context().runtime_env.get("env_vars") or {}
+    environ = {name: os.path.expandvars(value) for name, value in job.items()} | dict(os.environ)
+    environ = {k: v for k, v in environ.items() if k.startswith("WANDB_") or k.upper() in NETWORK}
+    environ.pop("WANDB_SERVICE", None)  # of wandb in this process
+    run, sweep = environ.get("WANDB_RUN_ID"), environ.get("WANDB_SWEEP_ID")
+    claim = f"{run}/{sweep}"
+    if not (run or sweep) or (own_id in (None, run) and ray_internals.claim(claim, nonce)):
+        return environ, claim, ""
+    for name in ONE_RUN:
+        environ.pop(name, None)
+    what = f"the sweep {sweep}" if sweep else f"WANDB_RUN_ID={run}"
+    return environ, claim, f"stays outside {what}, which is for one run"
+
+
+def command_line() -> list[str]:
+    """Program and arguments of this process; in a worker of Ray's those of its job's driver."""
+    if ray_internals.in_driver():
+        main = sys.modules["__main__"]
+        module = getattr(main, "__spec__", None)  # of `python -m`
+        return [f"-m {module.name}" if module else getattr(main, "__file__", NO_PROGRAM), *sys.argv[1:]]
+    words = ray_internals.command(get_runtime_context().get_job_id()).split()
+    words = words[1:] if words[:1] == [sys.executable] else words
+    if words[:1] == ["-m"]:
+        return [" ".join(words[:2]), *words[2:]]
+    return [NO_PROGRAM] if words[:1] in ([], ["-c"]) else words
+
+
+def finish_without_actor(letter: Letter, why: Exception, begun: Ledger, prefixes: Sequence[str]) -> Ledgers:
+    """Has a run of this process finished whose actor can't be reached. Its exit code is in the outbox by now.
+
+    begun: how the run began, for the ledgers if that fails.
+    """
+    folder = letter.address.folder
+    finishing = recover.start(folder)
+    settings, said = letter.init["settings"], b""
+    upload = float(settings.get("finish_timeout", letter.environ.get("WANDB_FINISH_TIMEOUT", 60)))
+    seconds = 30 + upload if upload else None
+    try:
+        _, said = finishing.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        finishing.kill()
+        finishing.communicate()
+    if (folder / recover.LEDGERS).exists():
+        return recover.read_ledgers(folder)
+    problem = said.decode(errors="replace").strip().rpartition("\n")[2] or f"that took more than {seconds} s"
+    told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
+    return {prefix: dataclasses.replace(begun, prefix=prefix, unheard=["all"], warnings=told) for prefix in prefixes}

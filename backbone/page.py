@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .files import fcntl
 
@@ -36,10 +36,11 @@ class Position(NamedTuple):
 class Page:
     """The page of an outbox of this process, which sees there what the reader writes."""
 
-    def __init__(self, path: Path, about: Mapping[str, Any], lost: Mapping[int, int]):
+    def __init__(self, path: Path, process: str, parent: str, lost: Mapping[int, int]):
         hidden = path.with_name(f".{path.stem}")
         content = b"".join(struct.pack("<Q", lost.get(pipeline, 0)) for pipeline in range(256))
-        content = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(LOST_AT, b"\0") + content + json.dumps(about).encode()
+        content = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(LOST_AT, b"\0") + content
+        content += json.dumps(dict(name=process, parent=parent)).encode()
         self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             if os.write(self._file, content.ljust(SIZE)) != SIZE:  # to read a gap in it would be a SIGBUS

@@ -10,7 +10,6 @@ import socket
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
 
 from ray.runtime_context import get_runtime_context  # `ray.get_runtime_context` starts a Ray where there is none
 
@@ -55,10 +54,6 @@ class Process:
     def note_task(self) -> None:
         """A handle has arrived, maybe with a task of whose threads only others will log."""
 
-    def about(self) -> dict[str, Any]:
-        """What the reader of its outboxes must know."""
-        return dict(pid=os.getpid(), name=self.name, parent=self.parent, ray=bool(self.ray))
-
     def find_folder(self, address: Address) -> Path:
         """The folder of a run's outboxes on this node. Raises RunFinishedError, and RuntimeError where there is none.
 
@@ -86,7 +81,7 @@ class RayProcess(Process):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ray, self.node, self._task = which_ray(), get_runtime_context().get_node_id(), b""
+        self.ray, self.node, self._task = which_ray(), get_runtime_context().get_node_id(), None
         self._is_driver, actor = ray_internals.in_driver(), ray_internals.actor_kind()
         self.in_task = not self._is_driver and not actor
         if actor:
@@ -100,10 +95,10 @@ class RayProcess(Process):
 
     def note_task(self) -> None:
         if self.in_task and threading.current_thread() is threading.main_thread():  # other threads have no task's id
-            task = ray_internals.current_task()
+            task = get_runtime_context().get_task_id()
             if task != self._task:
-                name, attempt = get_runtime_context().get_task_id(), ray_internals.current_attempt()
-                self.last = f"task {name[:16]} {attempt} on {socket.gethostname()}" if name else self.name
+                attempt = ray_internals.current_attempt()
+                self.last = f"task {task[:16]} {attempt} on {socket.gethostname()}" if task else self.name
                 self._task = task
 
     def _find_elsewhere(self, address: Address) -> Path:
@@ -124,17 +119,14 @@ class RayProcess(Process):
             raise run_is_finished(address.name)
 
 
-def this_process(speaks_for: str = "") -> Process:
-    return RayProcess() if which_ray() else Process(speaks_for)
-
-
 def outbox(address: Address, speaks_for: str = "") -> Outbox:
     """This process's outbox for a run. speaks_for: see `Process`."""
     found = _outboxes.get(address.nonce)
     if not found:
         for nonce in [nonce for nonce, other in _outboxes.items() if other.is_closed]:
             _outboxes.pop(nonce).close(finished=True)
-        found = _outboxes.setdefault(address.nonce, Outbox(address, this_process(speaks_for)))
+        process = RayProcess() if which_ray() else Process(speaks_for)
+        found = _outboxes.setdefault(address.nonce, Outbox(address, process))
     found.process.note_task()
     return found
 

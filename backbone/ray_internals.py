@@ -60,10 +60,6 @@ def actor_kind() -> str:
     return type(instance).__name__ if instance is not None else "actor"
 
 
-def current_task() -> bytes:
-    return get_runtime_context().worker.core_worker.get_current_task_id().binary()
-
-
 def current_attempt() -> int:
     return get_runtime_context().worker.core_worker.get_current_task_attempt_number()
 
@@ -107,3 +103,19 @@ def delete(key: bytes) -> None:
 
 def keys(prefix: bytes) -> list[bytes]:
     return internal_kv._internal_kv_list(prefix, namespace=KV)
+
+
+def claim(what: str, nonce: str) -> bool:
+    """Whether the run of this nonce is the first of its Ray job that claims something. It has it until `release`."""
+    key = _claim(what)
+    return not put(key, nonce.encode(), overwrite=False) or get(key) == nonce.encode()
+
+
+def release(what: str, nonce: str) -> None:
+    """Another run may have it, if this one had."""
+    if which_ray() and ray_answers() and get(_claim(what)) == nonce.encode():
+        delete(_claim(what))
+
+
+def _claim(what: str) -> bytes:
+    return f"claim/{get_runtime_context().get_job_id()}/{what}".encode()

@@ -1,17 +1,16 @@
-"""Finishes runs whose pipeline actor is gone, from what it has left on this node.
+"""Goes on with what a dead actor has left: an actor that was restarted, the next run of its id, and this program.
 
     python -m backbone.recover [FOLDER …]
 
-A FOLDER is a run's private one, `wandb-run-…` in the temporary folder. Without arguments these are all whose owner is
-dead, and whose state no process has. The run's owner calls this as well, and so does an actor that may be killed before
-it is through. It joins no Ray, so what workers logged on other nodes, and no relay has brought, is not read but named.
+finishes runs whose pipeline actor is gone, from what it has left on this node. A FOLDER is a run's private one,
+`wandb-run-…` in the temporary folder. Without arguments these are all whose owner is dead, and whose state no process
+has. The run's owner calls this as well, and so does an actor that may be killed before it is through. It joins no Ray,
+so what workers logged on other nodes, and no relay has brought, is not read but named.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import logging
 import os
 import pickle
 import shutil
@@ -20,19 +19,81 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .files import state_path, write_private
+from .files import Address, Letter, move_in, read_letter, state_path, write_private
 from .inbox import GONE
-from .ledger import Ledger, Ledgers, line
-from .letter import Letter, move_in, read_letter
+from .ledger import Ledgers, line
 from .page import lives
 from .run import Run
 from .state import State
 
-logger = logging.getLogger("wandb_run")
+DEATHS = 3  # of a pipeline actor in a row; after more it is given up
 LEDGERS = "ledgers"  # a file in the private folder, when the run is finished
+
+
+class GivenUpError(RuntimeError):
+    """The pipeline actor dies whenever it goes on."""
+
+
+def open_run(init: dict[str, Any], address: Address, owner: str, lock: threading.RLock) -> Run:
+    """Opens a run, whose state is new or not, and counts the actor's restart. For the arguments see `Run`.
+
+    Raises GivenUpError after some deaths of actors without a row in between, OSError where the id is in use.
+    """
+    folder = Path(init["dir"], "wandb")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = State(state_path(folder, init["id"]))
+    before = state.facts.get("address")
+    if before and before.nonce == address.nonce:
+        run = Run(state, init, address, owner, lock)
+        _count_restart(run)
+    else:
+        if before and "ledgers" in state.facts:
+            state.remove()
+            state = State(state.path)
+        elif before:
+            _end_earlier(Run(state, init, before, owner, lock))
+        run = Run(state, init, address, owner, lock)
+        _begin(run)
+    state.commit()
+    return run
+
+
+def _begin(run: Run) -> None:
+    run.state.note(address=run.address, deaths=0, begun=False)
+    lost = run.address.folder / "pipelines"
+    if lost.exists():  # it is the state of this very run that was there
+        run.inbox.unheard("the time before the run's state was lost")
+        for prefix, reduction, workers in pickle.loads(lost.read_bytes()):
+            run.add(prefix, reduction, workers)
+
+
+def _count_restart(run: Run) -> None:
+    rows, facts = len(run.writer.logs.there), run.state.facts
+    deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1
+    run.state.note(restarts=facts.get("restarts", 0) + 1, deaths=deaths, rows_at_restart=rows)
+    if deaths > DEATHS:
+        run.state.commit()
+        run.state.close()
+        raise GivenUpError(f"given up: the pipeline actor died {deaths} times without a row in between")
+
+
+def _end_earlier(run: Run) -> None:
+    """Makes rows of all that is left of an earlier run, whose process did not finish it. This one goes on with them."""
+    _read_what_is_left(run, time.monotonic() + 10)
+    run.state.do("DELETE FROM outboxes")
+    run.state.note(owner_end=None)
+    run.state.commit()
+    shutil.rmtree(run.address.folder, ignore_errors=True)
+
+
+def _read_what_is_left(run: Run, deadline: float) -> None:
+    run.read_to_end(deadline)
+    for place in run.inbox.places:
+        run.inbox.place_is_gone(place, "what was logged there at last")
+    run.end(run.pipelines, deadline)
 
 
 def recover(folder: Path, wait: bool = False) -> Ledgers:
@@ -60,27 +121,27 @@ def _open_state(letter: Letter, wait: bool) -> State | None:
     while not (letter.address.folder / LEDGERS).exists():
         if not path.exists():
             raise FileNotFoundError(f"{path} is gone")
-        with contextlib.suppress(*([OSError] if wait else [])):
+        try:
             state = State(path, patience=0.1)
-            address = state.facts.get("address")
-            if not address:
-                state.remove()
-            elif address.nonce != letter.address.nonce:
-                state.close()
-                raise OSError(f"{path} is that of a later run of this id")
-            else:
-                return state
+        except OSError:
+            if not wait:
+                raise
+            continue
+        address = state.facts.get("address")
+        if address and address.nonce == letter.address.nonce:
+            return state
+        if not address:
+            state.remove()
+            continue
+        state.close()
+        raise OSError(f"{path} is that of a later run of this id")
     return None
 
 
 def _finish(run: Run) -> None:
-    minute = time.monotonic() + 60
     run.state.note(tried_again=True)  # this process could not be followed by another one
     run.state.warn("recovered", "the pipeline actor is gone; the run was finished without it")
-    run.read_to_end(minute)
-    for place in run.inbox.places:
-        run.inbox.place_is_gone(place, "what was logged there at last")
-    run.end(run.pipelines, minute)
+    _read_what_is_left(run, time.monotonic() + 60)
     run.start()
     exit_code, failure = run.inbox.owner_end or GONE
     run.finish(exit_code, failure, time.monotonic() + (run.writer.timeout or float("inf")))
@@ -117,27 +178,6 @@ def start(folder: Path, orphan: bool = False) -> subprocess.Popen:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])},  # a config's classes
         start_new_session=True,
     )
-
-
-def finish_without_actor(letter: Letter, why: Exception, begun: Ledger, prefixes: Sequence[str]) -> Ledgers:
-    """Has a run of this process finished whose actor can't be reached. Its exit code is in the outbox by now.
-
-    begun: how the run began, for the ledgers if that fails.
-    """
-    process, folder = start(letter.address.folder), letter.address.folder
-    settings, said = letter.init["settings"], b""
-    upload = float(settings.get("finish_timeout", letter.environ.get("WANDB_FINISH_TIMEOUT", 60)))
-    seconds = 30 + upload if upload else None
-    try:
-        _, said = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-    if (folder / LEDGERS).exists():
-        return read_ledgers(folder)
-    problem = said.decode(errors="replace").strip().rpartition("\n")[2] or f"that took more than {seconds} s"
-    told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
-    return {prefix: dataclasses.replace(begun, prefix=prefix, unheard=["all"], warnings=told) for prefix in prefixes}
 
 
 def abandoned() -> list[Path]:

@@ -37,23 +37,15 @@ class Started(NamedTuple):
 class Run:
     """A run as it is in a state, with the outboxes at home and the writer.
 
-    owner: name of the process whose end ends the run. lock: whoever has it may call this. stop: see `Writer`.
+    owner: name of the process whose end ends the run. lock: whoever has it may call this.
     """
 
-    def __init__(
-        self,
-        state: State,
-        init: dict[str, Any],
-        address: Address,
-        owner: str,
-        lock: threading.Condition | threading.RLock,
-        stop: Callable[[], None] | None = None,
-    ):
+    def __init__(self, state: State, init: dict[str, Any], address: Address, owner: str, lock: threading.RLock):
         self.state, self.address, self._lock = state, address, lock
         self.pipelines = Pipeline.all(state)
         self.inbox = Inbox(state, self.pipelines, owner)
         self.reader = Reader(address.folder, self.inbox.positions(HOME))
-        self.writer = Writer(state, init, stop)
+        self.writer = Writer(state, init)
         self.artifacts: Artifacts = None  # until `start`
         self.paused = False  # the clock: a node does not answer
         self._read_at, self._ticked = time.monotonic(), 0.0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import operator
+import itertools
+import json
+import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # importing it takes a second, and workers don't need it
     import wandb
 
 
-def wandb_init(state: State, init: dict[str, Any], stop: Callable[[], None] | None) -> tuple[wandb.Run, float]:
+def wandb_init(state: State, init: dict[str, Any]) -> tuple[wandb.Run, float]:
     """Calls `wandb.init`. Where no server answers, the run is kept here.
 
-    Returns the run, and the seconds that `finish` has; 0 for no limit. stop: see `Writer`.
+    Returns the run, and the seconds that `finish` has; 0 for no limit.
     """
     import wandb
 
@@ -33,10 +33,7 @@ def wandb_init(state: State, init: dict[str, Any], stop: Callable[[], None] | No
     settings = wandb_internals.unless_said(defaults | wandb_internals.repository()) | settings
     timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout)
     settings |= dict(finish_timeout_raises=True)
-    if stop:
-        settings["stop_fn"] = lambda: stop()  # noqa: PLW0108 - wandb copies settings, and a method's object with them
     init = init | dict(settings=wandb.Settings(**settings), reinit="create_new")
-    before = transaction_log.folders(folder, init["id"], begun=True)
     try:
         run = wandb.init(**init)
     except wandb.Error as error:
@@ -45,9 +42,6 @@ def wandb_init(state: State, init: dict[str, Any], stop: Callable[[], None] | No
         away = f"the W&B server does not answer, so the run is kept here (offline): {line(error)}"
         state.warn("offline", away)
         wandb.teardown()  # its service would not take the id a second time
-        for empty in transaction_log.folders(folder, init["id"], begun=True):
-            if empty not in before:
-                shutil.rmtree(empty)
         run = wandb.init(**init | dict(mode="offline"))
     if not run.disabled:
         _make_room(folder, run)
@@ -115,17 +109,27 @@ class Resumed(NamedTuple):
 
     def totals(self, prefix: str) -> dict[str, float]:
         """A pipeline's running sums."""
-        # The last folder can lack keys that an earlier one has.
-        found = [*map(transaction_log.last_values, self.folders), self.summary]
-        return transaction_log.totals(functools.reduce(operator.or_, found), prefix)
+        last: dict[str, str] = {}  # the last row can lack keys that an earlier one has
+        for row in self._rows():
+            last |= row
+        found = {key: json.loads(value) for key, value in last.items()} | self.summary
+        totals = {key.removesuffix("_total"): value for key, value in found.items() if key.endswith("_total")}
+        return {key.removeprefix(prefix): n for key, n in totals.items() if key.startswith(prefix) and _is_number(n)}
 
     def best(self, prefix: str, best: Mapping[str, str]) -> dict[str, float]:
         """A pipeline's best values. best: key -> max or min."""
         found = {}
         for key, op in best.items():
-            values = [value for path in self.folders for value in transaction_log.values(path, prefix + key)]
+            values = [json.loads(row[prefix + key]) for row in self._rows() if prefix + key in row]
             with contextlib.suppress(KeyError, TypeError):  # a server has max and last of a key below it
                 values.append(self.summary[prefix + key][op])
-            if values:
-                found[key] = {"max": max, "min": min}[op](values)
+            if numbers := [*filter(_is_number, values)]:
+                found[key] = {"max": max, "min": min}[op](numbers)
         return found
+
+    def _rows(self) -> Iterator[dict[str, str]]:
+        return itertools.chain.from_iterable(map(transaction_log.rows, self.folders))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

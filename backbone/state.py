@@ -8,14 +8,19 @@ process. Knows nothing of Ray and wandb.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import pickle
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from . import values
-from .files import open_database, remove_database
+from .files import is_private
+
+logger = logging.getLogger("wandb_run")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
@@ -47,7 +52,7 @@ class State:
     LARGEST: ClassVar = 900 << 20  # bytes of a value; SQLite takes 1 GB at most
 
     def __init__(self, path: Path, patience: float = 10.0):
-        self.path, self.db = path, open_database(path, patience)
+        self.path, self.db = path, _database(path, patience)
         self.db.executescript(SCHEMA)
         facts = self.db.execute("SELECT * FROM facts").fetchall()
         self.facts: dict[str, Any] = {name: pickle.loads(value) for name, value in facts}
@@ -156,4 +161,62 @@ class State:
 
     def remove(self) -> None:
         self.close()
-        remove_database(self.path)
+        for file in _files(self.path):
+            file.unlink(missing_ok=True)
+
+
+def _database(path: Path, patience: float) -> sqlite3.Connection:
+    """The database at `path`, for this process alone; a new one if there is none, or what is there can't be trusted.
+
+    patience: seconds to wait for a process that has it. Raises OSError if that does not end.
+    """
+    for file in _files(path):
+        if os.path.lexists(file) and not is_private(file):
+            _set_aside(file, "is no private file of this user")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _open(path)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise OSError(str(error)) from None
+            time.sleep(0.1)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Raises BlockingIOError if another process has it, or has just removed it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    opened = os.fstat(file)
+    os.close(file)
+    database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("PRAGMA locking_mode=EXCLUSIVE")
+        database.execute("PRAGMA journal_mode=WAL")  # takes the lock
+        database.execute("PRAGMA synchronous=OFF")
+        [(state,)] = database.execute("PRAGMA quick_check(1)")  # a machine that has lost its power
+        if state != "ok":
+            raise sqlite3.DatabaseError(state)
+    except sqlite3.OperationalError as error:
+        database.close()
+        if "locked" in str(error) or not path.exists():
+            raise BlockingIOError(f"{path} is in use: is another run of this id going on?") from None
+        raise OSError(f"{path}: {error}") from None
+    except sqlite3.DatabaseError as error:
+        database.close()
+        _set_aside(path, f"is damaged ({error})")  # SQLite drops a log that is left beside a new file
+        return _open(path)
+    if not path.exists() or not os.path.samestat(opened, path.stat()):
+        database.close()
+        raise BlockingIOError(f"{path} was removed while it was opened")
+    return database
+
+
+def _files(path: Path) -> list[Path]:
+    """A database and what SQLite keeps beside it."""
+    return [path.with_name(path.name + end) for end in ("", "-wal", "-journal", "-shm")]
+
+
+def _set_aside(path: Path, why: str) -> None:
+    aside = path.with_name(f"{path.name}.set-aside-{time.time_ns()}")
+    path.rename(aside)
+    logger.warning("%s %s: it is set aside as %s", path, why, aside.name)

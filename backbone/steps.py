@@ -86,7 +86,10 @@ class Steps:
         if not (worker := self.known.get(name)):
             self._order += 1
             worker = self.known[name] = Worker(name, parent or name, task, self._order)
-        stood, being, worker.end = worker.busy_with, self.open.get(step), 0
+        stood, being = worker.busy_with, self.open.get(step)
+        if worker.end:  # it lives after all: somebody had removed its outbox
+            worker.end, worker.death = 0, math.inf
+            self._ended.pop(name, None)
         if being and ((name in being.reports and stood != step) or being.death < worker.born):
             self._row(step)  # 2
         before = self._newest if worker.step < 0 else worker.step

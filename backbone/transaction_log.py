@@ -5,11 +5,10 @@ A transaction log is wandb's record of a run on the disk.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +84,10 @@ def numbers(folders: Iterable[str | Path]) -> set[int]:
     return {number for folder in folders for number in Tail(Path(folder)).numbers()}
 
 
-def last_values(folder: Path) -> dict[str, Any]:
-    """The last value of each key in a run folder's rows."""
-    found = {}
+def rows(folder: Path) -> Iterator[dict[str, str]]:
+    """A run folder's rows: key -> value, as JSON."""
     for record in records(folder):
-        found |= {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-    return {key: json.loads(value) for key, value in found.items()}
-
-
-def values(folder: Path, key: str) -> Iterator[float]:
-    """A key's finite numbers in a run folder's rows."""
-    for record in records(folder):
-        for item in record.history.item:
-            if key in (item.key, "/".join(item.nested_key)):
-                value = json.loads(item.value_json)
-                if isinstance(value, int | float) and math.isfinite(value):
-                    yield value
+        yield {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
 
 
 def artifacts(folder: Path) -> set[str]:
@@ -108,18 +95,13 @@ def artifacts(folder: Path) -> set[str]:
     return {record.artifact.client_id for record in records(folder) if record.HasField("artifact")}
 
 
-def folders(parent: Path, run_id: str, begun: bool = False) -> list[Path]:
-    """The folders of the run of this very id below `parent`, in the order in which they were made.
-
-    begun: with those that have no transaction log, because the run could not start.
-    """
+def folders(parent: Path, run_id: str) -> list[Path]:
+    """The folders of the run of this very id below `parent`, in the order in which they were made."""
     name = re.compile(rf"(offline-)?run-\d{{8}}_\d{{6}}-{re.escape(run_id)}(-\d+)?")  # wandb counts within a second
     found = []
     for path in parent.glob("*run-*"):
-        if name.fullmatch(path.name):
-            logs = [log.name for log in path.glob("*.wandb")]
-            if logs == [f"run-{run_id}.wandb"] or (begun and not logs and path.name.endswith(f"-{run_id}")):
-                found.append(path)
+        if name.fullmatch(path.name) and [log.name for log in path.glob("*.wandb")] == [f"run-{run_id}.wandb"]:
+            found.append(path)
     return sorted(found, key=_made)
 
 
@@ -128,13 +110,3 @@ def _made(folder: Path) -> tuple[float, str]:
     run = next((record.run for record in records(folder) if record.HasField("run")), None)
     name = folder.name.removeprefix("offline-")
     return (run.start_time.ToNanoseconds() / 1e9 if run else math.inf), name
-
-
-def totals(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The running sums of a pipeline among a row's or a summary's metrics: key without prefix and `_total` -> value."""
-    found = {
-        key[len(prefix) :].removesuffix("_total"): value
-        for key, value in metrics.items()
-        if key.endswith("_total") and key.startswith(prefix)
-    }
-    return {key: value for key, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}

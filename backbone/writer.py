@@ -42,15 +42,12 @@ def _death_of_service() -> Iterator[None]:
 
 
 class Writer:
-    """The W&B run of a state. Nothing else in this process calls `run.log`, and one thread at a time calls this.
-
-    stop: is called, in another thread, when somebody presses "Stop run" on the run's page.
-    """
+    """The W&B run of a state. Nothing else in this process calls `run.log`, and one thread at a time calls this."""
 
     WRITING: ClassVar = 10.0  # seconds that wandb-core has for what is left to be written
 
-    def __init__(self, state: State, init: dict[str, Any], stop: Callable[[], None] | None = None):
-        self._state, self._init, self._stop = state, init, stop
+    def __init__(self, state: State, init: dict[str, Any]):
+        self._state, self._init = state, init
         self._folder = Path(init["dir"], "wandb")
         self._increments = state.facts.get("increments", media.Increments())
         self.logs = TransactionLogs(state.facts.get("paths", ()))
@@ -66,7 +63,7 @@ class Writer:
         self._before = [
             path for path in transaction_log.folders(self._folder, self._init["id"]) if str(path) not in mine
         ]
-        run, self.timeout = wandb_init(self._state, self._init, self._stop)
+        run, self.timeout = wandb_init(self._state, self._init)
         self.run, self.axes = run, Axes(run)
         mode = "disabled" if run.disabled else "offline" if run.offline else "online"
         before = transaction_log.numbers(self._before)

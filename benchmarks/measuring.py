@@ -39,9 +39,13 @@ def start_wandb(directory: str) -> wandb.Run:
 
 
 def tree(pid: int | None = None) -> list[psutil.Process]:
-    """A process and all below it; this one and its Ray if none is named."""
+    """A process and all below it; this one, its Ray and detached wandb-cores if none is named."""
     root = psutil.Process(pid)
-    return [root, *root.children(recursive=True)]
+    found = [root, *root.children(recursive=True)]
+    if pid is None:
+        cores = [each for each in psutil.process_iter(["name", "cmdline"]) if each.info["name"] == "wandb-core"]
+        found += [core for core in cores if "--detached" in (core.info["cmdline"] or ())]
+    return found
 
 
 def processes(title: str) -> list[int]:

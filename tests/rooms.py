@@ -14,10 +14,10 @@ from typing import NamedTuple
 from backbone import records, values, wandb_internals
 from backbone.files import OUTBOXES, Address, state_path, this_machine
 from backbone.ledger import Ledger
-from backbone.lives import open_run
 from backbone.page import Position
 from backbone.pipeline import Pipeline
 from backbone.reading import Reading, Record
+from backbone.recover import open_run
 from backbone.reduction import Reduction
 from backbone.run import Run
 from backbone.state import Row, State
@@ -121,6 +121,7 @@ class Opened(Kept):
     """A run of a pipeline actor."""
 
     def _open(self) -> Run:
+        Path(self.init["dir"], "wandb").mkdir(exist_ok=True)
         run = open_run(self.init, self.address, "owner", threading.RLock())
         run.start()
         self.artifacts = run.artifacts

@@ -17,9 +17,11 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from backbone import outbox, page, process, records
@@ -894,6 +896,29 @@ def test_where_somebody_cleans_the_temporary_folder_logging_goes_on_and_what_cou
     assert len(numbers(records)) + lost(records) == logged
     assert numbers(records)[10:] == [logged - 1]
     assert len(told) == 1
+
+
+def test_threads_log_on_while_somebody_cleans_the_temporary_folder_again_and_again(address, child, monkeypatch):
+    monkeypatch.setattr(Room, "LIMIT", 8)
+    monkeypatch.setattr(Room, "PATIENCE", 0.0)
+
+    def work(pipe, box: Outbox) -> None:
+        sys.setswitchinterval(1e-6)
+        until = time.monotonic() + 3
+
+        def log(number: int) -> None:
+            while time.monotonic() < until:
+                put(box, number)
+
+        with ThreadPoolExecutor(4) as threads:
+            logging = [threads.submit(log, number) for number in range(4)]
+            while time.monotonic() < until:
+                shutil.rmtree(address.folder / OUTBOXES, ignore_errors=True)
+                box._next_look = 0.0  # else it is looked at once a second
+                time.sleep(0.001)
+        pipe.send(["".join(traceback.format_exception(error)) for future in logging if (error := future.exception())])
+
+    assert child(work).told() == []
 
 
 # Who may see it, and where it is

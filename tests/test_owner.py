@@ -31,7 +31,7 @@ def run(run_at_home) -> Callable[..., WandbRun]:
 def test_a_letter_of_an_earlier_version_is_told_in_one_line_and_hinders_no_other_recovery(tmp_path, monkeypatch):
     (folder := tmp_path / "wandb-run-old").mkdir(0o700)
     (folder / "letter").touch(0o600)
-    (folder / "letter").write_bytes(b"cbackbone.letter\nNoLongerThere\n.")
+    (folder / "letter").write_bytes(b"cbackbone.files\nNoLongerThere\n.")
     with pytest.raises(OSError, match="letter can't be read: Can't get attribute 'NoLongerThere'"):
         recover.recover(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

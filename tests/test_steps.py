@@ -294,6 +294,23 @@ def test_new_processes_that_go_back_are_told_of_like_old_ones():
     assert made.steps.warnings == [("went back", "steps went back from 3 to 2: each attempt gets rows of its own")]
 
 
+def test_who_was_taken_for_dead_and_logs_on_shares_rows_as_before():
+    """Somebody had removed its outbox."""
+    pipeline = Pipeline(2)
+    for step in range(3):
+        pipeline.say("a", step)
+        pipeline.say("b", step)
+        if step == 0:
+            pipeline.die("a")
+    pipeline.die("b")
+    for step in range(3, 6):
+        pipeline.say("a", step)
+        pipeline.say("c", step)
+    pipeline.finish()
+    assert [step for step, _ in pipeline.rows if step > 2] == [3, 4, 5]
+    assert pipeline.sizes[-3:] == [(3, 2), (4, 2), (5, 2)]
+
+
 def test_a_task_that_logs_on_after_its_goodbye_is_alive_again():
     """Its handle was gone, and came back. Only what it says last is its end."""
     made = Pipeline(2)

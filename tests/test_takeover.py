@@ -11,7 +11,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from backbone import transaction_log
+from backbone import ledger, transaction_log
+from backbone import recover as recovering
+from backbone.files import Address, Letter, state_path, write_letter
+from backbone.state import State
 from backbone.steps import Steps
 from common import InferencePipelineActor, PipelineActor, WandbRun, pipeline_actor
 
@@ -189,6 +192,19 @@ def test_runs_that_nobody_finishes_any_more_are_finished_by_hand_and_others_are_
     assert done.stderr.count("\n") == 1
 
 
+def test_whoever_waits_for_an_actor_gives_up_where_a_later_run_has_taken_its_place(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    tmp_path.chmod(0o700)
+    address = Address("n", "earlier", tmp_path, "", "", "")
+    write_letter(Letter(address, "owner", "", dict(dir=str(tmp_path), id="again"), {}, str(tmp_path), []))
+    state = State(state_path(tmp_path / "wandb", "again"))
+    state.note(address=address._replace(nonce="later"))
+    state.commit()
+    state.close()
+    with pytest.raises(OSError, match="is that of a later run of this id"):
+        recovering.recover(tmp_path, wait=True)
+
+
 # On the Ray of all tests
 
 
@@ -197,6 +213,8 @@ def test_a_driver_that_is_killed_leaves_its_run_to_the_actor(begin, tmp_path):
 made = run(id="r")
 for step in range(1, 100):
     made.log({"a": 1.0}, step)
+for step in range(3):  # which the actor is not through with when it finds that it has to finish the run
+    made.log_artifact("checkpoint", "model", {f"{i}": bytes([step]) for i in range(2000)})
 print(made._address.folder, flush=True)
 time.sleep(600)
 """)
@@ -209,6 +227,8 @@ time.sleep(600)
     [path] = folders(tmp_path)
     log = Log(path)
     assert [row["step"] for row in log.rows] == list(range(100))
+    assert len(log.of("artifact")) == 3
+    assert ledger.count(path)[""].ok
     assert log.exit_code == 1
 
 

@@ -59,7 +59,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
     folder = Path(run.sync_dir)
     log = Log(folder)
     assert transaction_log.numbers([folder]) == {row["_step"] for row in log.rows} == {3, 5}
-    last = transaction_log.last_values(folder)
+    last = {key: json.loads(value) for row in transaction_log.rows(folder) for key, value in row.items()}
     assert (last["a"], last["x/tokens_total"], last["gone"], last["text"]) == (2, 7, 1, "ü")
     assert last["nan"] != last["nan"]
     found = transaction_log.artifacts(folder)
@@ -70,7 +70,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
 
 def test_a_folder_without_a_log_has_no_records(tmp_path):
     assert transaction_log.numbers([tmp_path]) == set()
-    assert transaction_log.last_values(tmp_path) == {}
+    assert [*transaction_log.rows(tmp_path)] == []
 
 
 def test_the_log_is_written_as_often_as_is_asked_for(begin):

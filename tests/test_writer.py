@@ -19,7 +19,7 @@ from pathlib import Path
 from backbone import ledger, staging, transaction_log
 from backbone import writer as writer_room
 from backbone.ledger import Ledger
-from backbone.lives import DEATHS, GivenUpError, open_run
+from backbone.recover import DEATHS, GivenUpError, open_run
 from backbone.reduction import Reduction
 from backbone.starting import Resumed
 
@@ -246,24 +246,6 @@ def concluded(made: Opened, there: Callable[[], Callable[[int], bool]]) -> Ledge
     made.writer.there = there
     ledger.conclude(made.run.state, made.run.writer, made.run.pipelines)
     return made.state.facts["ledgers"][""]
-
-
-def test_rows_that_come_to_disk_while_they_are_counted_are_not_called_lost(opened):
-    """The lag is wandb's own, a few milliseconds; here the first look doesn't see what the second one sees."""
-    made, looks = opened(), []
-    made.join()
-    for step in range(5):
-        made.say(step, {"a": 1.0})
-    made.finish()
-
-    real = made.writer.there
-
-    def there():
-        looks.append(real())
-        return looks[-1] if len(looks) > 1 else lambda number: number < 4
-
-    account = concluded(made, there)
-    assert (len(looks), account.rows, account.lost, account.warnings) == (2, 5, 0, [])
 
 
 def test_rows_that_do_not_come_to_disk_are_lost_and_told(opened):
@@ -550,8 +532,8 @@ def test_with_a_server_that_does_not_answer_the_run_is_kept_here_long_before_wan
     reports, rows, lost, _, warnings = json.loads(stdout.splitlines()[-1])
     assert (reports, rows, lost) == (5, 5, 0), stderr[-800:]
     assert [warning[:40] for warning in warnings] == ["the W&B server does not answer, so the r"]
-    [path] = folders(tmp_path)
-    assert path.name.startswith("offline-")
+    with_rows = [path for path in folders(tmp_path) if any(path.glob("*.wandb"))]  # wandb leaves an empty folder, too
+    assert [path.name[:8] for path in with_rows] == ["offline-"]
 
 
 # Resuming, and other runs in the same folder
