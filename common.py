@@ -262,7 +262,7 @@ class WandbRun:
         folder = self.path / "artifacts" / uuid.uuid4().hex
         send = None if self._address.is_here and self.path.is_dir() else functools.partial(self._ask, "stage")
         what |= staging.stage(content, folder, send)
-        self._ask("log_artifact", folder, what)
+        self._say("log", what | dict(folder=str(folder)))
 
     def use_artifact(self, name: str) -> None:
         """Records that this run uses artifact `name`, such as "checkpoint:step-10".
@@ -272,7 +272,7 @@ class WandbRun:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._ask("use_artifact", name)
+        self._say("use", dict(name=name))
 
     def expect(self, workers: int) -> None:
         """From now on so many workers make a step complete, because some have left or joined.
@@ -281,7 +281,7 @@ class WandbRun:
         """
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
             raise ValueError(f"workers must be an integer from 0, not {workers!r}")
-        self._ask("expect", self._prefix, max(1, workers))
+        self._outbox.put(records.EXPECT, self._pipeline, max(1, workers), b"")
 
     def progress(self) -> tuple[Ledger, dict[str, Any]]:
         """The ledger so far and the numbers of the row of the highest step (keys without prefix)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from . import staging
 from .host import Host
 from .ledger import Ledger, Ledgers, RunFinishedError
 from .reduction import Reduction
-from .run import Run, Started
+from .run import Started
 
 
 class PipelineActor:
@@ -41,35 +40,18 @@ class PipelineActor:
                     raise kind(" ".join(str(error).split())[:500]) from error
             return self._host.run.join(prefix, reduction, workers)
 
-    def expect(self, prefix: str, workers: int) -> None:
-        with self._host.lock:
-            self._run.expect(prefix, workers)
-
     def progress(self, prefix: str) -> tuple[Ledger, dict[str, Any]]:
         """The ledger so far, and the numbers of the row of the highest step (keys without prefix)."""
         with self._host.lock:
-            pipeline = self._run.pipeline(prefix)
-            return self._run.ledger(pipeline), pipeline.last_row
+            run = self._host.run
+            if not run or run.state.is_finished:
+                raise RunFinishedError("the run is finished")
+            pipeline = run.pipeline(prefix)
+            return run.ledger(pipeline), pipeline.last_row
 
     def stage(self, to: Path, offset: int, piece: bytes) -> None:
         """Writes a piece of a file from another node."""
         staging.put_piece(to, offset, piece)
-
-    def log_artifact(self, folder: Path, what: Mapping[str, Any]) -> None:
-        """Has an artifact logged whose files are in `folder`."""
-        with self._host.lock:
-            self._run.artifacts.log(folder, what)
-
-    def use_artifact(self, name: str) -> None:
-        with self._host.lock:
-            self._run.artifacts.use(name)
-
-    @property
-    def _run(self) -> Run:
-        """Raises RunFinishedError where there is no run, or it is finished."""
-        if not self._host.run or "ledgers" in self._host.run.state.facts:
-            raise RunFinishedError("the run is finished")
-        return self._host.run
 
     def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None) -> Ledgers:
         """Finishes the run, or closes the steps of one pipeline of a run that goes on.

@@ -12,7 +12,6 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,44 +35,22 @@ class Artifacts:
         self._threads = {"log": ThreadPoolExecutor(1), "use": ThreadPoolExecutor(1)}
         self._futures: list[Future] = []
         self._finishing = threading.Lock()
-        going_on, offline = "ledgers" not in state.facts, state.facts["mode"] == "offline"
-        tasks = state.db.execute("SELECT * FROM artifacts ORDER BY id").fetchall()
-        paths = map(Path, state.facts.get("paths", ()) if tasks else ())
-        on_disk = set().union(*map(transaction_log.artifacts, paths))
-        for id_, task, client, done in tasks:
-            kind, what = pickle.loads(task)
+        self._last, [(begun,)] = 0, state.db.execute("SELECT count(client) FROM artifacts")
+        paths = state.facts["paths"] if begun and state.facts["mode"] == "offline" else ()
+        self._on_disk = set().union(*map(transaction_log.artifacts, map(Path, paths)))
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Begins with what has come since the last call, and in the first one with what a dead actor has left."""
+        query, facts = "SELECT * FROM artifacts WHERE id > ? ORDER BY id", self._state.facts
+        is_on = not self._state.is_finished and facts["mode"] != "disabled"
+        for id_, task, client, done in self._state.db.execute(query, (self._last,)).fetchall():
+            self._last, (kind, what) = id_, pickle.loads(task)
             if done and kind == "log":
                 shutil.rmtree(what["folder"], ignore_errors=True)  # the actor may have died before it did that
-            elif not done and going_on and not (client in on_disk and offline):
-                self._submit(id_, kind, what)
-
-    def log(self, folder: Path, what: Mapping[str, Any]) -> None:
-        """folder: with the staged files; what: name, type, metadata, aliases, files, references, objects."""
-        self._add("log", {**what, "folder": str(folder)})
-
-    def use(self, name: str) -> None:
-        self._add("use", {"name": name})
-
-    def _add(self, kind: str, what: Mapping[str, Any]) -> None:
-        if self._state.facts["mode"] == "disabled":
-            return
-        task = pickle.dumps((kind, what))
-        try:
-            same = "SELECT 1 FROM artifacts WHERE length(task) = ? AND task = ?"  # reads the lengths only, mostly
-            if kind == "log" and self._state.db.execute(same, (len(task), task)).fetchone():
-                return  # Ray repeats a call whose answer an actor's death has swallowed; its folder is its own
-            added = self._state.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))
-        except sqlite3.Error as error:  # the disk is full
-            return self._lose(f"artifact {what['name']!r}", f"is lost: {line(error)}")
-        self._submit(added.lastrowid, kind, what)
-
-    def _lose(self, what: str, why: str) -> None:
-        self._state.note(lost_artifacts=self._state.facts.get("lost_artifacts", 0) + 1)
-        self._state.warn("artifact", f"{what} {why}")
-
-    def _submit(self, id_: int, kind: str, what: Mapping[str, Any]) -> None:
-        work = {"log": self._log, "use": self._use}[kind]
-        self._futures.append(self._threads[kind].submit(work, id_, **what))
+            elif not done and client not in self._on_disk and is_on:
+                work = {"log": self._log, "use": self._use}[kind]
+                self._futures.append(self._threads[kind].submit(work, id_, **what))
 
     def _log(
         self, id_: int, *, name: str, type: str, metadata: dict, aliases: list, folder: str, **content: Any
@@ -86,11 +63,11 @@ class Artifacts:
         for file, reference in content["references"].items():
             wandb_internals.add_reference(artifact, file, reference)
         for file, value in values.unpack(content["objects"]).items():
-            kept, excess = media.within_limit(value)
-            artifact.add(kept, file)
-            if excess:
+            artifact.add(value, file)
+            if excess := media.excess(value):
                 with self._lock:
-                    self._lose(f"{file!r} of artifact {name!r}", f"has {excess}")
+                    self._state.note(lost_artifacts=self._state.facts.get("lost_artifacts", 0) + 1)
+                    self._state.warn("artifact", f"{file!r} of artifact {name!r} has {excess}")
         media.remove_copied_files([artifact])
         self._note("client = ?", wandb_internals.client_id(artifact), id_)
         logged = self._writer.run.log_artifact(artifact, aliases=aliases)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import atexit
 import logging
 import os
@@ -107,7 +106,4 @@ def interrupt() -> None:
     """Does to this process what "Stop run" does to one that called `wandb.init` itself: as Ctrl-C."""
     if wandb_internals.agent_is_running():
         return
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # ends a system call, too
-    else:
-        _thread.interrupt_main()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # ends a system call, too

@@ -85,7 +85,7 @@ def is_private_folder(path: Path) -> bool:
         found = path.lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
-    owned = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700)
+    owned = found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700
     return stat.S_ISDIR(found.st_mode) and owned
 
 
@@ -124,8 +124,6 @@ def state_path(folder: Path, run_id: str) -> Path:
 
 
 def has_locks(folder: Path) -> bool:
-    if fcntl is None:
-        return True  # SQLite has its own way there
     with tempfile.TemporaryFile(dir=folder) as probe:
         try:
             fcntl.lockf(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,7 +142,7 @@ def check_run_id(run_id: str) -> None:
 def is_private(path: Path) -> bool:
     """Whether it is a file of this user that no other may write or read: only that is ever unpickled."""
     found = path.lstat()
-    owned = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o600)
+    owned = found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o600
     return stat.S_ISREG(found.st_mode) and owned and found.st_nlink == 1
 
 

@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import exits, recover, wandb_internals
+from . import exits, nodes, recover, wandb_internals
 from .files import move_in, read_letter
 from .inbox import GONE, HOME
 from .ledger import Ledgers, RunFinishedError, line
-from .nodes import with_nodes
 from .page import lives
-from .ray_internals import has_ended, ray_answers, release, which_ray
+from .ray_internals import has_ended, ray_answers, which_ray
 from .reading import Reading
 from .relay import Relays
 from .run import Run
@@ -53,7 +52,8 @@ class Host:
         """Starts the run, or goes on with what a dead actor has left."""
         address, init = self._letter.address, self._letter.init
         stop = dict(stop_fn=exits.stop_file(address.folder).touch)  # called when "Stop run" is pressed
-        init = init | dict(settings=with_nodes(init["settings"], address.nonce) | stop)
+        settings = wandb_internals.with_endpoints(init["settings"], nodes.endpoints(), nodes.METRICS)
+        init = init | dict(settings=settings | stop)
         run = recover.open_run(init, address, self._letter.process, self.lock)
         run.state.hear = self._hear
         run.start()
@@ -123,7 +123,7 @@ class Host:
                 if not self.run:
                     raise RunFinishedError("the run is finished")
                 run, deadline = self.run, time.monotonic() + (self.run.writer.timeout or float("inf"))
-                if "ledgers" not in run.state.facts:
+                if not run.state.is_finished:
                     catch_up(run, self._relays, self._read, deadline, closing=prefix is None)
                     run.end([each for each in run.pipelines if prefix in (None, each.prefix)], deadline)
                 if prefix is not None:
@@ -137,7 +137,6 @@ class Host:
 
     def forget(self) -> None:
         """Nothing of the run is needed any more."""
-        release("nodes", self._letter.address.nonce)
         with self.lock:
             if self.run:
                 self.run.state.remove()

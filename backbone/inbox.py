@@ -88,6 +88,8 @@ class Inbox:
             box.name, box.label, box.task = now["name"], now["label"], now["task"]
         elif record.kind == records.SAID:
             self.said.take(box.label or box.name, record.wall_time, record.content)
+        elif record.kind == records.EXPECT:
+            self._pipelines[record.pipeline].steps.expect(record.step, self.clock)
         elif record.kind == records.GOODBYE:
             self._end(box.name)
         elif record.kind == records.EXIT:

@@ -5,8 +5,6 @@ Some of what is used here is not public. `tests/test_wandb_internals.py` fails w
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import os
 import sys
 import tempfile
@@ -15,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from . import wandb_internals
 
 if TYPE_CHECKING:
     import wandb
@@ -132,34 +128,27 @@ class Increments:
         for key, table in tables.items():
             before = [name for row, name in self._logged.get(key, ()) if row < number]
             if before or not resumed:  # else wandb looks itself
-                wandb_internals.continue_table(table, before)
+                table._increment_num, table._previous_increments_paths = len(before), before
 
     def add(self, tables: Mapping[str, wandb.Table], number: int) -> None:
         """They have been logged with a row."""
         for key, table in tables.items():
-            before = [(-1, name) for name in wandb_internals.increments_before(table)]
-            self._logged[key] = [*before, (number, wandb_internals.increment_path(table))]
+            before = [(-1, name) for name in table._previous_increments_paths or ()]
+            self._logged[key] = [*before, (number, table._get_artifact_entry_ref_url())]
 
 
 # Limits
 
 
-def within_limit(value: Any) -> tuple[Any, str]:
-    """As much of a table, a chart or a list of media as W&B takes, and what it would cut off without a word, if any."""
-    if is_table(getattr(value, "table", None)):
-        table, excess = within_limit(value.table)
-        return dataclasses.replace(value, table=table), excess
+def excess(value: Any) -> str:
+    """What W&B cuts off of a table, a chart or a list of media without a word, if anything."""
+    value = getattr(value, "table", value)  # a chart has one
     if is_table(value):
         import wandb
 
-        table = copy.copy(value)
-        table.data, excess = _cut(value.data, wandb.Table.MAX_ARTIFACT_ROWS, "rows")
-        return table, excess
-    if isinstance(value, list) and all(isinstance(item, type(value[0])) for item in value):
-        return _cut(value, getattr(value[0], "MAX_ITEMS", len(value)), "elements")
-    return value, ""
-
-
-def _cut(items: list, limit: int, kind: str) -> tuple[list, str]:
-    excess = f"{len(items)} {kind}, of which W&B takes {limit}: the others are lost" if len(items) > limit else ""
-    return items[:limit], excess
+        items, limit, kind = value.data, wandb.Table.MAX_ARTIFACT_ROWS, "rows"
+    elif isinstance(value, list) and all(isinstance(item, type(value[0])) for item in value):
+        items, limit, kind = value, getattr(value[0], "MAX_ITEMS", len(value)), "elements"
+    else:
+        return ""
+    return f"{len(items)} {kind}, of which W&B takes {limit}: the others are lost" if len(items) > limit else ""

@@ -1,7 +1,6 @@
 """CPU, memory and GPUs of every node of the cluster among the run's system metrics: wandb reads what Ray exports.
 
-A node exports them where `ray[default]` is installed. One run of a Ray job at a time has them, the first: they are the
-same for all.
+A node exports them where `ray[default]` is installed.
 """
 
 from __future__ import annotations
@@ -12,19 +11,8 @@ from typing import Any
 
 import ray
 
-from . import ray_internals, wandb_internals
-
 # In percent, bytes, percent of a GPU and MB of a GPU; all that a node exports would be 220 KB a sample.
 METRICS = r"\.ray_node_(cpu_utilization|mem_used|gpus_utilization|gram_used)$"
-
-
-def with_nodes(settings: Mapping[str, Any], nonce: str) -> dict[str, Any]:
-    """A run's settings, with what records the nodes unless another run does, or they or the environment say what to.
-
-    nonce: of the run.
-    """
-    more = wandb_internals.with_endpoints(settings, endpoints(), METRICS)
-    return more if more != settings and ray_internals.claim("nodes", nonce) else dict(settings)
 
 
 def node_metrics() -> tuple[dict[str, str], list[str]]:

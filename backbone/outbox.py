@@ -14,13 +14,13 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from .files import CLOSED as CLOSED_FOLDER
-from .files import Address, disk_is_full
+from .files import Address
 from .ledger import run_is_finished
 from .page import CLOSED, NOBODY_READS, Page
-from .records import COMMIT, EXIT, GOODBYE, WHO, Segments, raise_from_outside, record
+from .records import EXIT, GOODBYE, WHO, Room, Segments, raise_from_outside, record
 
 if TYPE_CHECKING:  # it knows of Ray
     from .process import Process
@@ -28,33 +28,6 @@ if TYPE_CHECKING:  # it knows of Ray
 logger = logging.getLogger("wandb_run")
 
 own: set[str] = set()  # names of this process's outboxes
-
-
-class Room:
-    """How far may be written: where much is unread, `put` waits for the reader."""
-
-    LIMIT, LIMIT_BYTES = 4096, 32 << 20  # unread records and bytes with which it waits
-    PATIENCE: ClassVar = 5.0  # seconds for a reader that doesn't get on
-    BACKLOG: ClassVar = 1 << 30  # unread bytes then
-
-    def __init__(self) -> None:
-        self.records, self.bytes = self.LIMIT, self.LIMIT_BYTES  # up to here nobody has to look
-        self._read, self._deadline = (-1, -1), 0.0  # how far the reader was when it was seen first there
-        self._stuck: tuple[int, int] | None = None  # how far it was when it was waited for in vain
-
-    def look(self, read: tuple[int, int], segments: Segments, size: int, folder: Path) -> bool | None:
-        """Whether there is room for so many bytes; None while the reader may get on. read: records and bytes."""
-        unread, now = segments.bytes - read[1], time.monotonic()
-        if segments.records - read[0] < self.LIMIT and (not unread or unread + size <= self.LIMIT_BYTES):
-            self.records, self.bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
-            return True
-        if read == self._stuck:
-            return unread + size <= self.BACKLOG and not disk_is_full(folder)
-        if read != self._read:
-            self._read, self._deadline = read, now + self.PATIENCE
-        elif now > self._deadline:
-            self._stuck = read
-        return None
 
 
 class Outbox:
@@ -93,7 +66,7 @@ class Outbox:
         with self._lock:
             now = time.monotonic()
             is_written = room and self._write(kind, pipeline, step, content, now, label)
-            if not is_written and kind <= COMMIT and not self.is_closed:
+            if not is_written and not self.is_closed:
                 self._lose(pipeline, 1)
             if now >= self._next_look:  # behind the record: a relay that goes says so, and then reads once more
                 self._look(now, pipeline)

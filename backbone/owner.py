@@ -59,7 +59,6 @@ class Owned(NamedTuple):
 
 def forget(address: Address) -> None:
     """Nothing of a run of this process is needed any more."""
-    ray_internals.release("nodes", address.nonce)
     process.forget(address)
     shutil.rmtree(address.folder, ignore_errors=True)
 

@@ -46,8 +46,7 @@ class Page:
             if os.write(self._file, content.ljust(SIZE)) != SIZE:  # to read a gap in it would be a SIGBUS
                 raise OSError(errno.ENOSPC, "no room for a page")
             self._map = mmap.mmap(self._file, SIZE, access=mmap.ACCESS_READ)
-            if fcntl:  # before others see it, or a reader could take this process for dead
-                fcntl.lockf(self._file, fcntl.LOCK_EX)
+            fcntl.lockf(self._file, fcntl.LOCK_EX)  # before others see it, or a reader could take this process for dead
             hidden.rename(path)
         except BaseException:
             self.close()
@@ -95,17 +94,16 @@ def see(path: str | Path, state: int | None = None) -> Seen | None:
             content = file.read(SIZE)
             if state not in (None, content[0]):
                 os.pwrite(file.fileno(), bytes([state]), 0)
-            lives = False
             try:
-                if fcntl:  # on Windows nobody notices that it has ended
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lives = False
             except OSError:
                 lives = True
     except FileNotFoundError:
         return None
     state, *position = READ.unpack_from(content)
     lost, about = content[LOST_AT:ABOUT_AT], content[ABOUT_AT:]
-    return Seen(state, Position(*position), bool(content[STAYS_AT]), lost, about, lives or not fcntl)
+    return Seen(state, Position(*position), bool(content[STAYS_AT]), lost, about, lives)
 
 
 def lost_by_pipeline(lost: bytes) -> dict[int, int]:

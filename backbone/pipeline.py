@@ -35,8 +35,6 @@ class Pipeline:
         self.best: dict[str, float] = {}  # of the keys that `reduction.best` names
         self.last_row: dict[str, float] = {}  # numbers of the row of the highest step, keys without prefix
         self._last_id = 0
-        self._fresh: dict[int, Report] = {}  # reports that wait and are not on the disk
-        self._queued: set[int] = set()  # those of them that will be with the next commit
         state.do("INSERT OR IGNORE INTO pipelines VALUES (?, ?, ?, NULL)", number, prefix, pickle.dumps(reduction))
 
     @classmethod
@@ -61,7 +59,8 @@ class Pipeline:
         """Takes a report. For all else that happens to a step there is `steps`; see there for the arguments."""
         self.counts["reports"] += 1
         self._last_id += 1
-        self._fresh[self._last_id] = report
+        key = self.number, self._last_id
+        self._state.do("INSERT INTO reports VALUES (?, ?, ?, ?, ?)", *key, *report, key=key)
         self.steps.log(worker, step, self._last_id, commit, now, parent, task)
 
     # Rows
@@ -102,14 +101,12 @@ class Pipeline:
         return {f"{self.prefix}{key}": value | {"last": self.last_row.get(key)} for key, value in best.items()}
 
     def _take(self, id_: int) -> Report:
-        report = self._fresh.pop(id_, None)
-        if report is None or id_ in self._queued:
-            key = self.number, id_
-            if report is None:
-                query = "SELECT wall_time, who, metrics FROM reports WHERE pipeline = ? AND id = ?"
-                report = Report(*self._state.db.execute(query, key).fetchone())
-            self._state.do("DELETE FROM reports WHERE pipeline = ? AND id = ?", *key)
-        return report
+        key = self.number, id_
+        if report := self._state.take_back(key):  # it is not on the disk yet
+            return Report(*report[2:])
+        self._state.do("DELETE FROM reports WHERE pipeline = ? AND id = ?", *key)
+        query = "SELECT wall_time, who, metrics FROM reports WHERE pipeline = ? AND id = ?"
+        return Report(*self._state.db.execute(query, key).fetchone())
 
     def _unpack(self, report: Report) -> dict[str, Any] | None:
         try:
@@ -136,16 +133,8 @@ class Pipeline:
 
     def save(self) -> None:
         """What is here is on the disk with the next commit."""
-        for id_ in self._fresh.keys() - self._queued:
-            self._state.do("INSERT INTO reports VALUES (?, ?, ?, ?, ?)", self.number, id_, *self._fresh[id_])
-            self._queued.add(id_)
         state = pickle.dumps({name: getattr(self, name) for name in self.KEPT})
         self._state.do("UPDATE pipelines SET state = ? WHERE number = ?", state, self.number, key=self.number)
-
-    def saved(self) -> None:
-        """A commit has succeeded."""
-        self._fresh = {id_: report for id_, report in self._fresh.items() if id_ not in self._queued}
-        self._queued.clear()
 
 
 def _add(row: Mapping[str, Any], totals: dict[str, float], reduction: Reduction) -> dict[str, float]:

@@ -6,6 +6,10 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from .files import disk_is_full
 
 # The head of a record: length of its content, kind, number of the pipeline, step, and when it was made (monotonic clock
 # and wall clock).
@@ -15,7 +19,8 @@ WHO = 2  # who logs from here on
 GOODBYE = 3  # that worker will log nothing more
 EXIT = 4  # the process ends by itself; an owner's has exit code and failure
 SAID = 5  # anything else that a worker says, see said.py
-COUNTED = (REPORT, COMMIT, SAID)
+EXPECT = 6  # so many workers, which stand for the step, make a step complete from here on
+COUNTED = (REPORT, COMMIT, SAID, EXPECT)
 # What only a reader says: an outbox is new (with who it is); reports were lost (see the page); its process has ended;
 # somebody has removed it.
 BEGUN, LOST, ENDED, VANISHED = 100, 101, 102, 103
@@ -101,6 +106,41 @@ class Segments:
 
     def close(self) -> None:
         os.close(self._segment[1])
+
+
+class Room:
+    """How far a process may write: where much is unread, `put` waits for the reader.
+
+    A reader that does not get on for `PATIENCE` seconds is taken for stuck. From then on nobody waits for it, and only
+    `BACKLOG` is a limit, until it gets on again.
+    """
+
+    LIMIT, LIMIT_BYTES = 4096, 32 << 20  # unread records and bytes with which `put` waits
+    PATIENCE: ClassVar = 5.0
+    BACKLOG: ClassVar = 1 << 30  # unread bytes
+
+    def __init__(self) -> None:
+        self.records, self.bytes = self.LIMIT, self.LIMIT_BYTES  # up to here nobody has to look
+        self._read, self._deadline = (-1, -1), 0.0  # how far the reader is, and until when it is waited for there
+        self._stuck: tuple[int, int] | None = None  # where it was taken for stuck
+
+    def look(self, read: tuple[int, int], segments: Segments, size: int, folder: Path) -> bool | None:
+        """Whether so many bytes may be written; None: not now, but the reader may get on.
+
+        read: records and bytes that have been read.
+        """
+        unread, now = segments.bytes - read[1], time.monotonic()
+        fits = not unread or unread + size <= self.LIMIT_BYTES  # one that is larger may be written alone
+        if fits and segments.records - read[0] < self.LIMIT:
+            self.records, self.bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
+            return True
+        if read == self._stuck:
+            return unread + size <= self.BACKLOG and not disk_is_full(folder)
+        if read != self._read:
+            self._read, self._deadline = read, now + self.PATIENCE
+        elif now > self._deadline:
+            self._stuck = read
+        return None
 
 
 def raise_from_outside(error: OSError) -> None:

@@ -50,7 +50,7 @@ def open_run(init: dict[str, Any], address: Address, owner: str, lock: threading
         run = Run(state, init, address, owner, lock)
         _count_restart(run)
     else:
-        if before and "ledgers" in state.facts:
+        if before and state.is_finished:
             state.remove()
             state = State(state.path)
         elif before:
@@ -106,7 +106,7 @@ def recover(folder: Path, wait: bool = False) -> Ledgers:
     if state:
         move_in(letter)
         run = Run(state, letter.init, letter.address, letter.process, threading.RLock())
-        if "ledgers" not in state.facts:
+        if not state.is_finished:
             _finish(run)
         write_ledgers(folder, state.facts["ledgers"])
         state.remove()

@@ -201,10 +201,9 @@ def _object(key: str, values: list[Any], warn: Warn) -> Any:
         first = _one_table([first, *others])
     elif len(values) > 1 + len(others) or any(other != first for other in others):
         warn(f"differs {key}", f"{key!r} differs between workers: one of them is kept")
-    kept, excess = media.within_limit(first)
-    if excess:
+    if excess := media.excess(first):
         warn(REFUSED, f"{key!r} has {excess}")
-    return kept
+    return first
 
 
 def _columns(value: Any) -> list | None:

@@ -54,7 +54,7 @@ class Run:
 
     def start(self) -> None:
         """Starts it with W&B, or goes on, unless it is finished."""
-        if "ledgers" not in self.state.facts:
+        if not self.state.is_finished:
             try:
                 self.writer.start([(pipeline.prefix, pipeline.reduction.best) for pipeline in self.pipelines])
                 self.inbox.said.again()
@@ -124,8 +124,6 @@ class Run:
             pipeline.save()
         self.state.note(clock=self.inbox.clock)
         self.state.commit()
-        for pipeline in self.pipelines:
-            pipeline.saved()
         for _, reading in [held for held in self._held if held[0] == HOME]:
             self.reader.commit(reading)
         rows, self._rows = self._rows, []
@@ -133,14 +131,11 @@ class Run:
             for row in rows:
                 self.writer.log(row)
             self.writer.tell(self.inbox.said)
+        if self.artifacts:
+            self.artifacts.go_on()
         if self.state.facts.get("mode") == "disabled":
             self.state.arrived(row.number for row in rows)
         self.state.commit()  # which increments of tables W&B has, and what it has refused
-
-    def expect(self, prefix: str, workers: int) -> None:
-        self.pipeline(prefix).steps.expect(workers, self.inbox.clock)
-        with contextlib.suppress(sqlite3.Error):
-            self._save()
 
     # The end
 
@@ -162,7 +157,7 @@ class Run:
         """
         self.artifacts.finish(deadline)
         with self._lock:
-            if "ledgers" not in self.state.facts:
+            if not self.state.is_finished:
                 summary = {key: value for pipeline in self.pipelines for key, value in pipeline.best_values().items()}
                 reports = sum(pipeline.counts["reports"] for pipeline in self.pipelines)
                 in_rows = sum(n for pipeline in self.pipelines for n, _ in self.state.account(pipeline.number).values())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import pickle
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from .ledger import RunFinishedError, line
 from .state import State
@@ -16,10 +18,17 @@ if TYPE_CHECKING:
     import wandb
 
 
+# What W&B is told, by its kind.
+TELL: dict[str, Callable[[wandb.Run, Any], object]] = {
+    "config": lambda run, value: run.config.update(value, allow_val_change=True),
+    "summary": lambda run, value: run.summary.update(value),
+    "alert": lambda run, value: run.alert(**value),
+    "lines": lambda run, value: run.write_logs(value),
+}
+
+
 class Said:
     """In the pipeline actor: what is to be told to W&B. It is in the state until that is done."""
-
-    MINUTE: ClassVar = 60.0  # in which an alert of a title goes out once
 
     def __init__(self, state: State):
         self._state = state
@@ -27,47 +36,44 @@ class Said:
 
     def take(self, who: str, wall_time: float, content: bytes) -> None:
         """Takes what a worker has said: a kind and its value."""
-        facts = self._state.facts
         try:
             kind, value = pickle.loads(content)
         except Exception as error:  # a class of the user's that this process can't import
             return self._state.warn("unreadable", f"the pipeline actor can't read what {who} says: {line(error)}")
         if kind == "line":
-            self._lines.append(f"{who}: {value}")
-        elif kind == "alert":
-            title, told = value["title"], facts.get("alerted", {})
-            if wall_time - told.get(title, 0.0) >= self.MINUTE:
-                self._state.note(alerted=told | {title: wall_time}, alerts=[*facts.get("alerts", ()), value])
-        else:  # config or summary
-            new, known = f"new_{kind}", facts.get(kind, {})
-            self._state.note(**{kind: known | value, new: facts.get(new, {}) | value})
+            return self._lines.append(f"{who}: {value}")
+        if kind in ("log", "use"):  # an artifact
+            return self._state.do("INSERT INTO artifacts (task) VALUES (?)", content)
+        if kind != "alert":
+            self._state.note(**{kind: self._state.facts.get(kind, {}) | value})
+        elif self._is_repeated(value, wall_time):
+            return None
+        self._state.note(said=[*self._state.facts.get("said", ()), (kind, value)])
 
-    def news(self) -> list[tuple[str, Callable[[wandb.Run], object]]]:
-        """What W&B is to be told: what it is, and how."""
-        facts = self._state.facts
-        news: list[tuple[str, Callable[[wandb.Run], object]]] = []
-        if config := facts.get("new_config"):
-            news.append(("a config", lambda run: run.config.update(config, allow_val_change=True)))
-        if summary := facts.get("new_summary"):
-            news.append(("a summary", lambda run: run.summary.update(summary)))
-        for alert in facts.get("alerts", ()):
-            news.append((f"the alert {alert['title']!r}", lambda run, alert=alert: run.alert(**alert)))
-        if lines := "\n".join(self._lines):
-            news.append(("log lines", lambda run: run.write_logs(lines)))
-        return news
+    def _is_repeated(self, alert: dict[str, Any], wall_time: float) -> bool:
+        """Whether one of this title has gone out: all ranks may send it, in one process or many."""
+        told, wait = self._state.facts.get("alerted", {}), alert["wait_duration"]
+        seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
+        if wall_time - told.get(alert["title"], -math.inf) < seconds:
+            return True
+        self._state.note(alerted=told | {alert["title"]: wall_time})
+        return False
+
+    def news(self) -> list[tuple[str, Any]]:
+        """What W&B is to be told, kinds and values."""
+        return [*self._state.facts.get("said", ()), *([("lines", "\n".join(self._lines))] if self._lines else [])]
 
     def is_told(self) -> None:
         """All news."""
         self._lines.clear()
-        for name, nothing in (("new_config", {}), ("new_summary", {}), ("alerts", [])):
-            if self._state.facts.get(name):
-                self._state.note(**{name: nothing})
+        if self._state.facts.get("said"):
+            self._state.note(said=[])
 
     def again(self) -> None:
-        """All is to be told again, to a run that goes on in a new folder."""
-        for name in ("config", "summary"):
-            if known := self._state.facts.get(name):
-                self._state.note(**{f"new_{name}": known})
+        """All config and summary is to be told again, to a run that goes on in a new folder."""
+        facts = self._state.facts
+        known = [(kind, facts[kind]) for kind in ("config", "summary") if kind in facts]
+        self._state.note(said=[*known, *facts.get("said", ())])
 
 
 class LogHandler(logging.Handler):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +36,8 @@ def wandb_init(state: State, init: dict[str, Any]) -> tuple[wandb.Run, float]:
     timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout)
     settings |= dict(finish_timeout_raises=True)
     init = init | dict(settings=wandb.Settings(**settings), reinit="create_new")
+    own = f"run-????????_??????-{glob.escape(init['id'])}"
+    before = {*folder.glob(own)}
     try:
         run = wandb.init(**init)
     except wandb.Error as error:
@@ -42,6 +46,8 @@ def wandb_init(state: State, init: dict[str, Any]) -> tuple[wandb.Run, float]:
         away = f"the W&B server does not answer, so the run is kept here (offline): {line(error)}"
         state.warn("offline", away)
         wandb.teardown()  # its service would not take the id a second time
+        for failed in {*folder.glob(own)} - before:
+            shutil.rmtree(failed)
         run = wandb.init(**init | dict(mode="offline"))
     if not run.disabled:
         _make_room(folder, run)

@@ -71,6 +71,15 @@ class State:
         self._queue.pop(key, None)
         self._queue[key] = statement, values
 
+    def take_back(self, key: object) -> tuple:
+        """What was to be done under a key is not; the values of that statement, or nothing."""
+        return self._queue.pop(key, ("", ()))[1]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is: its ledgers are there."""
+        return "ledgers" in self.facts
+
     @property
     def is_pending(self) -> bool:
         """Whether something is to be done."""

@@ -97,20 +97,6 @@ def end_service(timeout: float) -> None:
             raise ConnectionError(f"wandb-core has died: {status}")
 
 
-def continue_table(table: wandb.Table, logged: Sequence[str]) -> None:
-    """Makes an incremental table the next increment after those `logged`, which were objects of their own."""
-    table._increment_num, table._previous_increments_paths = len(logged), list(logged)
-
-
-def increments_before(table: wandb.Table) -> list[str]:
-    return table._previous_increments_paths or []
-
-
-def increment_path(table: wandb.Table) -> str | None:
-    """What the next increment must know of a logged one."""
-    return table._get_artifact_entry_ref_url()
-
-
 def session_settings() -> wandb.Settings:
     """What the environment and wandb's files say. `wandb.setup()` would start a wandb-core, and hang if that dies."""
     from wandb.sdk import wandb_setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import threading
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import media, transaction_log, wandb_internals
 from .ledger import line
-from .said import Said
+from .said import TELL, Said
 from .starting import Axes, Resumed, wandb_init
 from .state import Row, State
 from .transaction_log import TransactionLogs
@@ -100,8 +101,8 @@ class Writer:
 
         Raises ServiceDiedError if wandb-core is dead.
         """
-        for what, tell in said.news():
-            if why := _refusal(what, lambda tell=tell: tell(self.run)):
+        for kind, value in said.news():
+            if why := _refusal(f"the {kind} {value!r:.60}", functools.partial(TELL[kind], self.run, value)):
                 self._state.warn("refused", why)
         said.is_told()
 

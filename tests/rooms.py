@@ -9,7 +9,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backbone import records, values, wandb_internals
 from backbone.files import OUTBOXES, Address, state_path, this_machine
@@ -95,6 +95,13 @@ class Kept:
     def say(self, step: int, metrics: dict, prefix: str = "", worker: str = "w", commit: bool = True) -> None:
         """A worker's report."""
         self.bring(report(worker, step, metrics, commit, self.run.pipeline(prefix).number, time.time()))
+
+    def tell(self, kind: str, **value: Any) -> None:
+        """Anything else that a worker says, see said.py."""
+        self.bring(Event("w", records.SAID, pickle.dumps((kind, value))))
+
+    def expect(self, workers: int) -> None:
+        self.bring(Event("w", records.EXPECT, step=workers))
 
     @property
     def rows(self) -> list[Row]:

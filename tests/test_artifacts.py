@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sqlite3
 import time
 from pathlib import Path
 
@@ -104,31 +105,28 @@ def test_a_staged_file_is_a_copy_that_a_later_change_does_not_change(tree, tmp_p
 # Logging
 
 
-def staged(made: Opened, name: str, content: bytes, **more) -> tuple[str, dict]:
-    """A folder and a description, as `WandbRun.log_artifact` makes them."""
+def staged(made: Opened, name: str, content: bytes, **more) -> dict:
+    """What `WandbRun.log_artifact` says, when the files are in a folder."""
     what, found = staging.check(name, "model", None, more.pop("aliases", ())), {"a.bin": content, **more}
     found = staging.contents(name, found)
     folder = Path(made.writer.run.sync_dir, "artifacts", f"{name}-{len(list(Path(made.init['dir']).rglob('*')))}")
-    return str(folder), what | staging.stage(found, folder, None)
+    return what | staging.stage(found, folder, None) | dict(folder=str(folder))
 
 
 def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opened, tmp_path):
     made = opened()
     made.join()
-    queue = made.artifacts
-    queue.log(*staged(made, "first", b"1", aliases=["best"]))
-    queue.use("other:latest")
-    queue.finish(time.monotonic() + 60)
-    folder, what = staged(made, "second", b"2")
-    task = pickle.dumps(("log", what | {"folder": folder}))
+    made.tell("log", **staged(made, "first", b"1", aliases=["best"]))
+    made.tell("use", name="other:latest")
+    made.artifacts.finish(time.monotonic() + 60)
+    task = pickle.dumps(("log", staged(made, "second", b"2")))
     made.state.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))  # and killed before W&B had it
     made.abandon()
     made = opened()
-    queue = made.artifacts
     table, reference = wandb.Table(columns=["x"], data=[[1]]), "s3://bucket/weights"  # whose library isn't here
-    queue.log(*staged(made, "third", b"3", table=table, at=reference))
-    queue.use("other:best")
-    queue.finish(time.monotonic() + 60)
+    made.tell("log", **staged(made, "third", b"3", table=table, at=reference))
+    made.tell("use", name="other:best")
+    made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     first, second = (Log(path) for path in folders(tmp_path))
     assert [artifact["name"] for artifact in first.of("artifact")] == ["first"]
@@ -146,12 +144,11 @@ def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opene
 def test_one_table_may_be_logged_in_many_rows_and_artifacts(opened, tmp_path):
     made = opened()
     made.join()
-    queue = made.artifacts
     table = wandb.Table(columns=["reward"], data=[[0.5]])
     for step in range(3):
         made.say(step, {"rollouts": table})
-        queue.log(*staged(made, "trajectories", b"notes", rollouts=table))
-        queue.finish(time.monotonic() + 60)
+        made.tell("log", **staged(made, "trajectories", b"notes", rollouts=table))
+        made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.rows, account.lost_values, account.lost_artifacts, account.warnings) == (3, 0, 0, [])
     log = Log(folders(tmp_path)[0])
@@ -181,45 +178,39 @@ def test_a_folder_comes_to_another_node_in_pieces_as_it_is(tmp_path):
 def test_an_artifact_that_can_not_be_logged_is_counted_and_named(opened):
     made = opened()
     made.join()
-    queue = made.artifacts
-    folder, what = staged(made, "gone", b"1")
-    Path(folder, "a.bin").unlink()
-    queue.log(folder, what)
-    queue.log(*staged(made, "there", b"2"))
-    queue.finish(time.monotonic() + 60)
+    what = staged(made, "gone", b"1")
+    Path(what["folder"], "a.bin").unlink()
+    made.tell("log", **what)
+    made.tell("log", **staged(made, "there", b"2"))
+    made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.lost_artifacts, account.ok) == (1, False)
     assert account.warnings[0].startswith("1 artifacts were not logged or used: ")
 
 
-def test_an_artifact_whose_call_ray_repeats_is_logged_once(opened, tmp_path):
-    """The actor has died when it had taken it and not answered; the next one gets the call again."""
+def test_an_artifact_is_logged_once_though_the_actor_has_died_and_reads_it_again(opened, tmp_path):
     made = opened()
     made.join()
-    folder, what = staged(made, "checkpoint", b"1")
-    made.artifacts.log(folder, what)
+    for _ in range(2):  # by the user
+        made.tell("log", **staged(made, "checkpoint", b"1"))
     made.artifacts.finish(time.monotonic() + 60)
     made.abandon()
     made = opened()
-    made.artifacts.log(folder, what)
-    made.artifacts.log(*staged(made, "checkpoint", b"1"))  # the same again, by the user
     made.artifacts.finish(time.monotonic() + 60)
     assert made.finish()[""].lost_artifacts == 0
     logged = [artifact["name"] for path in folders(tmp_path) for artifact in Log(path).of("artifact")]
     assert logged == ["checkpoint", "checkpoint"]
 
 
-def test_an_artifact_that_the_state_has_no_room_for_is_counted_and_named(opened):
+def test_an_artifact_that_the_state_has_no_room_for_waits_until_there_is_some(opened, tmp_path):
     made = opened()
     made.join()
     made.state.db.execute("PRAGMA max_page_count = 1")  # or what there is
-    metadata = {"text": "x" * 1_000_000}
-    folder, what = staged(made, "large", b"1")
-    made.artifacts.log(folder, what | dict(metadata=metadata))
+    with pytest.raises(sqlite3.Error):
+        made.tell("log", **staged(made, "large", b"1") | dict(metadata={"text": "x" * 1_000_000}))
     made.state.db.execute("PRAGMA max_page_count = 1073741823")
-    account = made.finish()[""]
-    assert (account.lost_artifacts, account.ok) == (1, False)
-    assert account.warnings == ["artifact 'large' is lost: database or disk is full"]
+    assert made.finish()[""].ok
+    assert [artifact["name"] for artifact in Log(folders(tmp_path)[0]).of("artifact")] == ["large"]
 
 
 def bytes_below(folder: Path) -> list[bytes]:
@@ -234,12 +225,11 @@ def test_online_the_copies_are_gone_when_the_server_has_them(opened, tmp_path, s
     made = opened(mode="online")
     made.join()
     for step in range(3):
-        made.artifacts.log(*staged(made, f"checkpoint-{step}", b"%d" % step))
+        made.tell("log", **staged(made, f"checkpoint-{step}", b"%d" % step))
     made.artifacts.finish(time.monotonic() + 60)
     assert {artifact["state"] for artifact in server.artifacts.values()} == {"COMMITTED"}
     assert not [*tmp_path.rglob("a.bin")]
-    folder, what = staged(made, "last", b"3")
-    task = pickle.dumps(("log", what | {"folder": folder}))
+    task = pickle.dumps(("log", staged(made, "last", b"3")))
     made.state.db.execute("INSERT INTO artifacts (task, done) VALUES (?, 1)", (task,))  # and killed before it went
     made.abandon()
     made = opened(mode="online")
@@ -252,7 +242,7 @@ def test_of_a_table_in_an_artifact_what_is_beyond_w_b_s_limit_is_told(opened, tm
     monkeypatch.setattr(wandb.Table, "MAX_ARTIFACT_ROWS", 3)
     made = opened()
     made.join()
-    made.artifacts.log(*staged(made, "rollouts", b"1", table=wandb.Table(columns=["x"], data=[[i] for i in range(5)])))
+    made.tell("log", **staged(made, "rollouts", b"1", table=wandb.Table(columns=["x"], data=[[i] for i in range(5)])))
     made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.lost_artifacts, account.ok) == (1, False)
@@ -271,7 +261,7 @@ def test_no_temporary_file_is_left_of_the_media_in_an_artifact(opened):
     for _ in range(2):
         cells = [[page, wandb.Html("in a table"), np.zeros((300, 2))]]
         table = wandb.Table(columns=["page", "other", "array"], data=cells)
-        made.artifacts.log(*staged(made, "pages", b"1", page=page, table=table))
+        made.tell("log", **staged(made, "pages", b"1", page=page, table=table))
     made.artifacts.finish(time.monotonic() + 60)
     assert bytes_below(Path(MEDIA_TMP.name)) == []
     assert made.finish()[""].lost_artifacts == 0

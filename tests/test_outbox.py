@@ -585,7 +585,7 @@ def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_ba
     monkeypatch.setattr(Room, "LIMIT", 10)
     monkeypatch.setattr(Room, "PATIENCE", 0.0)
     monkeypatch.setattr(Room, "BACKLOG", 5_000)
-    monkeypatch.setattr(outbox, "disk_is_full", lambda path: disk_is_full)  # nearly: a backlog must not fill it
+    monkeypatch.setattr(records, "disk_is_full", lambda path: disk_is_full)  # nearly: a backlog must not fill it
 
     def work(pipe, box: Outbox) -> None:
         told, waited = warnings(), []

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 from backbone import said as said_by_workers
 from backbone.reduction import Reduction, reduce_reports
@@ -69,28 +70,30 @@ def test_what_w_b_refuses_is_told_and_the_rest_goes_on(opened, tmp_path):
     """It must not end the pipeline actor, which would be told the same again."""
     made = opened()
     made.join()
-    for value in (dict(wait_duration="soon"), {}):
-        content = pickle.dumps(("alert", dict(title=f"{value}", text="x") | value))
-        made.run.inbox.said.take("w", 1000.0, content)
-    made.run.inbox.said.take("w", 1000.0, pickle.dumps(("config", {"lr": 0.1})))
+    made.tell("alert", title="one", wait_duration=60.0, color="red")
+    made.tell("alert", title="another", text="x", wait_duration=60.0)
+    made.tell("config", lr=0.1)
     made.say(0, {"a": 1.0})
     account = made.finish()[""]
     assert [warning for warning in account.warnings if "refused the alert" in warning]
     assert (account.reports, account.lost) == (1, 0)
     [log] = each_log(tmp_path)
-    assert alerts([log]) == [("{}", "INFO")]
+    assert alerts([log]) == [("another", "INFO")]
     assert (log.config["lr"], len(log.rows)) == (0.1, 1)
 
 
-def test_an_alert_goes_out_again_after_a_minute(opened, tmp_path, monkeypatch):
+def test_an_alert_goes_out_again_after_its_wait_duration(opened, tmp_path):
     made = opened()
     made.join()
+    alert = dict(title="t", text="x", wait_duration=60.0)
     for wall_time in (0.0, 59.0, 61.0):
-        made.run.inbox.said.take("w", 1000 + wall_time, pickle.dumps(("alert", dict(title="t", text="x"))))
-    made.run.inbox.said.take("w", 1000.0, pickle.dumps(("alert", dict(title="another", text="x"))))
+        made.run.inbox.said.take("w", 1000 + wall_time, pickle.dumps(("alert", alert)))
+    for wall_time in (0.0, 5.0, 11.0):
+        another = alert | dict(title="another", wait_duration=timedelta(seconds=10))
+        made.run.inbox.said.take("w", 1000 + wall_time, pickle.dumps(("alert", another)))
     made.say(0, {"a": 1.0})
     made.finish()
-    assert [title for title, _ in alerts(each_log(tmp_path))] == ["t", "t", "another"]
+    assert [title for title, _ in alerts(each_log(tmp_path))] == ["t", "t", "another", "another"]
 
 
 def test_what_can_not_be_said_is_refused_at_the_caller(run):

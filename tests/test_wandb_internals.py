@@ -371,19 +371,24 @@ def test_wandb_cuts_tables_and_lists_of_images_where_we_do(begin, monkeypatch):
     table = wandb.Table(columns=["x"], data=[[i] for i in range(5)])
     images = [wandb.Image(np.full((2, 2), i, np.uint8)) for i in range(wandb.Image.MAX_ITEMS + 1)]
     pages = [wandb.Html("x") for _ in images]
-    ours = [media.within_limit(value) for value in (table, images, pages)]
+    chart = wandb.plot.bar(wandb.Table(["x"], table.data), "x", "x")
+    growing = wandb.Table(["x"], table.data, log_mode="INCREMENTAL")
+    ours = [media.excess(value) for value in (table, images, pages, chart, growing)]
     run = begin()
-    run.log({"table": table, "images": images, "pages": pages})
+    run.log({"table": table, "images": images, "pages": pages, "chart": chart, "growing": growing})
     run.finish()
     log = Log(Path(run.sync_dir))
-    [entry] = log.of("artifact")[0]["manifest"]["contents"]
-    assert json.loads(Path(entry["local_path"]).read_text())["data"] == ours[0][0].data == [[0], [1], [2]]
+    entries = [entry for artifact in log.of("artifact") for entry in artifact["manifest"]["contents"]]
+    tables = [json.loads(Path(entry["local_path"]).read_text())["data"] for entry in entries]
+    assert tables == [[[0], [1], [2]]] * 3
     [row] = log.rows
-    assert [row["images.count"], row["pages.count"]] == [len(ours[1][0]), len(ours[2][0])] == [108, 109]
-    assert [why for _, why in ours] == [
+    assert [row["images.count"], row["pages.count"]] == [108, 109]
+    assert ours == [
         "5 rows, of which W&B takes 3: the others are lost",
         "109 elements, of which W&B takes 108: the others are lost",
         "",
+        "5 rows, of which W&B takes 3: the others are lost",
+        "5 rows, of which W&B takes 3: the others are lost",
     ]
 
 
@@ -391,19 +396,16 @@ def test_an_incremental_table_is_made_the_next_one_of_those_logged(begin):
     def table(i: int) -> wandb.Table:
         return wandb.Table(columns=["x"], data=[[i]], log_mode="INCREMENTAL")
 
-    run, logged = begin(), []
+    run, increments = begin(), media.Increments()
     for i in range(3):
-        made = table(i)
-        assert wandb_internals.increments_before(made) == []
-        wandb_internals.continue_table(made, logged)
-        assert wandb_internals.increments_before(made) == logged
-        run.log({"table": made})
-        logged.append(wandb_internals.increment_path(made))
+        made = {"table": table(i)}
+        increments.continue_tables(made, i, resumed=False)
+        run.log(made)
+        increments.add(made, i)
     run.finish()
     rows = Log(Path(run.sync_dir)).rows
     assert [row["table.increment_num"] for row in rows] == [0, 1, 2]
-    assert rows[2]["table.previous_increments_paths"] == logged[:2]
-    assert len(set(logged)) == 3
+    assert len(rows[2]["table.previous_increments_paths"]) == 2
 
 
 # Settings

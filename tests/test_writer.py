@@ -502,7 +502,7 @@ def test_artifacts_and_rows_have_one_deadline(tmp_path, server, opened, monkeypa
     what = staging.check("model", "model", None, ()) | staging.stage(
         staging.contents("model", {"a": b"1"}), folder, None
     )
-    made.artifacts.log(folder, what)
+    made.tell("log", **what, folder=str(folder))
     account = made.finish()[""]
     commit.set()
     assert seconds == [1.0]
@@ -532,8 +532,8 @@ def test_with_a_server_that_does_not_answer_the_run_is_kept_here_long_before_wan
     reports, rows, lost, _, warnings = json.loads(stdout.splitlines()[-1])
     assert (reports, rows, lost) == (5, 5, 0), stderr[-800:]
     assert [warning[:40] for warning in warnings] == ["the W&B server does not answer, so the r"]
-    with_rows = [path for path in folders(tmp_path) if any(path.glob("*.wandb"))]  # wandb leaves an empty folder, too
-    assert [path.name[:8] for path in with_rows] == ["offline-"]
+    [path] = folders(tmp_path)
+    assert path.name.startswith("offline-")
 
 
 # Resuming, and other runs in the same folder
