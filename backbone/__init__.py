@@ -1,27 +1,45 @@
 """How what a worker logs gets into a row of a W&B run.
 
-    worker: log → outbox → pipeline actor: inbox → pipeline → state → writer → W&B
+    worker: log → outbox → pipeline actor: inbox → steps → row → W&B
 
-A *report* is one call of `log`. An *outbox* is a file into which one process appends its reports. A *row* is what W&B
-has of a step: all reports of it, reduced to one. To read it, begin with these, in this order:
+A *report* is one call of `log`. A worker's process appends its reports to files of its own, its *outbox*. The *pipeline
+actor* reads the outboxes of its node; on other nodes a *relay* does, and brings it what is there. A *row* is what W&B
+has of a step: all reports of it, reduced to one. It begins in `WandbRun.log`, in common.py. To follow a report from there,
+read these, in this order:
 
 values.py      what may be logged, and how it is packed
-outbox.py      takes a report in the worker's process; page.py says who logs there, records.py what is in the file
-reading.py     reads the outboxes of a node; relay.py does so on the other nodes, and brings what it has read
-inbox.py       who has logged what is read, and for which pipeline it is
-steps.py       when a step is over; reduction.py makes a row of its reports; pipeline.py has both
+process.py     who logs in this process, and where its outboxes are; files.py has the folders
+records.py     how a report is written; page.py says who writes, and whether that process lives
+outbox.py      takes a report in the worker's process: all of the above together
+reading.py     finds the outboxes of a node, and reads what is new in them
+inbox.py       knows who has logged it, and hands it to its pipeline
+steps.py       when a step is over
+reduction.py   the reports of a step as one row
+pipeline.py    a pipeline of a run: reports in, numbered rows out
 state.py       what must survive the pipeline actor, in an SQLite file
-run.py         reads, commits and gives rows to W&B
-writer.py      the W&B run, which starting.py starts
-host.py        hosts a run in the process of its actor; actor.py is what others can ask of that
+writer.py      gives rows to the W&B run, which starting.py starts
+run.py         does all this, in an order in which a death at any moment does no harm: see `Run._save`
+host.py        calls that again and again in the pipeline actor; actor.py has what others can ask of it
+relay.py       the same reading, on other nodes
 
-The process that makes a run: owner.py starts the actor and calls it, exits.py says how the process ends, arguments.py
-checks what the code says. recover.py goes on with, or finishes, what a dead actor has left.
+What happens when something dies:
 
-What else workers log: artifacts.py and staging.py, media.py (W&B's data types), said.py (alerts, config, log lines).
+a worker           The lock of its page is free, so the reader says that it has ended. `Steps.end` needs no more of it.
+a relay            Another one is started. What was not committed is still on its node.
+a node             What it has not brought is named in the ledger, which is not `ok`.
+the pipeline actor Ray starts it again, and recover.py opens its state. Rows that W&B misses are logged again.
+wandb-core         The pipeline actor ends itself, and comes back with a new one.
+the owner          The process that made the run: the pipeline actor finishes the run as that has ended.
+all of Ray         recover.py finishes the run without the actor: its owner calls it, the dying actor does, or you.
 
-What these share: ledger.py (the account), files.py, process.py (what a process knows of itself), nodes.py (the nodes'
-CPUs and GPUs), and for what is not public ray_internals.py, wandb_internals.py and transaction_log.py.
+The process that makes a run: arguments.py checks what the code says, owner.py starts the pipeline actor, calls.py calls
+it, exits.py says how the process ends.
+
+What else workers log: said.py has alerts, config, summary and log lines. staging.py brings an artifact's files to the
+run's folder, artifacts.py logs them. media.py knows W&B's data types.
+
+What these share: ledger.py is the account. nodes.py records CPUs and GPUs. What is not public is in ray_internals.py,
+wandb_internals.py and transaction_log.py.
 """
 
 import os

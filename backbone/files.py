@@ -1,4 +1,14 @@
-"""The files that a run keeps outside of its folder: they are private. One process at a time has the state."""
+"""The files that a run keeps outside of its folder. They are private, and one process at a time has the state.
+
+A run's private folder is `wandb-run-…` in the temporary folder of its owner, and one on each other node. There are:
+
+outboxes/   pages and segments of the processes that log; it is `closed/` when nothing more is taken
+letter      what the pipeline actor must know of the owner
+pipelines   which there are, in case that the state is lost
+stop        somebody has pressed "Stop run"
+ledgers     the run is finished
+known       on other nodes: the run has been told of this folder
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from . import exits, nodes, recover, wandb_internals
 from .files import move_in, read_letter
 from .inbox import GONE, HOME
 from .ledger import Ledgers, RunFinishedError, line
-from .page import lives
+from .page import is_alive
 from .ray_internals import has_ended, ray_answers, which_ray
 from .reading import Reading
 from .relay import Relays
@@ -26,7 +26,7 @@ logger = logging.getLogger("wandb_run")
 
 
 class Host:
-    """Has a run, the outboxes at home, and the relays of other nodes. `lock` guards all of it.
+    """Has a run, the outboxes at home, and the relays of other nodes. Whoever uses them has the `lock`.
 
     folder: the run's private one. end: is called when the owner has ended, and the run is finished.
     """
@@ -76,7 +76,7 @@ class Host:
                     readings = self._read()
                     is_over = self.run.inbox.owner_end is not None
                 else:
-                    alive = began if lives(self._letter.address.folder, self._letter.process) else alive
+                    alive = began if is_alive(self._letter.address.folder, self._letter.process) else alive
                     is_over = began > alive + 5  # so long `leave` may be on its way
             if is_over:
                 return self._end_with_owner()  # without the lock, which the artifacts need
@@ -143,13 +143,13 @@ class Host:
                 self.run = None
 
     def _end_with_owner(self) -> None:
-        """Finishes the run as its owner has ended. Where Ray is gone, too, it leaves this two seconds at most."""
+        """Finishes the run as its owner has ended. Where all of Ray is gone, this process has two seconds for it."""
         letter, raylet = self._letter, os.getppid()
         try:
             if self.run:
                 end = self.run.inbox.owner_end or GONE
                 if end == GONE and letter.job and has_ended(letter.job):
-                    end = 0, None
+                    end = 0, None  # a job that is through takes its workers with it, which is no failure of theirs
                 recover.start(letter.address.folder, orphan=True)  # in case that this process is killed first
                 with contextlib.suppress(RunFinishedError):
                     self.finish(*end)

@@ -69,7 +69,7 @@ class Outbox:
             if not is_written and not self.is_closed:
                 self._lose(pipeline, 1)
             if now >= self._next_look:  # behind the record: a relay that goes says so, and then reads once more
-                self._look(now, pipeline)
+                self.look(now, pipeline)
         if self.is_closed:
             raise run_is_finished(self.address.name)
 
@@ -90,17 +90,12 @@ class Outbox:
             if (room := self._room.look(page.read, segments, size, self._folder)) is not None:
                 return room
             if (now := time.monotonic()) >= self._next_look:
-                self._look(now)
+                self.look(now)
             time.sleep(0.002)
         return True
 
-    def look(self) -> None:
-        """As `put` does, for a process whose life matters though it may log nothing for long."""
-        with contextlib.suppress(RuntimeError):  # the run is finished
-            self._look(time.monotonic())
-
-    def _look(self, now: float, pipeline: int = 0) -> None:
-        """Once a second, while something is logged: whether anybody can read it."""
+    def look(self, now: float, pipeline: int = 0) -> None:
+        """Once a second, while something is logged, or the process's life matters: whether anybody can read it."""
         with self._lock:
             self._next_look = now + 1
             if self._page is None:
@@ -134,7 +129,7 @@ class Outbox:
             if (now := time.monotonic()) > deadline:
                 return False
             if now >= self._next_look:
-                self._look(now)
+                self.look(now)
             time.sleep(0.01)
         return True
 

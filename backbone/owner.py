@@ -49,7 +49,8 @@ class Owned(NamedTuple):
         def watch() -> None:
             stopped = False
             while not box.is_finished and not box.is_closed:
-                box.look()
+                with contextlib.suppress(RuntimeError):  # the run is finished
+                    box.look(time.monotonic())
                 if not stopped and (stopped := file.exists()):
                     self.stop()
                 time.sleep(1)

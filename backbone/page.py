@@ -84,7 +84,7 @@ class Seen(NamedTuple):
     stays: bool
     lost: bytes  # see `lost_by_pipeline`
     about: bytes  # JSON
-    lives: bool  # the process
+    is_alive: bool  # the process
 
 
 def see(path: str | Path, state: int | None = None) -> Seen | None:
@@ -116,9 +116,9 @@ def note_read(path: str | Path, state: int, position: Position) -> None:
         file.write(READ.pack(state, *position))
 
 
-def lives(private: Path, process: str) -> bool:
+def is_alive(private: Path, process: str) -> bool:
     """Whether the process of this name, which has an outbox in a run's private folder, is alive."""
     with contextlib.suppress(FileNotFoundError):  # the folder is being removed
         pages = filter(None, map(see, private.glob("*/*.page")))
-        return any(seen.lives and json.loads(seen.about)["name"] == process for seen in pages)
+        return any(seen.is_alive and json.loads(seen.about)["name"] == process for seen in pages)
     return False

@@ -63,31 +63,37 @@ class Reader:
         self._changed, self._next_look, self._next_touch = 0, 0.0, 0.0
 
     def read(self, look: bool = False) -> Reading:
-        """What has come since the last reading.
-
-        look: at each page, whether its process lives; that is done now and then anyway.
-        """
+        """What has come since the last reading. look: at each page, which is done now and then anyway."""
         before, found = dict(self._boxes), list[Record]()
-        if look := look or self._has_new_pages() or time.monotonic() >= self._next_look:
+        looks = look or self._has_new_pages() or time.monotonic() >= self._next_look
+        if looks:
             self._look(found)
             self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
+        found, is_cut = self._read_boxes(found)
+        if not looks and any(record.kind == records.WHO for record in found):
+            # Who begins may take the place of one who has just died, whose end must come first: so it is read again.
+            self._boxes = before
+            return self.read(look=True)
+        self._boxes |= {record.outbox: record.end for record in found}
+        if not is_cut:
+            last = {record.outbox: record.time for record in found}
+            # An end comes right behind the last record: later, the successor's first report would come before it.
+            found += [self._event(records.ENDED, name, last.get(name, 0.0)) for name in self._dying]
+        return Reading(sorted(found, key=lambda record: record.time), is_cut)
+
+    def _read_boxes(self, found: list[Record]) -> tuple[list[Record], bool]:
+        """These records, and the new ones of all outboxes, as many as one reading may have; whether there are more.
+
+        Where an outbox is cut off, nothing later is handed on from the others: else reports of one step would come in
+        two readings, with another attempt at that step between them.
+        """
         news = [name for name in self._boxes if self._has_news(name, found)]
         share, horizon = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf
         for name in news:
             new, is_cut = self._read_box(name, share)
             horizon = min(horizon, new[-1].time) if is_cut else horizon
             found += new
-        # Where an outbox was cut off, nothing later is handed on from the others: else two epochs could get mixed.
-        found = [record for record in found if record.time <= horizon]
-        if not look and any(record.kind == records.WHO for record in found):
-            self._boxes = before
-            return self.read(look=True)  # who begins may take the place of one who has just died
-        self._boxes |= {record.outbox: record.end for record in found}
-        last = {record.outbox: record.time for record in found}
-        for name in self._dying if horizon == math.inf else ():
-            # As early as it can have been: an attempt of a worker must not share a row with the next one.
-            found.append(self._event(records.ENDED, name, last.get(name, 0.0)))
-        return Reading(sorted(found, key=lambda record: record.time), horizon < math.inf)
+        return [record for record in found if record.time <= horizon], horizon < math.inf
 
     def _event(self, kind: int, name: str, at: float = 0.0, content: bytes = b"") -> Record:
         return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])
@@ -155,7 +161,7 @@ class Reader:
                 found.append(self._event(records.LOST, name, content=seen.lost))
             if seen and seen.stays:
                 self.stays.add(name)
-            if seen and not seen.lives:
+            if seen and not seen.is_alive:
                 self._dying.add(name)
         if time.monotonic() > self._next_touch:  # some systems clean their temporary folder of what is old
             self._next_touch = time.monotonic() + 3600

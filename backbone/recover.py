@@ -25,7 +25,7 @@ from typing import Any
 from .files import Address, Letter, move_in, read_letter, state_path, write_private
 from .inbox import GONE
 from .ledger import Ledgers, line
-from .page import lives
+from .page import is_alive
 from .run import Run
 from .state import State
 
@@ -159,7 +159,7 @@ def read_ledgers(folder: Path) -> Ledgers:
 
 def clean(letter: Letter) -> None:
     """Removes the private folder, if the owner does not do that."""
-    if not lives(letter.address.folder, letter.process):
+    if not is_alive(letter.address.folder, letter.process):
         shutil.rmtree(letter.address.folder, ignore_errors=True)
 
 
@@ -185,7 +185,7 @@ def abandoned() -> list[Path]:
     found = []
     for folder in Path(tempfile.gettempdir()).glob("wandb-run-*"):
         with contextlib.suppress(OSError):
-            if not lives(folder, read_letter(folder).process):
+            if not is_alive(folder, read_letter(folder).process):
                 found.append(folder)
     return found
 

@@ -49,8 +49,9 @@ class Run:
         self.artifacts: Artifacts = None  # until `start`
         self.paused = False  # the clock: a node does not answer
         self._read_at, self._ticked = time.monotonic(), 0.0
-        self._held: list[tuple[str, Reading]] = []  # readings that are not safe yet
-        self._rows: list[Row] = []  # that W&B has not got, for the same reason
+        # What could not be committed, because the disk is full: readings, and rows that W&B has not got.
+        self._held: list[tuple[str, Reading]] = []
+        self._rows: list[Row] = []
 
     def start(self) -> None:
         """Starts it with W&B, or goes on, unless it is finished."""
@@ -101,24 +102,35 @@ class Run:
         for node, reading in brought:
             self.inbox.take(node, reading)
         self._held += brought
-        if self.inbox.clock - self._ticked >= 1 and not any(reading.is_cut for _, reading in self._held):
-            self._ticked = self.inbox.clock
-            for pipeline in self.pipelines:
-                pipeline.steps.tick(self.inbox.clock)
-            arrived = self.writer.logs.look()
-            self.state.arrived(arrived if self.state.facts.get("mode") != "online" else ())
+        ticks = self.inbox.clock - self._ticked >= 1 and not any(reading.is_cut for _, reading in self._held)
+        if ticks:
+            self._tick()
         has_news = not all(reading.is_empty for _, reading in self._held)
         if has_news or self.state.is_pending or any(each.steps.rows or each.steps.warnings for each in self.pipelines):
             self._save()
-        elif self._ticked == self.inbox.clock:
+        elif ticks:
             self.state.note(clock=self.inbox.clock)
             self.state.commit()
         done, self._held = self._held, []
         self._read_at = time.monotonic()
         return done
 
+    def _tick(self) -> None:
+        """Once a second."""
+        self._ticked = self.inbox.clock
+        for pipeline in self.pipelines:
+            pipeline.steps.tick(self.inbox.clock)
+        arrived = self.writer.logs.look()
+        if self.state.facts.get("mode") != "online":  # there W&B has a row when the server has it
+            self.state.arrived(arrived)
+
     def _save(self) -> None:
-        """Commits what has changed, then gives rows to W&B."""
+        """What makes a death at any moment harmless is the order.
+
+        1. One transaction has it all: how far is read, the reports that wait, the steps, the rows and their numbers.
+        2. Then the reader may remove what is read, here, and relays when they are asked for more.
+        3. Then W&B gets the rows. Those that it misses after a death are in the state.
+        """
         for pipeline in self.pipelines:
             self._rows += pipeline.rows()
             pipeline.save()
@@ -142,13 +154,25 @@ class Run:
     def read_to_end(self, deadline: float) -> None:
         """Closes the outboxes at home: nothing more is taken there, and what is there is read."""
         self.reader.close()
-        _until(self.state, deadline, lambda: not all(reading.is_empty for _, reading in self.read(look=True)))
+        while readings := self._with_room(lambda: self.read(look=True), deadline):
+            if all(reading.is_empty for _, reading in readings):
+                return
 
     def end(self, pipelines: Sequence[Pipeline], deadline: float) -> None:
         """Closes all steps of pipelines with the reports that came."""
         for pipeline in pipelines:
             pipeline.steps.finish()
-        _until(self.state, deadline, self._save)
+        self._with_room(self._save, deadline)
+
+    def _with_room(self, call: Callable[[], Any], deadline: float) -> Any:
+        """What a call returns that needs room on the disk. It is repeated while there is none, until `deadline`."""
+        while True:
+            try:
+                return call()
+            except sqlite3.Error as error:
+                if time.monotonic() > deadline:
+                    return self.state.warn("disk", f"{line(error)}: what could not be written is lost")
+                time.sleep(0.1)
 
     def finish(self, exit_code: int, failure: str | None, deadline: float) -> Ledgers:
         """Finishes it with W&B, when its pipelines have ended.
@@ -181,15 +205,3 @@ class Run:
     def ledger(self, pipeline: Pipeline) -> Ledger:
         """A pipeline's account so far."""
         return ledger.account(self.state, pipeline)
-
-
-def _until(state: State, deadline: float, call: Callable[[], object]) -> None:
-    """Repeats a call as long as it says so, or the disk is full."""
-    while True:
-        try:
-            if not call():
-                return
-        except sqlite3.Error as error:
-            if time.monotonic() > deadline:
-                return state.warn("disk", f"{line(error)}: what could not be written is lost")
-            time.sleep(0.1)

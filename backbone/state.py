@@ -163,8 +163,6 @@ class State:
         rows = self.db.execute("SELECT number, reports, refused FROM rows WHERE pipeline = ?", (pipeline,))
         return {number: (reports, refused) for number, reports, refused in rows}
 
-    # The file
-
     def close(self) -> None:
         self.db.close()
 

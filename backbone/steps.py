@@ -4,10 +4,8 @@ A *worker* is one life of somebody who logs: a process of an actor, an attempt o
 with a step once it has reported it and then another one, or has said so (`commit=True`), or has ended. An open step
 becomes a row
 
-1. when all who have reported it are done with it, and they are `workers`. An actor or process that ended ten seconds
-   ago or longer without having reported the step is not waited for, but only as far as `workers` exceeds the living
-   who have logged, only while one who has reported this step lives and logged before that end, and not where tasks
-   report it: a restart, and actors that are made anew for each step, are waited for;
+1. when all who have reported it are done with it, and they are `workers`. Who ended ten seconds ago or longer need not
+   have reported it. Until then somebody may take the place: a restart, actors that are made anew for each step;
 2. before a report is taken that is a second attempt: by a worker that was done with the step (the next epoch, a
    rewind), or by one that first logged after a worker of that step had died (a restart, a task's retry);
 3. by the clock: a step that `workers` have reported, when nothing has come for it for a minute; any other, after ten
@@ -79,19 +77,19 @@ class Steps:
         self._ended: dict[str, Worker] = {}  # the last that have ended; without tasks and children
         self._order, self._newest = 0, -1  # of births and ends; the highest step that was complete
         self._usual, self._last = 0.0, math.nan  # time between two rows of rule 1; when the last one was made
-        self._waiting = self._most = 0  # reports; workers that have been warned of
+        self._waiting, self._most = 0, 0  # reports in open steps; workers that have been warned of
 
     def log(self, name: str, step: int, report: int, commit: bool, now: float, parent: str = "", task: bool = False):
         """Takes a report of a worker. parent: the worker that a child process is counted as."""
         if not (worker := self.known.get(name)):
             self._order += 1
             worker = self.known[name] = Worker(name, parent or name, task, self._order)
-        stood, being = worker.busy_with, self.open.get(step)
-        if worker.end:  # it lives after all: somebody had removed its outbox
+        stood, open_step = worker.busy_with, self.open.get(step)
+        if worker.end:  # a task has another handle, or somebody had removed the outbox of a process that lives
             worker.end, worker.death = 0, math.inf
             self._ended.pop(name, None)
-        if being and ((name in being.reports and stood != step) or being.death < worker.born):
-            self._row(step)  # 2
+        if open_step and ((name in open_step.reports and stood != step) or open_step.death < worker.born):
+            self._close(step)  # 2
         before = self._newest if worker.step < 0 else worker.step
         if step < before and not task:
             back = f"steps went back from {before} to {step}: each attempt gets rows of its own"
@@ -105,9 +103,9 @@ class Steps:
             self._done(step, name)
             worker.committed = True
         for each in {stood, step}:
-            self._check(each, now)
+            self._close_if_complete(each, now)
         while self._waiting > self.MAX_WAITING:
-            self._row(next(iter(self.open)))  # 4
+            self._close(next(iter(self.open)))  # 4
 
     def end(self, name: str, now: float, died: bool = False) -> None:
         """A worker will report nothing more: it has said so, or has died."""
@@ -124,7 +122,7 @@ class Steps:
             self._forget(self._ended.pop(next(iter(self._ended))))
         for step in [*worker.steps]:
             self.open[step].death = min(self.open[step].death, worker.death)
-            self._check(step, now)
+            self._close_if_complete(step, now)
         self._forget(worker)
 
     def expect(self, workers: int, now: float) -> None:
@@ -132,66 +130,66 @@ class Steps:
         for name in [*self._ended]:
             self._forget(self._ended.pop(name))
         for step in [*self.open]:
-            self._check(step, now)
+            self._close_if_complete(step, now)
 
     def tick(self, now: float) -> None:
         """To be called about once a second: rule 3, and rule 1 where somebody's ten seconds are over."""
         self._warn_of_many(len(living(self.known, regular=True)))
         for step in [*self.open]:
-            self._check(step, now)
+            self._close_if_complete(step, now)
         slow = max(self.MINUTE, 10 * self._usual)
         heard = [worker for worker in self.known.values() if not worker.end and now - worker.heard < slow]
         heard.sort(key=lambda worker: worker.step)
-        for step, being in [*self.open.items()]:
-            if len(being.speakers) >= self.workers:
-                if now - being.heard >= self.MINUTE:
-                    self._row(step)
-            elif now - being.heard >= slow:
-                lowest = next((worker for worker in heard if worker.name not in being.reports), None)
+        for step, open_step in [*self.open.items()]:
+            if len(open_step.speakers) >= self.workers:
+                if now - open_step.heard >= self.MINUTE:
+                    self._close(step)
+            elif now - open_step.heard >= slow:
+                lowest = next((worker for worker in heard if worker.name not in open_step.reports), None)
                 if not lowest or lowest.step >= step:
-                    self.warnings.append(("few workers", _few(step, being, self)))
-                    self._row(step)
+                    self.warnings.append(("few workers", _few(step, open_step, self)))
+                    self._close(step)
 
     def finish(self) -> None:
         for step in sorted(self.open):
-            self._row(step)  # 4
+            self._close(step)  # 4
 
     def _add(self, worker: Worker, step: int, report: int, now: float) -> None:
-        being = self.open.setdefault(step, OpenStep())
-        if worker.name not in being.reports:
-            being.reports[worker.name] = []
-            being.speakers.add(worker.speaks_for)
-            being.busy += worker.busy_with == step
-            being.of_tasks |= worker.is_task
-            being.death = min(being.death, worker.death)
+        open_step = self.open.setdefault(step, OpenStep())
+        if worker.name not in open_step.reports:
+            open_step.reports[worker.name] = []
+            open_step.speakers.add(worker.speaks_for)
+            open_step.busy += worker.busy_with == step
+            open_step.of_tasks |= worker.is_task
+            open_step.death = min(open_step.death, worker.death)
             worker.steps.add(step)
-        being.reports[worker.name].append(report)
-        being.heard = now
+        open_step.reports[worker.name].append(report)
+        open_step.heard = now
         self._waiting += 1
 
     def _done(self, step: int | None, name: str) -> None:
-        if (being := self.open.get(step)) and name in being.reports:
-            being.busy -= 1
+        if (open_step := self.open.get(step)) and name in open_step.reports:
+            open_step.busy -= 1
 
-    def _check(self, step: int | None, now: float) -> None:
-        """Rule 1."""
-        being = self.open.get(step)
-        if not being or being.busy:
+    def _close_if_complete(self, step: int | None, now: float) -> None:
+        """Rule 1, and how often a step is complete."""
+        open_step = self.open.get(step)
+        if not open_step or open_step.busy:
             return
-        missing = self.workers - len(being.speakers)
-        if missing <= 0 or (missing <= len(self._ended) and missing <= self._excused(being, now)):
+        missing = self.workers - len(open_step.speakers)
+        if missing <= 0 or (missing <= len(self._ended) and missing <= self._excused(open_step, now)):
             since = 0.0 if math.isnan(self._last) else now - self._last
             self._usual, self._last = 0.8 * self._usual + 0.2 * since, now
             self._newest = max(self._newest, step)
-            self._row(step)
+            self._close(step)
 
-    def _row(self, step: int) -> None:
-        being = self.open.pop(step)
-        self._waiting -= sum(map(len, being.reports.values()))
-        if being.of_tasks:
-            self._warn_of_many(len(being.speakers))
-        self.rows.append((step, being))
-        for name in being.reports:
+    def _close(self, step: int) -> None:
+        open_step = self.open.pop(step)
+        self._waiting -= sum(map(len, open_step.reports.values()))
+        if open_step.of_tasks:
+            self._warn_of_many(len(open_step.speakers))
+        self.rows.append((step, open_step))
+        for name in open_step.reports:
             self.known[name].steps.discard(step)
             self._forget(self.known[name])
 
@@ -200,12 +198,15 @@ class Steps:
         if worker.end and not worker.steps and worker.name not in self._ended:
             self.known.pop(worker.name, None)
 
-    def _excused(self, being: OpenStep, now: float) -> int:
-        """How many of those who have ended need not report a step."""
-        if being.of_tasks:
+    def _excused(self, open_step: OpenStep, now: float) -> int:
+        """How many of those who have ended need not report a step: who ended ten seconds ago, behind the birth of one
+        that lives and has reported it. But no more than `workers` exceeds the living, and none where tasks report it.
+        """
+        if open_step.of_tasks:
             return 0
-        oldest = min((self.known[name].born for name in being.reports if not self.known[name].end), default=math.inf)
-        ended = [each for name, each in self._ended.items() if each.end > oldest and name not in being.reports]
+        living_here = (self.known[name] for name in open_step.reports if not self.known[name].end)
+        oldest = min((worker.born for worker in living_here), default=math.inf)
+        ended = [each for name, each in self._ended.items() if each.end > oldest and name not in open_step.reports]
         gone = sum(now - each.end_time >= self.GRACE for each in ended)
         return min(gone, self.workers - len(living(self.known)))
 
@@ -216,9 +217,9 @@ class Steps:
             self.warnings.append(("many workers", told))
 
 
-def _few(step: int, being: OpenStep, steps: Steps) -> str:
+def _few(step: int, open_step: OpenStep, steps: Steps) -> str:
     """What is said of a row that the clock has made."""
-    n, silent = len(being.speakers), [name for name in steps.known if name not in being.reports]
+    n, silent = len(open_step.speakers), [name for name in steps.known if name not in open_step.reports]
     of = f"; nothing was heard of {', '.join(silent[:3])}{' and others' if silent[3:] else ''}" if silent else ""
     return f"step {step} stands on {n} of {steps.workers} workers{of}: pass workers={n} if no more log"
 

@@ -28,7 +28,7 @@ from backbone import outbox, page, process, records
 from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
 from backbone.outbox import Outbox, Room
-from backbone.page import Position, lives, lost_by_pipeline
+from backbone.page import Position, is_alive, lost_by_pipeline
 from backbone.reading import Reader, Record
 from backbone.records import BEGUN, ENDED, LOST, REPORT, VANISHED, WHO
 
@@ -421,7 +421,7 @@ def test_forks_log_also_while_another_thread_does_and_forks_of_forks(address, ch
     assert sorted(each["parent"] for each in about) == ["", *[name] * 40]
     [mine] = [each["name"] for each in about if not each["parent"]]
     assert mine == name
-    assert lives(address.folder, name)  # none of the forks has freed its lock
+    assert is_alive(address.folder, name)  # none of the forks has freed its lock
 
 
 # A full disk
@@ -585,7 +585,8 @@ def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_ba
     monkeypatch.setattr(Room, "LIMIT", 10)
     monkeypatch.setattr(Room, "PATIENCE", 0.0)
     monkeypatch.setattr(Room, "BACKLOG", 5_000)
-    monkeypatch.setattr(records, "disk_is_full", lambda path: disk_is_full)  # nearly: a backlog must not fill it
+    # Nearly: a backlog must not fill it.
+    monkeypatch.setattr("backbone.records.disk_is_full", lambda path: disk_is_full)
 
     def work(pipe, box: Outbox) -> None:
         told, waited = warnings(), []
@@ -861,10 +862,10 @@ def test_a_process_that_reads_where_it_logs_keeps_its_own_lock(address, child):
 
     logging_child = child(work)
     name = logging_child.told()
-    assert lives(address.folder, name)
+    assert is_alive(address.folder, name)
     assert not has_ended(read(Reader(address.folder, {})))
     logging_child.kill()
-    assert not lives(address.folder, name)
+    assert not is_alive(address.folder, name)
 
 
 def test_where_somebody_cleans_the_temporary_folder_logging_goes_on_and_what_could_not_be_read_is_counted(
@@ -945,7 +946,7 @@ def test_nobody_lives_in_a_folder_that_is_being_removed(address, monkeypatch):
         shutil.rmtree(address.folder)
 
     monkeypatch.setattr(page, "see", see)
-    assert not lives(address.folder, "owner")
+    assert not is_alive(address.folder, "owner")
 
 
 @pytest.fixture
