@@ -4,8 +4,9 @@
 
 A *report* is one call of `log`. A worker's process appends its reports to files of its own, its *outbox*. The *pipeline
 actor* reads the outboxes of its node; on other nodes a *relay* does, and brings it what is there. A *row* is what W&B
-has of a step: all reports of it, reduced to one. It begins in `WandbRun.log`, in common.py. To follow a report from there,
-read these, in this order:
+has of a step: all reports of it, reduced to one.
+
+It begins in `WandbRun.log`, in common.py. To follow a report from there, read these, in this order:
 
 values.py      what may be logged, and how it is packed
 process.py     who logs in this process, and where its outboxes are; files.py has the folders

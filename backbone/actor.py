@@ -10,7 +10,7 @@ from ray.runtime_context import get_runtime_context
 
 from . import staging
 from .host import Host
-from .ledger import Ledger, Ledgers, RunFinishedError
+from .ledger import Ledger, Ledgers, RunFinishedError, account
 from .reduction import Reduction
 from .run import Started
 
@@ -47,7 +47,7 @@ class PipelineActor:
             if not run or run.state.is_finished:
                 raise RunFinishedError("the run is finished")
             pipeline = run.pipeline(prefix)
-            return run.ledger(pipeline), pipeline.last_row
+            return account(run.state, pipeline), pipeline.last_row
 
     def stage(self, to: Path, offset: int, piece: bytes) -> None:
         """Writes a piece of a file from another node."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import exits, nodes, recover, wandb_internals
 from .files import move_in, read_letter
 from .inbox import GONE, HOME
-from .ledger import Ledgers, RunFinishedError, line
+from .ledger import Ledgers, RunFinishedError, account, line
 from .page import is_alive
 from .ray_internals import has_ended, ray_answers, which_ray
 from .reading import Reading
@@ -127,7 +127,7 @@ class Host:
                     catch_up(run, self._relays, self._read, deadline, closing=prefix is None)
                     run.end([each for each in run.pipelines if prefix in (None, each.prefix)], deadline)
                 if prefix is not None:
-                    return {prefix: run.ledger(run.pipeline(prefix))}
+                    return {prefix: account(run.state, run.pipeline(prefix))}
             stopped = exits.stop_file(folder).exists()
             ledgers = run.finish(exits.INTERRUPTED if stopped and exit_code else exit_code, failure, deadline)
             recover.write_ledgers(folder, ledgers)

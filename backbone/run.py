@@ -79,7 +79,7 @@ class Run:
         known = [(each.prefix, each.reduction, each.steps.workers) for each in self.pipelines]
         write_private(self.address.folder / "pipelines", pickle.dumps(known))
         run = self.writer.run
-        return Started(self.ledger(pipeline), dict(run.config), run.project, pipeline.number)
+        return Started(ledger.account(self.state, pipeline), dict(run.config), run.project, pipeline.number)
 
     def add(self, prefix: str, reduction: Reduction, workers: int) -> Pipeline:
         self.pipelines.append(Pipeline(self.state, len(self.pipelines), prefix, reduction, workers))
@@ -201,7 +201,3 @@ class Run:
                 self.state.commit()
                 if not all(map(self.writer.there(), self.state.waiting())):
                     raise ServiceDiedError("wandb-core has not written all rows")
-
-    def ledger(self, pipeline: Pipeline) -> Ledger:
-        """A pipeline's account so far."""
-        return ledger.account(self.state, pipeline)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from backbone import process, values
+from backbone import ledger, process, values
 from backbone import run as run_room
 from backbone.inbox import GONE, HOME
 from backbone.reading import Reader, Reading
@@ -303,7 +303,7 @@ def test_an_outbox_that_somebody_removed_is_named_and_its_worker_has_ended(kept)
     made.bring(report("w", 0, {"a": 1.0}, commit=False), report("v", 0, {"a": 3.0}))
     made.bring(Event("w", VANISHED))
     assert sizes(made) == [(0, 2)]
-    account = made.run.ledger(made.run.pipeline(""))
+    account = ledger.account(made.state, made.run.pipeline(""))
     assert (account.unheard, account.ok) == (["w: somebody has removed its outbox"], False)
     assert account.warnings == ["reports may be missing of w: somebody has removed its outbox"]
 
@@ -319,7 +319,7 @@ def test_on_a_node_that_is_gone_all_have_died(kept):
     assert sizes(made) == [(0, 2)]
     made = again(made)
     assert (made.inbox.places, made.inbox.positions(ELSEWHERE)) == ({"another"}, {})
-    account = made.run.ledger(made.run.pipeline(""))
+    account = ledger.account(made.state, made.run.pipeline(""))
     assert (account.unheard, account.ok) == ([f"node {ELSEWHERE}: it is dead"], False)
 
 
@@ -392,7 +392,7 @@ def test_values_that_can_not_be_reduced_are_lost_values_and_their_row_stays(kept
     made.bring(*(report(f"w{text}", 0, {"a": 1.0, "page": Incomparable(text)}) for text in "xy"))
     [row] = made.rows
     assert row.metrics == {"a": 1.0, "step": 0, "workers": 2}
-    account = made.run.ledger(made.run.pipeline(""))
+    account = ledger.account(made.state, made.run.pipeline(""))
     assert (account.rows, made.in_no_row(), account.lost_values, account.ok) == (1, 0, 1, False)
 
 
@@ -406,7 +406,7 @@ def test_a_row_that_is_too_large_for_the_state_loses_its_largest_values_only(kep
         ["t/a", "t/step", "t/workers", "t/x", "t/z"],
         ["t/a", "t/step", "t/workers", "t/x"],
     ]
-    account = made.run.ledger(made.run.pipeline("t/"))
+    account = ledger.account(made.state, made.run.pipeline("t/"))
     assert (account.lost_values, account.ok, made.in_no_row("t/")) == (1, False, 0)
     assert account.warnings == ["t/: a row has 9 MB, so 't/y', its largest value, is left out"]
 
