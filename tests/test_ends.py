@@ -110,7 +110,7 @@ def test_tasks_that_are_a_process_each_lose_nothing_and_leave_nothing_behind(run
 
 
 @pytest.mark.parametrize(
-    "kept", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("argument", "cycle")), "self", "exit_actor"]
+    "kept", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("argument", "cycle", "self")), "exit_actor"]
 )
 def test_actors_that_go_right_after_they_logged_lose_nothing(run, kept):
     made = run()

@@ -60,7 +60,7 @@ def test_a_with_block_ends_as_a_process_with_that_exception_would(run, end, exit
     ("end", "status", "exit_code", "failure"),
     [
         pytest.param("sys.exit(3)", 3, 3, "SystemExit: 3", marks=pytest.mark.slow),
-        ("raise ValueError('no GPU')", 1, 1, "ValueError: no GPU"),
+        pytest.param("raise ValueError('no GPU')", 1, 1, "ValueError: no GPU", marks=pytest.mark.slow),
         pytest.param(INTERRUPT, 1, 255, "KeyboardInterrupt", marks=pytest.mark.slow),
         ("ray.shutdown()\nsys.exit(3)", 3, 3, "SystemExit: 3"),  # the actor lives on, and nobody can call it
     ],
@@ -194,6 +194,7 @@ assert signal.getsignal(signal.SIGINT) is before
 OFTEN = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, instead of 15
 
 
+@pytest.mark.slow
 def test_a_run_whose_neighbour_can_not_start_has_failed(drive, tmp_path):
     done = drive(
         """

@@ -117,6 +117,7 @@ def test_a_project_that_wandb_would_refuse_is_refused(ray_here, project):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_names_of_the_greatest_length_are_recorded_whole(run):
     names = dict(name="n" * 128, group="g" * 128, job_type="j" * 128)
     with run(**names, tags=["t" * 64]) as made:

@@ -70,6 +70,7 @@ def test_the_code_s_word_counts_more_than_the_environment_s(run, tmp_path, monke
     assert made.path.parent == tmp_path / "code" / "wandb"
 
 
+@pytest.mark.slow
 def test_resume_in_the_environment_goes_on_with_the_totals(run, monkeypatch):
     monkeypatch.setenv("WANDB_RESUME", "allow")
     for total in (5, 10):

@@ -114,7 +114,7 @@ def test_when_all_of_ray_is_gone_the_driver_finishes_the_run(tmp_path, environme
     assert sorted(rows.values()) == list(range(101))
 
 
-@pytest.mark.parametrize("actor", ["TrainingPipelineActor", "Behind"])
+@pytest.mark.parametrize("actor", [pytest.param("TrainingPipelineActor", marks=pytest.mark.slow), "Behind"])
 def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, environment, actor):
     """Also where the actor has too much to do yet for the time that Ray leaves it."""
     made = f"""

@@ -437,6 +437,7 @@ def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, serve
     assert [row["n_total"] for row in rows] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_a_restart_online_sends_again_nothing_that_somebody_may_have_edited_in_the_app(tmp_path, server):
     sent, answer = [], server.graphql
 
