@@ -205,10 +205,11 @@ class WandbRun:
         level: str | wandb.AlertLevel = "INFO",
         wait_duration: float | timedelta = 60.0,
     ) -> None:
-        """Sends W&B's alert, by mail or Slack as the user's settings say. Of a title one goes out in a minute.
+        """Sends W&B's alert, by mail or Slack as the user's settings say.
 
-        level: INFO, WARN or ERROR. wait_duration: time in which W&B sends no other of this title, in seconds if it is
-        a number. Raises ValueError for another level, TypeError for no duration, and RunFinishedError after `finish`.
+        level: INFO, WARN or ERROR. wait_duration: time in which no other one of this title goes out, however many
+        workers send it, in seconds if it is a number. Raises ValueError for another level, TypeError for no duration,
+        and RunFinishedError after `finish`.
         """
         level = getattr(level, "value", level)
         if level not in ("INFO", "WARN", "ERROR"):

@@ -183,11 +183,11 @@ class _Bars:
 def _summarise(args: Args, ledgers: Sequence[Ledger]) -> None:
     """Where the runs are, their ledgers, and what to type next."""
     for i, ledger in enumerate(ledgers):
-        counts = {"lost": ledger.lost, "values lost": ledger.lost_values, "artifacts lost": ledger.lost_artifacts}
+        counts = {"values lost": ledger.lost_values, "artifacts lost": ledger.lost_artifacts}
         counts |= {"not heard": len(ledger.unheard), "restarts": ledger.restarts}
         more = "".join(f", {n} {what}" for what, n in counts.items() if n)
         name = f"{ledger.name} {ledger.prefix}" if args.one_run else ledger.name
-        print(f"{name}: {ledger.rows} rows from {ledger.reports} reports{more}")
+        print(f"{name}: {ledger.rows} rows from {ledger.reports} reports, {ledger.lost} lost{more}")
         if ledger.id not in [other.id for other in ledgers[i + 1 :]]:  # else the next pipeline shares the run
             print(f"  {ledger.url or (ledger.path and _shown(ledger.path)) or 'disabled: nothing is kept'}")
     if folders := list(dict.fromkeys(path for ledger in ledgers for path in ledger.paths)):

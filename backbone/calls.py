@@ -69,6 +69,6 @@ def uncoloured(error: BaseException) -> str:
 
 def plain(error: BaseException) -> str:
     """What an error of Ray's says, in one line without colours; of an actor that could not start, its own error."""
-    text = uncoloured(error)
-    first, _, last = text.partition("\n")[0], "", text.rpartition("\n")[2]
-    return (last if "creation task" in first or "is dead because" in last else first).rstrip(".")
+    lines = uncoloured(error).splitlines() or [""]
+    is_in_the_last = "creation task" in lines[0] or "is dead because" in lines[-1]
+    return lines[-1 if is_in_the_last else 0].rstrip(".")

@@ -1,4 +1,4 @@
-"""What is read from outboxes: who logs there, who ends, and for which pipeline a report is."""
+"""Takes what is read from outboxes: whose a report is, which pipeline it is for, and who has ended."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Box:
     position: Position = dataclasses.field(default_factory=Position)
     lost: dict[int, int] = dataclasses.field(default_factory=dict)  # reports, by pipeline
     exit: tuple[int, str | None] | None = None  # it ends by itself; an owner's exit code and failure
-    ended: bool = False  # all of it is read; the reader may not have removed its files yet
+    ended: bool = False  # all of it is read; kept until its files are gone, else they were a new outbox's
 
 
 class Inbox:
-    """The outboxes of all nodes, as far as they have been read. Its state is in the state's queue.
+    """The outboxes of all nodes, as far as they have been read. What changes is on the disk with the next commit.
 
     owner: name of the process whose end ends the run.
     """
@@ -94,7 +94,7 @@ class Inbox:
             self._end(box.name)
         elif record.kind == records.EXIT:
             box.exit = pickle.loads(record.content) if record.content else (0, None)
-            if box.process == self._owner and record.content:  # it may live on, without Ray
+            if box.process == self._owner and record.content:  # its lock may stay: it can live on, without Ray
                 self._state.note(owner_end=box.exit)
         elif record.kind == records.ENDED:
             self._close(box)

@@ -110,8 +110,8 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
         rows = {pipeline.prefix: state.account(pipeline.number) for pipeline in pipelines}
         reports = {prefix: {number: row[0] for number, row in found.items()} for prefix, found in rows.items()}
         said = {prefix: dataclasses.asdict(each) | {"row_reports": reports[prefix]} for prefix, each in ledgers.items()}
-        for path in [each.path for each in ledgers.values() if each.path][:1]:
-            (path / FILE).write_text(json.dumps(said, default=str))
+        if paths := state.facts.get("paths"):
+            Path(paths[-1], FILE).write_text(json.dumps(said, default=str))
 
 
 def count(folder: Path) -> Ledgers:

@@ -35,7 +35,7 @@ class Outbox:
 
     def __init__(self, address: Address, process: Process):
         self.address, self.process, self.copies = address, process, 0
-        self.exit: tuple[int, str | None] | None = None  # what an owner's end is to be taken for
+        self.exit: tuple[int, str | None] | None = None  # an owner's: exit code and failure of the run, if it ends now
         self.is_finished = False
         self._lock = threading.RLock()  # a signal handler or a destructor may log in the middle of `put`
         self._lost: dict[int, int] = {}  # pipeline -> reports

@@ -1,6 +1,6 @@
-"""An outbox's page: says who logs there, and is locked as long as that process lives. It also has what was lost.
+"""An outbox's page: a small file beside the records that says who logs there. Its lock says that the process lives.
 
-The reader writes there how far it has read.
+The process also counts there what was lost, and the reader writes how far it has read.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from typing import NamedTuple
 
 from .files import fcntl
 
-# What the reader writes, whether it should stay, the lost reports of each pipeline, who it is (JSON).
-SIZE, STAYS_AT, LOST_AT, ABOUT_AT = 4096, 56, 64, 64 + 8 * 256
-NOTHING_LOST = bytes(8 * 256)
+PIPELINES = 256  # of a run at most: a record has one byte for the number
+# Where on the page is what. It begins with what the reader writes.
+STAYS_AT = 56  # whether a relay must stay that reads here
+LOST_AT = 64  # how many reports of each pipeline were lost
+ABOUT_AT = LOST_AT + 8 * PIPELINES  # whose it is (JSON)
+SIZE = 4096
+NOTHING_LOST = bytes(8 * PIPELINES)
 READ = struct.Struct("<B7xQQQQ")  # state; segment and offset to which it has been read; records and bytes so far
 NOBODY_READS, IS_READ, CLOSED = 0, 1, 2
 
@@ -38,7 +42,7 @@ class Page:
 
     def __init__(self, path: Path, process: str, parent: str, lost: Mapping[int, int]):
         hidden = path.with_name(f".{path.stem}")
-        content = b"".join(struct.pack("<Q", lost.get(pipeline, 0)) for pipeline in range(256))
+        content = b"".join(struct.pack("<Q", lost.get(pipeline, 0)) for pipeline in range(PIPELINES))
         content = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(LOST_AT, b"\0") + content
         content += json.dumps(dict(name=process, parent=parent)).encode()
         self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

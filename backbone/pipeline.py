@@ -75,7 +75,7 @@ class Pipeline:
 
     def _row(self, step: int, closed: OpenStep) -> list[Row]:
         """All reports of a step as a row; as none if none of them can be read."""
-        # The order in which they came has no effect.
+        # By their content, so that the order in which they came has no effect.
         reports = sorted((self._take(id_) for ids in closed.reports.values() for id_ in ids), key=lambda it: it.metrics)
         read = [(metrics, report.who) for report in reports if (metrics := self._unpack(report)) is not None]
         if not read:

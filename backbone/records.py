@@ -48,8 +48,8 @@ class Segments:
     """The segments that a process writes.
 
     A signal handler or a destructor may append in the middle of `append`, and an exception may come out of it at any
-    place. Then it is not known what was written, and the next call looks. Python runs handlers behind a call, so
-    what must not be torn apart has no call in it.
+    place. Then it is in doubt what was written, and the next call looks. Python runs handlers after calls, so between
+    two lines that must not be torn apart there is no call.
 
     path: of a segment by its number.
     """
@@ -57,7 +57,7 @@ class Segments:
     def __init__(self, path: Callable[[int], str]):
         self._path = path
         self.records = self.bytes = 0  # whole ones, in all segments
-        self._unsure: object | None = None  # there while it is not known what was written
+        self._doubt: object | None = None  # a mark of its own for each write that may not have ended
         self._segment: tuple[int, int, int, int] | None = None  # number, file, records and bytes before it
         self._open(0, 0, 0)
 
@@ -74,35 +74,35 @@ class Segments:
             number, _, _, begin = self._segment
             if (size := self.bytes) - begin >= SEGMENT:
                 self._open(number + 1, self.records, size)
-            sure = self._unsure = object()
+            mark = self._doubt = object()
             written = os.write(self._segment[1], record)
             if written == len(record):
                 self.records, self.bytes = self.records + counts, self.bytes + written
-                self._unsure = None if self._unsure is sure else sure
+                self._doubt = None if self._doubt is mark else mark  # else the counts of a handler are overwritten
                 return True
-            self.settle()  # now: nobody could read beyond what was cut
+            self.settle()  # now: behind half a record nobody would find the next one
         except OSError as error:
             raise_from_outside(error)
         return False
 
     def settle(self) -> None:
         """Finds out what was written, and takes back a record that was cut."""
-        while self._unsure:
-            sure = self._unsure = object()
+        while self._doubt:
+            mark = self._doubt = object()
             _, file, records, begin = self._segment
             try:
                 content = os.pread(file, os.fstat(file).st_size, 0)
             except OSError as error:
-                if error.errno is None or self._unsure is sure:
+                if error.errno is None or self._doubt is mark:
                     raise
                 continue  # a signal handler has begun the next segment, and closed this one
             whole = [*parse(content)]
             size = sum(length for length, _, _ in whole)
             count = sum(head[1] in COUNTED for _, head, _ in whole)
-            if size < len(content) and self._unsure is sure:
+            if size < len(content) and self._doubt is mark:
                 os.ftruncate(file, size)
             self.records, self.bytes = records + count, begin + size
-            self._unsure = None if self._unsure is sure else sure
+            self._doubt = None if self._doubt is mark else mark
 
     def close(self) -> None:
         os.close(self._segment[1])

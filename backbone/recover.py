@@ -139,7 +139,7 @@ def _open_state(letter: Letter, wait: bool) -> State | None:
 
 
 def _finish(run: Run) -> None:
-    run.state.note(tried_again=True)  # this process could not be followed by another one
+    run.state.note(tried_again=True)  # nobody would start this process again
     run.state.warn("recovered", "the pipeline actor is gone; the run was finished without it")
     _read_what_is_left(run, time.monotonic() + 60)
     run.start()

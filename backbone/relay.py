@@ -37,7 +37,7 @@ class Relay:
         self._last, self._heard, self._closed = Reading([]), time.monotonic(), False
 
     def read(self) -> Reading:
-        """What is new; after a second without news, nothing. What the last call has brought is safe now."""
+        """What is new; after a second without news, nothing. Called again, it takes what it has brought for safe."""
         self._reader.commit(self._last)
         self._last, deadline = Reading([]), time.monotonic() + 1
         while time.monotonic() < deadline:
@@ -88,7 +88,7 @@ class Relays:
         self._address, self._positions, self._gone = address, positions, gone
         self._found: dict[str, tuple[bytes, Path]] = {}  # by place, at the last look
         self._open: dict[str, tuple[bytes, Path]] = {}  # those that are not read to their end
-        self._read: set[str] = set()  # places that are, or can't be read
+        self._read: set[str] = set()  # places that are read to their end, or can't be read
         self._relays: dict[str, ray.actor.ActorHandle] = {}  # by place
         self._calls: dict[str, ray.ObjectRef] = {}  # by place, those under way
         self._heard: dict[str, float] = {}  # by place, when it was asked last, or found
@@ -157,7 +157,7 @@ class Relays:
         self._gone(place, why)
 
     def silent(self, seconds: float) -> list[str]:
-        """Places that don't answer for so long, though they were asked, or have had no relay since."""
+        """Places whose answer, or whose relay's start, takes longer than so many seconds."""
         asked = [place for place in self._open if place in self._calls or place not in self._relays]
         return [place for place in asked if time.monotonic() - self._heard[place] > seconds]
 
@@ -165,7 +165,8 @@ class Relays:
         """Nothing more is taken anywhere. What they still bring ends with a reading that `is_last`."""
         ray_internals.delete(self._address.key("open"))
         self._closed = True
-        self.look()  # behind that: whoever logs for the first time notes its place before it looks for that key
+        # Behind that: whoever logs for the first time notes its place, then looks for that key. So one sees the other.
+        self.look()
         for relay in self._relays.values():
             relay.close.remote()
         self.start()

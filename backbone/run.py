@@ -18,6 +18,7 @@ from .artifacts import Artifacts
 from .files import Address, write_private
 from .inbox import HOME, Inbox
 from .ledger import Ledger, Ledgers, line
+from .page import PIPELINES
 from .pipeline import Pipeline
 from .reading import Reader, Reading
 from .reduction import Reduction
@@ -37,7 +38,7 @@ class Started(NamedTuple):
 class Run:
     """A run as it is in a state, with the outboxes at home and the writer.
 
-    owner: name of the process whose end ends the run. lock: whoever has it may call this.
+    owner: name of the process whose end ends the run. lock: whoever has it may call this, except for `finish`.
     """
 
     def __init__(self, state: State, init: dict[str, Any], address: Address, owner: str, lock: threading.RLock):
@@ -62,8 +63,8 @@ class Run:
                 self.writer.tell(self.inbox.said)
                 self.state.commit()
             except Exception:
-                left = self.pipelines or self.state.facts.get("restarts")  # by an actor that died
-                self.state.close() if left else self.state.remove()
+                has_logged = self.pipelines or self.state.facts.get("restarts")  # somebody, before an actor died
+                (self.state.close if has_logged else self.state.remove)()
                 raise
         self.artifacts = Artifacts(self.state, self.writer, self._lock)
 
@@ -82,6 +83,8 @@ class Run:
         return Started(ledger.account(self.state, pipeline), dict(run.config), run.project, pipeline.number)
 
     def add(self, prefix: str, reduction: Reduction, workers: int) -> Pipeline:
+        if len(self.pipelines) == PIPELINES:
+            raise ValueError(f"a run has {PIPELINES} pipelines at most")
         self.pipelines.append(Pipeline(self.state, len(self.pipelines), prefix, reduction, workers))
         return self.pipelines[-1]
 

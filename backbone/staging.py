@@ -92,7 +92,7 @@ def put_piece(to: Path, offset: int, piece: bytes) -> None:
 
 
 def files_below(folder: Path, above: Sequence[Path] = ()) -> Iterator[Path]:
-    """Files and broken links. Follows links, as W&B's `Artifact.add_dir` does, but to no folder that the link is in."""
+    """Files and broken links. Follows links, as W&B's `Artifact.add_dir` does, except to a folder that it is in."""
     above = [*above, folder.resolve()]
     for path in folder.iterdir():
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""What may be logged, and how it gets to another process and to a restarted actor."""
+"""What may be logged, and how it is packed for the way to the pipeline actor, and for its state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from . import media
 from .ledger import line
 
-_KNOWN_KEYS: set[str] = set()  # that were found right before; looking here is cheaper than looking at them again
+_KNOWN_KEYS: set[str] = set()  # that have passed `_check_key`; looking here is cheaper than checking again
 _PLAIN = {float, int, str, np.ndarray}  # have no media in them
 
 
@@ -45,7 +45,7 @@ def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for key, value in metrics.items():
         if type(value) is float and type(key) is str and key in _KNOWN_KEYS and key not in report:
-            report[key] = value
+            report[key] = value  # as `_add` does, and quicker: it is what most reports consist of
         elif key == "step" and not isinstance(value, Mapping):
             if value is not None and as_step(value) != step:
                 raise ValueError(f"metric 'step' is {value!r}, but log was called for step {step}")

@@ -1,6 +1,6 @@
 """Every interface of wandb that this project uses without its being public, each with the reason for it.
 
-Two rooms have their own: transaction_log.py the format of a transaction log, media.py the data types.
+Two other files have some, too: transaction_log.py for the format of a transaction log, media.py for the data types.
 `tests/test_wandb_internals.py` fails when wandb changes one of them.
 """
 
@@ -157,7 +157,7 @@ def _plain(value: Any) -> Any:
 
 
 def unless_said(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those settings that neither the environment nor a file of wandb's makes, and how often the log is written."""
+    """Those settings that neither the environment nor a file of wandb's sets, and how often the log is written."""
     said = session_settings().model_fields_set
     return {key: value for key, value in (settings | FLUSH_EVERY).items() if key not in said}
 

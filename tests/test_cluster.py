@@ -408,7 +408,9 @@ def test_a_demo_s_workers_are_on_both_nodes_and_when_one_dies_the_rest_goes_on(c
     for log in logs:
         rows, name = log.rows, log.run["display_name"]
         reports = sum(row["workers"] for row in rows)
-        assert re.search(rf"^{name}: {len(rows)} rows from {reports} reports(, 1 not heard)?$", stdout, re.MULTILINE)
+        assert re.search(
+            rf"^{name}: {len(rows)} rows from {reports} reports, 0 lost(, 1 not heard)?$", stdout, re.MULTILINE
+        )
         assert log.exit_code == 1
     assert "not heard" in stdout
     steps = {step for log in logs for step in (row["step"] for row in log.rows)}

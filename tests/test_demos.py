@@ -138,8 +138,10 @@ def test_a_demo_is_quiet_says_where_its_runs_are_and_leaves_nothing_else(ran, de
         assert str(path.relative_to(directory)) in done.stdout
     ledgers = [line.split(": ")[1] for line in lines if " rows from " in line]
     rollouts = len(CHECKPOINTS) if demo == "demo4" else 0  # which worker 0 logs by a call of its own
-    expected = [f"{STEPS} rows from {2 * STEPS + more} reports" for more in (0, rollouts)]
-    assert ledgers == expected + ["2 rows from 2 reports"] * (demo == "demo4")  # so nothing is lost, and nobody silent
+    expected = [f"{STEPS} rows from {2 * STEPS + more} reports, 0 lost" for more in (0, rollouts)]
+    assert ledgers == expected + ["2 rows from 2 reports, 0 lost"] * (
+        demo == "demo4"
+    )  # so nothing is lost, and nobody silent
     assert {path.name for path in directory.iterdir()} == {"wandb"}
     left = {path.name for path in (directory / "wandb").iterdir() if not path.name.startswith("offline-run-")}
     assert left <= {"latest-run", "debug.log", "debug-internal.log", ".wandb-leet.json", ".gitignore"}
@@ -345,7 +347,7 @@ def test_training_does_not_wait_for_an_evaluation_that_hangs_and_the_demo_does(b
         os.kill(evaluator, signal.SIGCONT)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "evaluation-x: 5 rows from 5 reports\n" in stdout
+    assert "evaluation-x: 5 rows from 5 reports, 0 lost\n" in stdout
     assert [row["checkpoint_step"] for row in logs(tmp_path)["evaluation-x"].rows] == [0, 10, 20, 30, 40]
 
 
