@@ -12,6 +12,7 @@ system of your own copy this file and that folder.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -296,7 +297,7 @@ class WandbRun:
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
         try:
-            if self._ledger is not None and not self._is_view:
+            if self._ledger is not None:
                 raise RunFinishedError
             return self._call(method, *arguments)
         except RunFinishedError:
@@ -319,7 +320,8 @@ class WandbRun:
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
         with (self._host or self)._finishing:
             if self._ledger is None and self._is_view:
-                return self._call("finish", exit_code, failure, self._prefix)[self._prefix]
+                ledgers = self._ask("finish", exit_code, failure, self._prefix)
+                return ledgers[self._prefix] if ledgers else dataclasses.replace(self._begun, unheard=["all"])
             if self._ledger is None:
                 self._finish(exit_code, failure)
             return self._ledger
@@ -342,7 +344,7 @@ class WandbRun:
             ledgers = owner.finish_without_actor(self._owned.letter, error, self._begun, prefixes)
         for each in (self, *self._views):
             each._ledger = ledgers[each._prefix]
-            exits.unfinished.remove(each)
+        exits.unfinished.remove(self)
         if self._owned:
             if not gone:
                 # Behind that, because a signal handler may finish the run at any moment. The option is not at the

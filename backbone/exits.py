@@ -69,9 +69,13 @@ class Unfinished:
                 self.remove(run)
 
         ends = [(run, *(own if exit_code is None else (exit_code, failure))) for run, own in [*self._runs.items()]]
-        threads = [threading.Thread(target=finish, args=end) for end in ends]
-        for thread in threads:
-            thread.start()
+        threads = []
+        for end in ends:
+            try:
+                (thread := threading.Thread(target=finish, args=end)).start()
+                threads.append(thread)
+            except RuntimeError:  # Python 3.12.0 to 3.12.2 begin no thread at their end
+                finish(*end)
         for thread in threads:
             thread.join()
 

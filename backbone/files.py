@@ -32,7 +32,10 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-OUTBOXES, CLOSED = "outboxes", "closed"  # folder of a run's outboxes in a private folder, and its name in the end
+OUTBOXES, CLOSED_FOLDER = (
+    "outboxes",
+    "closed",
+)  # folder of a run's outboxes in a private folder, and its name in the end
 
 
 class Address(NamedTuple):

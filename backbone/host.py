@@ -73,17 +73,18 @@ class Host:
             with self.lock:
                 began = time.monotonic()
                 if self.run and not self.run.reader.is_closed:
-                    readings = self._read()
+                    readings, alive = self._read(), began
                     is_over = self.run.inbox.owner_end is not None
                 else:
+                    readings = []
                     alive = began if is_alive(self._letter.address.folder, self._letter.process) else alive
                     is_over = began > alive + 5  # so long `leave` may be on its way
             if is_over:
                 return self._end_with_owner()  # without the lock, which the artifacts need
             news = any(not reading.is_empty for _, reading in readings)
             pause = 0.02 if news else min(0.25, 1.2 * pause)
-            if not any(reading.is_cut for _, reading in readings):
-                time.sleep(max(pause, 4 * (time.monotonic() - began)))
+            is_cut = any(reading.is_cut for _, reading in readings)
+            time.sleep(0.001 if is_cut else max(pause, 4 * (time.monotonic() - began)))  # others want the lock, too
 
     def _read(self, look: bool = False) -> Sequence[tuple[str, Reading]]:
         """One reading, with what relays have brought. A fault ends this process: the next goes on from the state."""
@@ -118,18 +119,21 @@ class Host:
         Raises RunFinishedError where there is no run.
         """
         folder = self._letter.address.folder
+        if exit_code and exits.stop_file(folder).exists():
+            exit_code = exits.INTERRUPTED
         try:
             with self.lock:  # a start that is under way ends first
                 if not self.run:
                     raise RunFinishedError("the run is finished")
                 run, deadline = self.run, time.monotonic() + (self.run.writer.timeout or float("inf"))
                 if not run.state.is_finished:
+                    if prefix is None:
+                        run.state.note(end=(exit_code, failure))  # for whoever has to go on from here
                     catch_up(run, self._relays, self._read, deadline, closing=prefix is None)
                     run.end([each for each in run.pipelines if prefix in (None, each.prefix)], deadline)
                 if prefix is not None:
                     return {prefix: account(run.state, run.pipeline(prefix))}
-            stopped = exits.stop_file(folder).exists()
-            ledgers = run.finish(exits.INTERRUPTED if stopped and exit_code else exit_code, failure, deadline)
+            ledgers = run.finish(exit_code, failure, deadline)
             recover.write_ledgers(folder, ledgers)
             return ledgers
         except ServiceDiedError:
@@ -182,7 +186,9 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
             waiting -= {place} if done else set()
             heard.add(place)
         for place in relays.silent(Relays.PATIENCE):
-            relays.give_up(place, f"it did not answer within {Relays.PATIENCE:.0f} s")
+            waiting.discard(place)
+            if closing:
+                relays.give_up(place, f"it did not answer within {Relays.PATIENCE:.0f} s")
         if time.monotonic() > deadline:
             if closing:
                 run.inbox.unheard("what was logged last: it could not be read in time")

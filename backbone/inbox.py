@@ -106,6 +106,7 @@ class Inbox:
         elif record.kind == records.LOST:
             before, box.lost = box.lost, lost_by_pipeline(record.content)
             for number, lost in box.lost.items():
+                # They are reports that are in no row, which is how the ledger knows of them.
                 self._pipelines[number].counts["reports"] += lost - before.get(number, 0)
 
     def _end(self, worker: str, died: bool = False) -> None:

@@ -16,8 +16,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import CLOSED as CLOSED_FOLDER
-from .files import Address
+from .files import CLOSED_FOLDER, Address
 from .ledger import run_is_finished
 from .page import CLOSED, NOBODY_READS, Page
 from .records import EXIT, GOODBYE, WHO, Room, Segments, raise_from_outside, record
@@ -59,16 +58,16 @@ class Outbox:
         size, segments = len(content), self._segments  # which another thread may replace
         if segments is None:
             room = self.open()
-        elif segments.records < self._room.records and segments.bytes + size <= self._room.bytes:
-            room = True
         else:
-            room = self._wait(size)
+            fits = segments.records < self._room.records and segments.bytes + size <= self._room.bytes
+            room = fits or self._wait(size)
         with self._lock:
             now = time.monotonic()
             is_written = room and self._write(kind, pipeline, step, content, now, label)
             if not is_written and not self.is_closed:
                 self._lose(pipeline, 1)
-            if now >= self._next_look:  # behind the record: a relay that goes says so, and then reads once more
+            # After the record: a relay that goes says so, and then reads once more, so one of them sees the other.
+            if now >= self._next_look:
                 self.look(now, pipeline)
         if self.is_closed:
             raise run_is_finished(self.address.name)
@@ -107,7 +106,10 @@ class Outbox:
                 self.open()
                 self._lose(pipeline, lost)
             elif self._page.state == NOBODY_READS:
-                self.process.find_folder(self.address)
+                try:
+                    self.process.find_folder(self.address)
+                except OSError as error:  # the disk is full
+                    raise_from_outside(error)
 
     def _lose(self, pipeline: int, reports: int) -> None:
         if reports and not self._lost:

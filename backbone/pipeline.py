@@ -103,7 +103,7 @@ class Pipeline:
     def _take(self, id_: int) -> Report:
         key = self.number, id_
         if report := self._state.take_back(key):  # it is not on the disk yet
-            return Report(*report[2:])
+            return Report(*report[2:])  # behind the key
         self._state.do("DELETE FROM reports WHERE pipeline = ? AND id = ?", *key)
         query = "SELECT wall_time, who, metrics FROM reports WHERE pipeline = ? AND id = ?"
         return Report(*self._state.db.execute(query, key).fetchone())

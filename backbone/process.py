@@ -14,7 +14,7 @@ from pathlib import Path
 from ray.runtime_context import get_runtime_context  # `ray.get_runtime_context` starts a Ray where there is none
 
 from . import ray_internals
-from .files import CLOSED, OUTBOXES, Address, make_private_folder, this_machine, this_view
+from .files import CLOSED_FOLDER, OUTBOXES, Address, make_private_folder, this_machine, this_view
 from .ledger import RunFinishedError, run_is_finished
 from .outbox import Outbox
 from .ray_internals import which_ray
@@ -60,7 +60,7 @@ class Process:
         Where this is another node than the run's, it tells the run that there is such a folder.
         """
         folder = address.folder if address.is_here else self._find_elsewhere(address)
-        if (folder / CLOSED).exists():
+        if (folder / CLOSED_FOLDER).exists():
             raise run_is_finished(address.name)
         outboxes = folder / OUTBOXES
         with contextlib.suppress(FileExistsError):  # `exist_ok=True` takes a signal handler's TimeoutError, too

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from . import outbox, page, records
-from .files import CLOSED, OUTBOXES
+from .files import CLOSED_FOLDER, OUTBOXES
 from .page import Position
 from .records import HEAD
 
@@ -54,7 +54,7 @@ class Reader:
 
     def __init__(self, private: Path, positions: dict[str, Position]):
         self._private, self._state = private, page.IS_READ
-        self._folder = private / (CLOSED if (private / CLOSED).exists() else OUTBOXES)
+        self._folder = private / (CLOSED_FOLDER if (private / CLOSED_FOLDER).exists() else OUTBOXES)
         self._boxes = dict(positions)
         self._first = {name: position.segment for name, position in positions.items()}  # segments that are there
         self._lost: dict[str, bytes] = {}  # by outbox
@@ -71,7 +71,8 @@ class Reader:
             self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
         found, is_cut = self._read_boxes(found)
         if not looks and any(record.kind == records.WHO for record in found):
-            # Who begins may take the place of one who has just died, whose end must come first: so it is read again.
+            # A worker that begins may take the place of one that has just died. Its pages are looked at, so that this
+            # end comes first, and all is read again.
             self._boxes = before
             return self.read(look=True)
         self._boxes |= {record.outbox: record.end for record in found}
@@ -96,6 +97,7 @@ class Reader:
         return [record for record in found if record.time <= horizon], horizon < math.inf
 
     def _event(self, kind: int, name: str, at: float = 0.0, content: bytes = b"") -> Record:
+        """Without a time it comes before all records."""
         return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])
 
     def _has_news(self, name: str, found: list[Record]) -> bool:
@@ -192,14 +194,14 @@ class Reader:
 
     @property
     def is_closed(self) -> bool:
-        return self._folder.name == CLOSED
+        return self._folder.name == CLOSED_FOLDER
 
     def close(self) -> None:
         """Whoever logs here from now on is told that the run is finished; what was logged before can be read."""
         self.set_state(page.CLOSED)  # before the folder moves, where an outbox could not begin its next segment
         with contextlib.suppress(OSError):
-            (self._private / OUTBOXES).rename(self._private / CLOSED)
-        self._folder, self._changed, self._next_look = self._private / CLOSED, 0, 0.0
+            (self._private / OUTBOXES).rename(self._private / CLOSED_FOLDER)
+        self._folder, self._changed, self._next_look = self._private / CLOSED_FOLDER, 0, 0.0
         self.set_state(page.CLOSED)  # for those that have begun in between
 
 

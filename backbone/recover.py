@@ -62,7 +62,7 @@ def open_run(init: dict[str, Any], address: Address, owner: str, lock: threading
 
 
 def _begin(run: Run) -> None:
-    run.state.note(address=run.address, deaths=0, begun=False)
+    run.state.note(address=run.address, deaths=0, begun=False, end=None, config={}, summary={})
     lost = run.address.folder / "pipelines"
     if lost.exists():  # it is the state of this very run that was there
         run.inbox.unheard("the time before the run's state was lost")
@@ -71,7 +71,9 @@ def _begin(run: Run) -> None:
 
 
 def _count_restart(run: Run) -> None:
-    rows, facts = len(run.writer.logs.there), run.state.facts
+    # Of a disabled run no row is on the disk.
+    [(arrived,)] = run.state.db.execute("SELECT count(*) FROM rows WHERE metrics IS NULL")
+    rows, facts = max(arrived, len(run.writer.logs.there)), run.state.facts
     deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1
     run.state.note(restarts=facts.get("restarts", 0) + 1, deaths=deaths, rows_at_restart=rows)
     if deaths > DEATHS:
@@ -126,6 +128,7 @@ def _open_state(letter: Letter, wait: bool) -> State | None:
         except OSError:
             if not wait:
                 raise
+            time.sleep(0.1)
             continue
         address = state.facts.get("address")
         if address and address.nonce == letter.address.nonce:
@@ -143,7 +146,7 @@ def _finish(run: Run) -> None:
     run.state.warn("recovered", "the pipeline actor is gone; the run was finished without it")
     _read_what_is_left(run, time.monotonic() + 60)
     run.start()
-    exit_code, failure = run.inbox.owner_end or GONE
+    exit_code, failure = run.state.facts.get("end") or run.inbox.owner_end or GONE
     run.finish(exit_code, failure, time.monotonic() + (run.writer.timeout or float("inf")))
 
 
@@ -168,7 +171,7 @@ def start(folder: Path, orphan: bool = False) -> subprocess.Popen:
 
     orphan: it is no child of this process, because Ray kills an actor's children with it.
     """
-    root = Path(__file__).resolve().parents[len(__name__.split(".")) - 1]
+    root = Path(__file__).resolve().parents[len(__name__.split(".")) - 1]  # the folder that `backbone` is in
     command = [sys.executable, "-m", __name__, "--wait", str(folder)]
     return subprocess.Popen(
         ["sh", "-c", '"$@" &', "sh", *command] if orphan else command,

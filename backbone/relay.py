@@ -91,7 +91,7 @@ class Relays:
         self._read: set[str] = set()  # places that are read to their end, or can't be read
         self._relays: dict[str, ray.actor.ActorHandle] = {}  # by place
         self._calls: dict[str, ray.ObjectRef] = {}  # by place, those under way
-        self._heard: dict[str, float] = {}  # by place, when it was asked last, or found
+        self._asked_at: dict[str, float] = {}  # by place, when it was asked last, or found
         self._closed = False
 
     def look(self) -> None:
@@ -104,8 +104,8 @@ class Relays:
     def start(self) -> None:
         """Starts relays in places that have none."""
         self._open = {place: at for place, at in self._found.items() if place not in self._read} | self._open
-        for place in self._open.keys() - self._heard.keys():
-            self._heard[place] = time.monotonic()
+        for place in self._open.keys() - self._asked_at.keys():
+            self._asked_at[place] = time.monotonic()
         missing = self._open.keys() - self._relays.keys()
         for place in missing if missing and ray_internals.ray_answers() else ():
             here = NodeAffinitySchedulingStrategy(_node(place), soft=False)
@@ -118,7 +118,7 @@ class Relays:
     def go_on(self, place: str) -> None:
         """What a relay has brought is safe, and it may bring more."""
         if relay := self._relays.get(place):
-            self._calls[place], self._heard[place] = relay.read.remote(), time.monotonic()
+            self._calls[place], self._asked_at[place] = relay.read.remote(), time.monotonic()
 
     def brought(self) -> list[tuple[str, Reading]]:
         """What relays have brought by now."""
@@ -138,7 +138,7 @@ class Relays:
         return readings
 
     def _leave(self, place: str) -> None:
-        for known in (self._found, self._open, self._relays, self._calls, self._heard):
+        for known in (self._found, self._open, self._relays, self._calls, self._asked_at):
             known.pop(place, None)
         if self._closed:  # else somebody may log there again
             self._read.add(place)
@@ -159,7 +159,10 @@ class Relays:
     def silent(self, seconds: float) -> list[str]:
         """Places whose answer, or whose relay's start, takes longer than so many seconds."""
         asked = [place for place in self._open if place in self._calls or place not in self._relays]
-        return [place for place in asked if time.monotonic() - self._heard[place] > seconds]
+        late = [place for place in asked if time.monotonic() - self._asked_at[place] > seconds]
+        calls = [self._calls[place] for place in late if place in self._calls]
+        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=0) if calls else ([], [])
+        return [place for place in late if self._calls.get(place) not in answered]
 
     def close(self) -> None:
         """Nothing more is taken anywhere. What they still bring ends with a reading that `is_last`."""

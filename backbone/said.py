@@ -28,7 +28,7 @@ TELL: dict[str, Callable[[wandb.Run, Any], object]] = {
 
 
 class Said:
-    """In the pipeline actor: what is to be told to W&B. It is in the state until that is done."""
+    """In the pipeline actor: what is to be told to W&B. It is in the state until that is done, except for log lines."""
 
     def __init__(self, state: State):
         self._state = state
@@ -72,7 +72,7 @@ class Said:
     def again(self) -> None:
         """All config and summary is to be told again, to a run that goes on in a new folder."""
         facts = self._state.facts
-        known = [(kind, facts[kind]) for kind in ("config", "summary") if kind in facts]
+        known = [(kind, facts[kind]) for kind in ("config", "summary") if facts.get(kind)]
         self._state.note(said=[*known, *facts.get("said", ())])
 
 
@@ -87,21 +87,22 @@ class LogHandler(logging.Handler):
     def __init__(self, say: Callable[[Any], None]):
         super().__init__()
         self._say, self._minute, self._lines = say, 0.0, 0
+        # Our own lines are in the run by themselves. A filter comes before the handler's lock: another thread may wait
+        # for that in the middle of `log`.
+        self.addFilter(lambda record: record.name != "wandb_run")
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == "wandb_run":  # ours; the run has it by itself
-            return
-        now = time.monotonic()
+        now, left_out = time.monotonic(), 0
         if now > self._minute + 60:
-            if self._lines > self.LIMIT:
-                self._tell(f"… {self._lines - self.LIMIT} more lines")
-            self._minute, self._lines = now, 0
+            left_out, self._minute, self._lines = self._lines - self.LIMIT, now, 0
         self._lines += 1
-        if self._lines <= self.LIMIT:
-            try:
+        try:
+            if left_out > 0:
+                self._tell(f"… {left_out} more lines")
+            if self._lines <= self.LIMIT:
                 self._tell(self.format(record)[: self.LONGEST])
-            except Exception:
-                self.handleError(record)
+        except Exception:
+            self.handleError(record)
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(RunFinishedError):  # the line goes wherever else lines go

@@ -138,9 +138,9 @@ class State:
         return [number for (number,) in self.db.execute("SELECT number FROM rows WHERE metrics IS NOT NULL")]
 
     def missing(self, there: Callable[[int], bool], highest: int) -> Iterator[Row]:
-        """The rows that are not `there`, in order. Those below the `highest` that is get numbers behind all others.
+        """The rows that W&B lacks, in order. there: says whether it has a number. highest: the highest that it has.
 
-        W&B drops a number that is lower than the last one.
+        W&B drops a number below that, so such a row gets a new one, behind all others.
         """
         self.commit()
         for _, number in sorted((number < highest, number) for number in self.waiting() if not there(number)):

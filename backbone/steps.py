@@ -75,7 +75,7 @@ class Steps:
         self.open: dict[int, OpenStep] = {}  # oldest first
         self.known: dict[str, Worker] = {}  # the living, and those of the ended that still matter
         self._ended: dict[str, Worker] = {}  # the last that have ended; without tasks and children
-        self._order, self._newest = 0, -1  # of births and ends; the highest step that was complete
+        self._order, self._newest = 0, -1  # births and ends so far; the highest step that was complete
         self._usual, self._last = 0.0, math.nan  # time between two rows of rule 1; when the last one was made
         self._waiting, self._most = 0, 0  # reports in open steps; workers that have been warned of
 
@@ -89,7 +89,7 @@ class Steps:
             worker.end, worker.death = 0, math.inf
             self._ended.pop(name, None)
         if open_step and ((name in open_step.reports and stood != step) or open_step.death < worker.born):
-            self._close(step)  # 2
+            self._close(step)  # rule 2
         before = self._newest if worker.step < 0 else worker.step
         if step < before and not task:
             back = f"steps went back from {before} to {step}: each attempt gets rows of its own"
@@ -105,7 +105,7 @@ class Steps:
         for each in {stood, step}:
             self._close_if_complete(each, now)
         while self._waiting > self.MAX_WAITING:
-            self._close(next(iter(self.open)))  # 4
+            self._close(next(iter(self.open)))  # rule 4
 
     def end(self, name: str, now: float, died: bool = False) -> None:
         """A worker will report nothing more: it has said so, or has died."""
@@ -152,7 +152,7 @@ class Steps:
 
     def finish(self) -> None:
         for step in sorted(self.open):
-            self._close(step)  # 4
+            self._close(step)  # rule 4
 
     def _add(self, worker: Worker, step: int, report: int, now: float) -> None:
         open_step = self.open.setdefault(step, OpenStep())
@@ -199,14 +199,14 @@ class Steps:
             self.known.pop(worker.name, None)
 
     def _excused(self, open_step: OpenStep, now: float) -> int:
-        """How many of those who have ended need not report a step: who ended ten seconds ago, behind the birth of one
-        that lives and has reported it. But no more than `workers` exceeds the living, and none where tasks report it.
+        """How many of those who have ended need not report a step: who ended ten seconds ago, and after the birth of
+        one that lives and has reported it. At most `workers` less the living, and none where tasks report it.
         """
         if open_step.of_tasks:
             return 0
         living_here = (self.known[name] for name in open_step.reports if not self.known[name].end)
-        oldest = min((worker.born for worker in living_here), default=math.inf)
-        ended = [each for name, each in self._ended.items() if each.end > oldest and name not in open_step.reports]
+        first_birth = min((worker.born for worker in living_here), default=math.inf)
+        ended = [each for name, each in self._ended.items() if each.end > first_birth and name not in open_step.reports]
         gone = sum(now - each.end_time >= self.GRACE for each in ended)
         return min(gone, self.workers - len(living(self.known)))
 

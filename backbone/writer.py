@@ -82,7 +82,7 @@ class Writer:
         for i, (prefix, best) in enumerate(pipelines):
             self.axes.define(prefix, [other for other, _ in pipelines[:i]], best)
         if mode == "online":  # what a dead actor has left in its folder may not have been sent
-            there, highest = range(run.starting_step).__contains__, run.starting_step - 1
+            there, highest = (lambda number: number < run.starting_step), run.starting_step - 1
         else:
             there, highest = self.there(), max(self.logs.there, default=-1)
         for row in self._state.missing(there, highest):

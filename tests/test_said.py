@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 
 from backbone import said as said_by_workers
@@ -248,3 +249,32 @@ def test_the_ledger_is_in_the_runs_folder_and_summary_and_can_be_counted_anew(op
     done = recount()
     assert (done.returncode, done.stdout) == (1, "")
     assert "no ledger of a finished run" in done.stderr
+
+
+def test_a_handler_for_all_lines_waits_for_nobody_in_the_middle_of_log():
+    """Another thread may have the handler's lock, and wait for the outbox, in which this one warns."""
+    said = []
+    handler = LogHandler(said.append)
+    logging.getLogger().addHandler(handler)
+    try:
+        handler.acquire()
+        warning = threading.Thread(target=logging.getLogger("wandb_run").warning, args=("reports are lost",))
+        warning.start()
+        warning.join(10)
+        assert not warning.is_alive()
+    finally:
+        handler.release()
+        logging.getLogger().removeHandler(handler)
+    assert said == []
+
+
+def test_the_config_of_a_new_life_counts_more_than_that_of_one_that_was_not_finished(opened, tmp_path):
+    made = opened()
+    made.join()
+    made.tell("config", lr=0.1, gpu="h100")
+    made.abandon()
+    made = opened(life="another", config={"lr": 0.2})
+    made.join()
+    made.finish()
+    log = Log(folders(tmp_path)[-1])
+    assert log.config["lr"] == 0.2

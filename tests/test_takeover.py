@@ -14,6 +14,7 @@ from pathlib import Path
 from backbone import ledger, transaction_log
 from backbone import recover as recovering
 from backbone.files import Address, Letter, state_path, write_letter
+from backbone.run import Run
 from backbone.state import State
 from backbone.steps import Steps
 from common import InferencePipelineActor, PipelineActor, WandbRun, pipeline_actor
@@ -304,6 +305,37 @@ def test_an_actor_that_dies_often_but_makes_rows_is_not_given_up(run):
         wait_for(lambda n=round_: made.progress()[0].restarts == n + 1)
     ledger = made.finish()
     assert (ledger.reports, ledger.rows, ledger.restarts, ledger.ok) == (80, 80, 4, True)
+
+
+@pipeline_actor
+class Uploading(PipelineActor):
+    """One that has read all, and takes long to upload it."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        Run.finish = lambda *_: time.sleep(600)
+
+
+def test_a_run_whose_actor_is_lost_in_the_middle_of_finish_ends_as_its_owner_has_said(run):
+    made = run(pipeline=Uploading)
+    for step in range(10):
+        made.log({"a": 1.0}, step)
+    with ThreadPoolExecutor(1) as thread:
+        finishing = thread.submit(made.finish)
+        wait_for((made._address.folder / "closed").exists)
+        time.sleep(1)
+        ray.kill(made._owned.actor)
+        ledger = finishing.result()
+    assert (ledger.reports, ledger.rows, ledger.lost) == (10, 10, 0)
+    assert Log(ledger.path).exit_code == 0
+
+
+def test_a_view_whose_run_has_lost_its_actor_is_no_reason_to_stop(run):
+    made = run(prefix="training/")
+    view = WandbRun("p", share=made, prefix="inference/")
+    ray.kill(made._owned.actor)
+    assert not view.finish().ok
+    assert made.finish().lost == 0
 
 
 @pytest.mark.parametrize("name", ["wandb-core", pytest.param("actor", marks=pytest.mark.slow)])
