@@ -209,14 +209,17 @@ class WandbRun:
         """Sends W&B's alert, by mail or Slack as the user's settings say.
 
         level: INFO, WARN or ERROR. wait_duration: time in which no other one of this title goes out, however many
-        workers send it, in seconds if it is a number. Raises ValueError for another level, TypeError for no duration,
-        and RunFinishedError after `finish`.
+        workers send it, in seconds if it is a number. Raises ValueError for another level or a duration that can't be,
+        TypeError for no duration, and RunFinishedError after `finish`.
         """
         level = getattr(level, "value", level)
         if level not in ("INFO", "WARN", "ERROR"):
             raise ValueError(f"level must be INFO, WARN or ERROR, not {level!r}")
         if not isinstance(wait_duration, int | float | timedelta):
             raise TypeError(f"wait_duration must be seconds or a timedelta, not {wait_duration!r}")
+        seconds = wait_duration.total_seconds() if isinstance(wait_duration, timedelta) else wait_duration
+        if not 0 <= seconds < 2**31:
+            raise ValueError(f"wait_duration must be some seconds, not {wait_duration!r}")
         self._say("alert", dict(title=str(title), text=str(text), level=level, wait_duration=wait_duration))
 
     def update_config(self, config: Mapping[str, Any]) -> None:
@@ -259,12 +262,11 @@ class WandbRun:
         for what can't be sent, and RunFinishedError after `finish`.
         """
         what, content = staging.check(name, type, metadata, aliases), staging.contents(name, files)
-        if self.path is None:
-            return
-        folder = self.path / "artifacts" / uuid.uuid4().hex
-        send = None if self._address.is_here and self.path.is_dir() else functools.partial(self._ask, "stage")
-        what |= staging.stage(content, folder, send)
-        self._say("log", what | dict(folder=str(folder)))
+        if self.path:  # else it is a disabled run
+            folder = self.path / "artifacts" / uuid.uuid4().hex
+            send = None if self._address.is_here and self.path.is_dir() else functools.partial(self._ask, "stage")
+            what |= staging.stage(content, folder, send) | dict(folder=str(folder))
+        self._say("log", what)
 
     def use_artifact(self, name: str) -> None:
         """Records that this run uses artifact `name`, such as "checkpoint:step-10".
@@ -274,14 +276,14 @@ class WandbRun:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._say("use", dict(name=name))
+        self._say("use", dict(name=values.as_text(name)))
 
     def expect(self, workers: int) -> None:
         """From now on so many workers make a step complete, because some have left or joined.
 
         Raises ValueError for what is no number of workers.
         """
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        if isinstance(workers, bool) or not isinstance(workers, int) or not 0 <= workers < 2**31:
             raise ValueError(f"workers must be an integer from 0, not {workers!r}")
         self._outbox.put(records.EXPECT, self._pipeline, max(1, workers), b"")
 
@@ -316,8 +318,8 @@ class WandbRun:
         Raises TypeError for an exit code that is no integer, and RunFinishedError in a copy of a finished run. All else
         that goes wrong is in the ledger.
         """
-        if not isinstance(exit_code, int):
-            raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
+        if not isinstance(exit_code, int) or not -(2**31) <= exit_code < 2**31:
+            raise TypeError(f"exit_code must be an integer of 32 bits, not {exit_code!r}")
         with (self._host or self)._finishing:
             if self._ledger is None and self._is_view:
                 ledgers = self._ask("finish", exit_code, failure, self._prefix)

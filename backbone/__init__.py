@@ -28,7 +28,7 @@ What happens when something dies:
 a worker           The lock of its page is free, so the reader says that it has ended. `Steps.end` needs no more of it.
 a relay            Another one is started. What was not committed is still on its node.
 a node             What it has not brought is named in the ledger, which is not `ok`.
-the pipeline actor Ray starts it again, and recover.py opens its state. Rows that W&B misses are logged again.
+the pipeline actor Ray starts it again, and takeover.py opens its state. Rows that W&B misses are logged again.
 wandb-core         The pipeline actor ends itself, and comes back with a new one.
 the owner          The process that made the run: the pipeline actor finishes the run as that has ended.
 all of Ray         recover.py finishes the run without the actor: its owner calls it, the dying actor does, or you.

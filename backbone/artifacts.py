@@ -77,16 +77,10 @@ class Artifacts:
             shutil.rmtree(folder, ignore_errors=True)  # offline `wandb sync` needs the copies
 
     def _use(self, id_: int, *, name: str) -> None:
-        run = self._writer.run
-        with self._lock:
-            tasks = self._state.db.execute("SELECT task FROM artifacts WHERE id <= ? ORDER BY id", (id_,)).fetchall()
-        names = [what["name"] for kind, what in map(pickle.loads, (task for (task,) in tasks)) if kind == "use"]
-        used = dict.fromkeys([*run.config.get("used_artifacts", []), *names])  # offline a restart forgets the config
-        run.config.update({"used_artifacts": list(used)}, allow_val_change=True)
         deadline = time.monotonic() + self._writer.timeout
         while self._state.facts["mode"] == "online":
             try:
-                run.use_artifact(name)
+                self._writer.run.use_artifact(name)
                 break
             except Exception:  # the run that makes it may not have uploaded it yet
                 if time.monotonic() > deadline:

@@ -12,7 +12,7 @@ from . import process, ray_internals
 from .files import Address
 from .ledger import RunFinishedError, run_is_finished
 from .ray_internals import ray_answers
-from .recover import DEATHS
+from .takeover import DEATHS
 
 NAMESPACE = "wandb_run"  # of the actors' names
 

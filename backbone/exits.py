@@ -29,10 +29,12 @@ class Unfinished:
     def __init__(self) -> None:
         self._runs: dict[Any, tuple[int, str | None]] = {}  # -> exit code and failure, as things stand
         self._pid = 0  # of the process that has them
+        self._hooks: tuple | None = None
 
     def add(self, run: Any) -> None:
         if self._pid != os.getpid():  # the first time, or in a fork, whose runs they are not
             self._pid, self._runs = os.getpid(), {}
+        if self._hooks != (sys.exit, sys.excepthook):  # somebody has put others in their place
             self._watch()
         atexit.unregister(self._at_exit)
         atexit.register(self._at_exit)  # now, so that it runs before Ray's own, which takes the actors down
@@ -50,7 +52,7 @@ class Unfinished:
             self._end_as(INTERRUPTED if kind is KeyboardInterrupt else code, failure)
             tell(kind, error, trace)
 
-        sys.exit, sys.excepthook = on_exit, on_exception
+        sys.exit, sys.excepthook = self._hooks = on_exit, on_exception
 
     def _end_as(self, exit_code: int, failure: str | None) -> None:
         self._runs.update(dict.fromkeys(self._runs, (exit_code, failure)))
@@ -94,6 +96,8 @@ def how_it_ends(error: BaseException | None) -> tuple[int, str | None]:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     if not code:
         return 0, None
+    if not -(2**31) <= code < 2**31:  # W&B has no room for it
+        code = 1
     name = type(error).__name__
     failure = name if line(error) == name else f"{name}: {line(error)}"
     if isinstance(error, Exception) and error.__traceback__:

@@ -20,6 +20,7 @@ from .ray_internals import has_ended, ray_answers, which_ray
 from .reading import Reading
 from .relay import Relays
 from .run import Run
+from .takeover import GivenUpError, open_run
 from .writer import ServiceDiedError
 
 logger = logging.getLogger("wandb_run")
@@ -40,7 +41,7 @@ class Host:
         if (folder / "pipelines").exists():  # else no actor before this one has begun it
             try:
                 self.begin()
-            except recover.GivenUpError:
+            except GivenUpError:
                 raise  # out of a constructor: Ray does not restart it any more
             except Exception as error:  # it dies, and tries again until it has given up
                 logger.warning("the pipeline actor can't go on: %s", line(error))
@@ -54,9 +55,7 @@ class Host:
         stop = dict(stop_fn=exits.stop_file(address.folder).touch)  # called when "Stop run" is pressed
         settings = wandb_internals.with_endpoints(init["settings"], nodes.endpoints(), nodes.METRICS)
         init = init | dict(settings=settings | stop)
-        run = recover.open_run(init, address, self._letter.process, self.lock)
-        run.state.hear = self._hear
-        run.start()
+        run = open_run(init, address, self._letter.process, self.lock, self._hear)
         self.run, self._relays = run, Relays(address, run.inbox.positions, run.inbox.place_is_gone)
 
     def _hear(self, warning: str) -> None:

@@ -53,7 +53,7 @@ class Outbox:
     def put(self, kind: int, pipeline: int, step: int, content: bytes, label: str = "") -> None:
         """Takes a record. It waits where many are unread; a report that there is no room for is lost, and counted.
 
-        Raises RunFinishedError, and RuntimeError where the run can't be reached from this process.
+        Raises RunFinishedError, RuntimeError where the run can't be reached from this process, and what `record` does.
         """
         size, segments = len(content), self._segments  # which another thread may replace
         if segments is None:

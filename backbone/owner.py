@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,19 @@ from ray.runtime_context import get_runtime_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import arguments, calls, exits, process, ray_internals, recover
-from .files import NETWORK, OUTBOXES, Address, Letter, make_runs_folder, this_machine, this_view, write_letter
+from .files import (
+    NETWORK,
+    OUTBOXES,
+    Address,
+    Letter,
+    make_runs_folder,
+    this_machine,
+    this_view,
+    write_letter,
+    write_private,
+)
 from .ledger import Ledger, Ledgers, line
+from .takeover import PLACES
 
 logger = logging.getLogger("wandb_run")
 NO_PROGRAM = "<python with no main file>"  # as wandb says
@@ -138,6 +150,10 @@ def finish_without_actor(letter: Letter, why: Exception, begun: Ledger, prefixes
     begun: how the run began, for the ledgers if that fails.
     """
     folder = letter.address.folder
+    if ray_internals.which_ray() and ray_internals.ray_answers():
+        ray_internals.delete(letter.address.key("open"))  # behind that nobody logs for the first time elsewhere
+        places = [key.decode().rpartition("/")[2] for key in ray_internals.keys(letter.address.key("place"))]
+        write_private(folder / PLACES, pickle.dumps(places))
     finishing = recover.start(folder)
     settings, said = letter.init["settings"], b""
     upload = float(settings.get("finish_timeout", letter.environ.get("WANDB_FINISH_TIMEOUT", 60)))

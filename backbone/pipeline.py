@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from . import values
+from . import records, values
 from .ledger import line
 from .reduction import REFUSED, Reduction, reduce_reports
 from .state import Row, State
@@ -118,7 +118,7 @@ class Pipeline:
     def _fit(self, metrics: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """A row without those values that make it too large for the state, and packed."""
         packed = values.pack(metrics)
-        while len(packed) > State.LARGEST:
+        while len(packed) > records.LARGEST:
             largest = max(metrics, key=lambda key: len(values.pack({key: metrics[key]})))
             self._warn(REFUSED, f"a row has {len(packed) >> 20} MB, so {largest!r}, its largest value, is left out")
             metrics = {key: value for key, value in metrics.items() if key != largest}

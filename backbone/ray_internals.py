@@ -15,6 +15,7 @@ from ray.experimental import internal_kv
 from ray.runtime_context import get_runtime_context
 
 KV = b"wandb_run"  # our keys in the key-value store of Ray's GCS
+_claimed: dict[str, str] = {}  # by runs of this process, also in an earlier Ray
 _left: object = None  # the Ray of the process that this one is a fork of
 
 
@@ -106,14 +107,20 @@ def keys(prefix: bytes) -> list[bytes]:
 
 
 def claim(what: str, nonce: str) -> bool:
-    """Whether the run of this nonce is the first of its Ray job that claims something. It has it until `release`."""
-    key = _claim(what)
-    return not put(key, nonce.encode(), overwrite=False) or get(key) == nonce.encode()
+    """Whether the run of this nonce is the first of its process and Ray job that claims something.
+
+    It has it until `release`.
+    """
+    if what in _claimed or put(_claim(what), nonce.encode(), overwrite=False):
+        return False
+    _claimed[what] = nonce
+    return True
 
 
 def release(what: str, nonce: str) -> None:
     """Another run may have it, if this one had."""
-    if which_ray() and ray_answers() and get(_claim(what)) == nonce.encode():
+    if _claimed.get(what) == nonce:
+        del _claimed[what]
         delete(_claim(what))
 
 

@@ -26,10 +26,13 @@ COUNTED = (REPORT, COMMIT, SAID, EXPECT)
 BEGUN, LOST, ENDED, VANISHED = 100, 101, 102, 103
 
 SEGMENT = 1 << 20  # bytes, after which the next one begins
+LARGEST = 900 << 20  # bytes of a record's content, or of a row: SQLite takes 1 GB at most
 
 
 def record(kind: int, content: bytes, now: float, pipeline: int = 0, step: int = 0) -> bytes:
-    """now: on the monotonic clock."""
+    """now: on the monotonic clock. Raises ValueError for content that a run can't keep."""
+    if len(content) > LARGEST:
+        raise ValueError(f"{len(content) >> 20} MB at once are too much, at most {LARGEST >> 20} can be logged")
     return HEAD.pack(len(content), kind, pipeline, step, now, time.time()) + content
 
 

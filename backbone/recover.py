@@ -1,11 +1,10 @@
-"""Goes on with what a dead actor has left: an actor that was restarted, the next run of its id, and this program.
+"""Finishes runs whose pipeline actor is gone, from what it has left on this node.
 
     python -m backbone.recover [FOLDER …]
 
-finishes runs whose pipeline actor is gone, from what it has left on this node. A FOLDER is a run's private one,
-`wandb-run-…` in the temporary folder. Without arguments these are all whose owner is dead, and whose state no process
-has. The run's owner calls this as well, and so does an actor that may be killed before it is through. It joins no Ray,
-so what workers logged on other nodes, and no relay has brought, is not read but named.
+A FOLDER is a run's private one, `wandb-run-…` in the temporary folder. Without arguments these are all whose owner is
+dead, and whose state no process has. The run's owner calls this as well, and so does an actor that may be killed before
+it is through. It joins no Ray, so what workers logged on other nodes, and no relay has brought, is not read but named.
 """
 
 from __future__ import annotations
@@ -20,82 +19,16 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from .files import Address, Letter, move_in, read_letter, state_path, write_private
+from .files import Letter, move_in, read_letter, state_path, write_private
 from .inbox import GONE
 from .ledger import Ledgers, line
 from .page import is_alive
 from .run import Run
 from .state import State
+from .takeover import read_what_is_left
 
-DEATHS = 3  # of a pipeline actor in a row; after more it is given up
 LEDGERS = "ledgers"  # a file in the private folder, when the run is finished
-
-
-class GivenUpError(RuntimeError):
-    """The pipeline actor dies whenever it goes on."""
-
-
-def open_run(init: dict[str, Any], address: Address, owner: str, lock: threading.RLock) -> Run:
-    """Opens a run, whose state is new or not, and counts the actor's restart. For the arguments see `Run`.
-
-    Raises GivenUpError after some deaths of actors without a row in between, OSError where the id is in use.
-    """
-    folder = Path(init["dir"], "wandb")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = State(state_path(folder, init["id"]))
-    before = state.facts.get("address")
-    if before and before.nonce == address.nonce:
-        run = Run(state, init, address, owner, lock)
-        _count_restart(run)
-    else:
-        if before and state.is_finished:
-            state.remove()
-            state = State(state.path)
-        elif before:
-            _end_earlier(Run(state, init, before, owner, lock))
-        run = Run(state, init, address, owner, lock)
-        _begin(run)
-    state.commit()
-    return run
-
-
-def _begin(run: Run) -> None:
-    run.state.note(address=run.address, deaths=0, begun=False, end=None, config={}, summary={})
-    lost = run.address.folder / "pipelines"
-    if lost.exists():  # it is the state of this very run that was there
-        run.inbox.unheard("the time before the run's state was lost")
-        for prefix, reduction, workers in pickle.loads(lost.read_bytes()):
-            run.add(prefix, reduction, workers)
-
-
-def _count_restart(run: Run) -> None:
-    # Of a disabled run no row is on the disk.
-    [(arrived,)] = run.state.db.execute("SELECT count(*) FROM rows WHERE metrics IS NULL")
-    rows, facts = max(arrived, len(run.writer.logs.there)), run.state.facts
-    deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1
-    run.state.note(restarts=facts.get("restarts", 0) + 1, deaths=deaths, rows_at_restart=rows)
-    if deaths > DEATHS:
-        run.state.commit()
-        run.state.close()
-        raise GivenUpError(f"given up: the pipeline actor died {deaths} times without a row in between")
-
-
-def _end_earlier(run: Run) -> None:
-    """Makes rows of all that is left of an earlier run, whose process did not finish it. This one goes on with them."""
-    _read_what_is_left(run, time.monotonic() + 10)
-    run.state.do("DELETE FROM outboxes")
-    run.state.note(owner_end=None)
-    run.state.commit()
-    shutil.rmtree(run.address.folder, ignore_errors=True)
-
-
-def _read_what_is_left(run: Run, deadline: float) -> None:
-    run.read_to_end(deadline)
-    for place in run.inbox.places:
-        run.inbox.place_is_gone(place, "what was logged there at last")
-    run.end(run.pipelines, deadline)
 
 
 def recover(folder: Path, wait: bool = False) -> Ledgers:
@@ -144,7 +77,7 @@ def _open_state(letter: Letter, wait: bool) -> State | None:
 def _finish(run: Run) -> None:
     run.state.note(tried_again=True)  # nobody would start this process again
     run.state.warn("recovered", "the pipeline actor is gone; the run was finished without it")
-    _read_what_is_left(run, time.monotonic() + 60)
+    read_what_is_left(run, time.monotonic() + 60)
     run.start()
     exit_code, failure = run.state.facts.get("end") or run.inbox.owner_end or GONE
     run.finish(exit_code, failure, time.monotonic() + (run.writer.timeout or float("inf")))
@@ -200,7 +133,7 @@ def main(arguments: list[str]) -> int:
         try:
             for ledger in recover(folder, wait).values():
                 print(ledger, flush=True)
-        except OSError as error:
+        except Exception as error:  # the others can be finished all the same
             status = 1
             print(f"{folder}: {line(error)}", file=sys.stderr)
     return status

@@ -57,15 +57,10 @@ class Run:
     def start(self) -> None:
         """Starts it with W&B, or goes on, unless it is finished."""
         if not self.state.is_finished:
-            try:
-                self.writer.start([(pipeline.prefix, pipeline.reduction.best) for pipeline in self.pipelines])
-                self.inbox.said.again()
-                self.writer.tell(self.inbox.said)
-                self.state.commit()
-            except Exception:
-                has_logged = self.pipelines or self.state.facts.get("restarts")  # somebody, before an actor died
-                (self.state.close if has_logged else self.state.remove)()
-                raise
+            self.writer.start([(pipeline.prefix, pipeline.reduction.best) for pipeline in self.pipelines])
+            self.inbox.said.again()
+            self.writer.tell(self.inbox.said)
+            self.state.commit()
         self.artifacts = Artifacts(self.state, self.writer, self._lock)
 
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:

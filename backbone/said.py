@@ -22,9 +22,18 @@ if TYPE_CHECKING:
 TELL: dict[str, Callable[[wandb.Run, Any], object]] = {
     "config": lambda run, value: run.config.update(value, allow_val_change=True),
     "summary": lambda run, value: run.summary.update(value),
+    "used": lambda run, value: run.config.update({"used_artifacts": _with(run, value)}, allow_val_change=True),
     "alert": lambda run, value: run.alert(**value),
     "lines": lambda run, value: run.write_logs(value),
 }
+
+
+KNOWN = {"config": {}, "summary": {}, "used": []}  # what is told again after a restart
+
+
+def _with(run: wandb.Run, used: list[str]) -> list[str]:
+    """The artifacts that a run has used, and these."""
+    return [*dict.fromkeys([*run.config.get("used_artifacts", ()), *used])]
 
 
 class Said:
@@ -43,11 +52,15 @@ class Said:
         if kind == "line":
             return self._lines.append(f"{who}: {value}")
         if kind in ("log", "use"):  # an artifact
-            return self._state.do("INSERT INTO artifacts (task) VALUES (?)", content)
-        if kind != "alert":
-            self._state.note(**{kind: self._state.facts.get(kind, {}) | value})
-        elif self._is_repeated(value, wall_time):
+            self._state.do("INSERT INTO artifacts (task) VALUES (?)", content)
+            if kind == "log":
+                return None
+            kind, value = "used", [value["name"]]
+        if kind == "alert" and self._is_repeated(value, wall_time):
             return None
+        if kind in KNOWN:
+            before = self._state.facts.get(kind, KNOWN[kind])
+            self._state.note(**{kind: before + value if kind == "used" else before | value})
         self._state.note(said=[*self._state.facts.get("said", ()), (kind, value)])
 
     def _is_repeated(self, alert: dict[str, Any], wall_time: float) -> bool:
@@ -70,9 +83,9 @@ class Said:
             self._state.note(said=[])
 
     def again(self) -> None:
-        """All config and summary is to be told again, to a run that goes on in a new folder."""
+        """What is known is to be told again, to a run that goes on in a new folder."""
         facts = self._state.facts
-        known = [(kind, facts[kind]) for kind in ("config", "summary") if facts.get(kind)]
+        known = [(kind, facts[kind]) for kind in KNOWN if facts.get(kind)]
         self._state.note(said=[*known, *facts.get("said", ())])
 
 

@@ -15,14 +15,18 @@ PIECE = 8 << 20  # bytes of a file that travel at once between nodes
 
 
 def check(name: str, type: str, metadata: Mapping[str, Any] | None, aliases: Sequence[str]) -> dict[str, Any]:
-    """An artifact's description. Raises ValueError for what W&B refuses, TypeError for what can't be sent."""
+    """An artifact's description, in plain values: the pipeline actor has none of the caller's classes.
+
+    Raises ValueError for what W&B refuses, TypeError for what can't be sent.
+    """
     import wandb
 
-    wandb.Artifact(name, type, metadata=dict(metadata or {}))
+    artifact = wandb.Artifact(name, type, metadata=dict(metadata or {}))
     values.pack(dict(metadata or {}), f"metadata of artifact {name!r}:")
     if isinstance(aliases, str) or any(not isinstance(a, str) or not a or set(a) & set("/:") for a in aliases):
         raise ValueError(f"aliases must be names without '/' and ':', not {aliases!r}")
-    return dict(name=name, type=type, metadata=dict(metadata or {}), aliases=list(aliases))
+    names = dict(name=values.as_text(name), type=values.as_text(type), aliases=[*map(values.as_text, aliases)])
+    return names | dict(metadata=artifact.metadata)
 
 
 def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
@@ -50,14 +54,15 @@ def contents(artifact: str, files: Any) -> dict[str, dict[str, Any]]:
     for name, what in found.items():
         if not isinstance(name, str) or not name or name[0] == "/" or ".." in Path(name).parts:
             raise ValueError(f"file {name!r} must be a relative path without '..', as its name in the artifact")
+        own_name = values.as_text(name)
         if media.is_data_type(what):
-            sorted_["objects"][name] = what
+            sorted_["objects"][own_name] = what
         elif isinstance(what, str) and "://" in what:
-            sorted_["references"][name] = what
+            sorted_["references"][own_name] = values.as_text(what)
         elif isinstance(what, bytes | str | Path):
             if not isinstance(what, bytes):
                 open(what, "rb").close()  # raises here and now
-            sorted_["files"][name] = what
+            sorted_["files"][own_name] = what
         else:
             raise TypeError(f"file {name!r} must be bytes, a path, a reference or a W&B data type, not {what!r:.80}")
     return sorted_

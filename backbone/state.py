@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from . import values
 from .files import is_private
@@ -48,8 +48,6 @@ class State:
 
     Raises OSError where another process has the state, and keeps it for `patience` seconds.
     """
-
-    LARGEST: ClassVar = 900 << 20  # bytes of a value; SQLite takes 1 GB at most
 
     def __init__(self, path: Path, patience: float = 10.0):
         self.path, self.db = path, _database(path, patience)

@@ -59,12 +59,12 @@ def _add(report: dict[str, Any], key: Any, value: Any) -> None:
         return
     if not isinstance(key, str):
         raise TypeError(f"metric key {key!r} must be a string, not {type(key).__name__}")
-    key = _text(key)
+    key = as_text(key)
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if not isinstance(name, str | int):
                 raise TypeError(f"metric key {name!r} below {key!r} must be a string, not {type(name).__name__}")
-            _add(report, f"{key}/{_text(name) if isinstance(name, str) else name}", inner)
+            _add(report, f"{key}/{as_text(name) if isinstance(name, str) else name}", inner)
         return
     if key not in _KNOWN_KEYS:
         _check_key(key)
@@ -74,7 +74,7 @@ def _add(report: dict[str, Any], key: Any, value: Any) -> None:
         report[key] = value
 
 
-def _text(value: str) -> str:
+def as_text(value: str) -> str:
     """A string without its class, such as an Enum's, which the actor might not know."""
     return str.__str__(value)
 
@@ -101,7 +101,7 @@ def _value(key: str, value: Any) -> Any:
     if media.is_data_type(value):
         return value
     if isinstance(value, str):
-        return _text(value)
+        return as_text(value)
     if isinstance(value, list | tuple) and value and all(map(media.is_data_type, value)):
         return list(value)
     if isinstance(value, np.ma.MaskedArray) and not value.ndim:

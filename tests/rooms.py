@@ -17,10 +17,10 @@ from backbone.ledger import Ledger
 from backbone.page import Position
 from backbone.pipeline import Pipeline
 from backbone.reading import Reading, Record
-from backbone.recover import open_run
 from backbone.reduction import Reduction
 from backbone.run import Run
 from backbone.state import Row, State
+from backbone.takeover import open_run
 
 QUIET = dict(x_disable_stats=True, x_disable_meta=True)
 ELSEWHERE = "node"  # where the workers are
@@ -130,7 +130,6 @@ class Opened(Kept):
     def _open(self) -> Run:
         Path(self.init["dir"], "wandb").mkdir(exist_ok=True)
         run = open_run(self.init, self.address, "owner", threading.RLock())
-        run.start()
         self.artifacts = run.artifacts
         return run
 

@@ -1,5 +1,6 @@
 """Artifacts: what of a folder is in them, how their files get to the run, and that each is logged once and kept."""
 
+import enum
 import json
 import os
 import pickle
@@ -265,3 +266,26 @@ def test_no_temporary_file_is_left_of_the_media_in_an_artifact(opened):
     made.artifacts.finish(time.monotonic() + 60)
     assert bytes_below(Path(MEDIA_TMP.name)) == []
     assert made.finish()[""].lost_artifacts == 0
+
+
+class Stage(enum.StrEnum):
+    TRAIN = "train"
+
+
+def test_an_artifact_s_description_has_none_of_the_caller_s_classes():
+    """The pipeline actor could not read it, and the artifact would be lost."""
+    what = staging.check(Stage.TRAIN, Stage.TRAIN, {"stage": Stage.TRAIN}, [Stage.TRAIN])
+    names = staging.contents("model", {Stage.TRAIN: "s3://bucket/weights"})
+    assert type(what["metadata"]["stage"]) is str
+    assert {*map(type, (what["name"], what["type"], *what["aliases"], *names["references"]))} == {str}
+
+
+def test_offline_a_restart_forgets_no_artifact_that_was_used(opened, tmp_path):
+    made = opened()
+    made.join()
+    made.tell("use", name="other:latest")
+    made.artifacts.finish(time.monotonic() + 60)
+    made.abandon()
+    made = opened()
+    made.finish()
+    assert Log(folders(tmp_path)[-1]).config["used_artifacts"] == ["other:latest"]

@@ -260,6 +260,17 @@ def test_a_demo_has_a_live_bar_for_each_pipeline_on_a_terminal(run, monkeypatch)
     bars.close()
 
 
+def test_a_hook_that_somebody_has_replaced_is_put_in_place_for_the_next_run(run, monkeypatch):
+    with run():
+        pass
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)  # as rich.traceback.install does
+    made = run()
+    sys.excepthook(ValueError, ValueError("boom"), None)
+    exits.unfinished.finish()
+    log = Log(made.path)
+    assert (log.exit_code, log.summary["failure"]) == (1, "ValueError: boom")
+
+
 @pytest.mark.slow
 def test_hooks_bear_those_of_others(run):
     """Others put theirs on top in between, as `wandb.init` does in the user's process."""

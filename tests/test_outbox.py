@@ -617,6 +617,19 @@ def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_ba
     assert lost(before + records) == 100 - len(found) + 5 * disk_is_full
 
 
+def test_more_than_a_run_can_keep_is_refused_at_the_caller_and_harms_nothing(address, child, monkeypatch):
+    monkeypatch.setattr(records, "LARGEST", 1 << 20)
+
+    def work(pipe, box: Outbox) -> None:
+        put(box, 0)
+        with pytest.raises(ValueError, match="2 MB at once are too much"):
+            put(box, 1, 2 << 20)
+        put(box, 2)
+
+    child(work).wait()
+    assert numbers(read(Reader(address.folder, {}), has_ended)) == [0, 2]
+
+
 def test_segments_rotate_and_what_is_read_is_removed(address, child, monkeypatch):
     monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
     segments = lambda: [path for path in (address.folder / OUTBOXES).iterdir() if path.suffix != ".page"]  # noqa: E731

@@ -27,7 +27,7 @@ from backbone.inbox import GONE, HOME
 from backbone.reading import Reader, Reading
 from backbone.records import COMMIT, ENDED, EXIT, EXPECT, GOODBYE, LOST, REPORT, VANISHED
 from backbone.reduction import Reduction
-from backbone.state import Row, State
+from backbone.state import Row
 from common import TrainingPipelineActor
 
 import numpy as np
@@ -397,7 +397,7 @@ def test_values_that_can_not_be_reduced_are_lost_values_and_their_row_stays(kept
 
 
 def test_a_row_that_is_too_large_for_the_state_loses_its_largest_values_only(kept, monkeypatch):
-    monkeypatch.setattr(State, "LARGEST", 6 << 20)
+    monkeypatch.setattr("backbone.records.LARGEST", 6 << 20)
     made = kept("t/")
     texts = {name: name * (size << 20) for name, size in {"x": 3, "y": 4, "z": 2}.items()}
     made.say(0, {"a": 1.0, **texts}, "t/")

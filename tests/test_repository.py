@@ -154,6 +154,7 @@ WITHOUT_RAY = [
     "pipeline",
     "state",
     "run",
+    "takeover",
 ]
 WITHOUT_RAY += ["writer", "starting", "artifacts", "staging", "recover", "exits", "values", "media", "files"]
 WITHOUT_RAY += ["ledger", "transaction_log", "wandb_internals"]

@@ -206,6 +206,16 @@ def test_whoever_waits_for_an_actor_gives_up_where_a_later_run_has_taken_its_pla
         recovering.recover(tmp_path, wait=True)
 
 
+def test_a_start_that_fails_leaves_an_earlier_run_of_its_id_to_recover(run, tmp_path, environment):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    kill_all(leave(tmp_path, **environment | {"TMPDIR": str(scratch)}))
+    with pytest.raises(RuntimeError, match="can't start"):
+        run(id="again", settings={"no_such_setting": 1})
+    done = recover(**environment | {"TMPDIR": str(scratch)})
+    assert done.stdout.startswith("n: 100 rows from 100 reports, 0 lost\n"), done.stdout + done.stderr
+
+
 # On the Ray of all tests
 
 

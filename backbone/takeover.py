@@ -1,0 +1,108 @@
+"""Opens a run as whoever had it before has left it: an actor that died, or an earlier run of its id."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .files import Address, state_path
+from .run import Run
+from .said import KNOWN
+from .state import State
+
+DEATHS = 3  # of a pipeline actor in a row; after more it is given up
+PLACES = "places"  # a file in the private folder: other places that have outboxes, as far as the owner knows
+
+
+class GivenUpError(RuntimeError):
+    """The pipeline actor dies whenever it goes on."""
+
+
+def open_run(
+    init: dict[str, Any], address: Address, owner: str, lock: threading.RLock, hear: Callable[[str], None] | None = None
+) -> Run:
+    """Starts a run, whose state is new or not, and counts the actor's restart. For the arguments see `Run`.
+
+    hear: is told warnings.
+
+    Raises GivenUpError after some deaths of actors without a row in between, OSError where the id is in use.
+    """
+    folder = Path(init["dir"], "wandb")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = State(state_path(folder, init["id"]))
+    before = state.facts.get("address")
+    if before and before.nonce == address.nonce:
+        run = Run(state, init, address, owner, lock)
+        _count_restart(run)
+    else:
+        if before and state.is_finished:
+            state.remove()
+            state = State(state.path)
+        elif before:
+            _end_earlier(Run(state, init, before, owner, lock))
+            state.note(earlier=before)
+        run = Run(state, init, address, owner, lock)
+        _begin(run)
+    state.commit()
+    state.hear = hear or state.hear
+    try:
+        run.start()
+    except Exception:
+        _give_back(run)
+        raise
+    if earlier := state.facts.get("earlier"):
+        state.note(earlier=None)
+        shutil.rmtree(earlier.folder, ignore_errors=True)
+    return run
+
+
+def _give_back(run: Run) -> None:
+    """It could not start. What there was before belongs to whoever had it."""
+    earlier, has_logged = run.state.facts.get("earlier"), run.pipelines or run.state.facts.get("restarts")
+    if earlier:
+        run.state.note(address=earlier, earlier=None)
+        run.state.commit()
+    (run.state.close if has_logged else run.state.remove)()
+
+
+def _begin(run: Run) -> None:
+    run.state.note(address=run.address, deaths=0, begun=False, end=None, **KNOWN)
+    lost = run.address.folder / "pipelines"
+    if lost.exists():  # it is the state of this very run that was there
+        run.inbox.unheard("the time before the run's state was lost")
+        for prefix, reduction, workers in pickle.loads(lost.read_bytes()):
+            run.add(prefix, reduction, workers)
+
+
+def _count_restart(run: Run) -> None:
+    # Of a disabled run no row is on the disk.
+    [(arrived,)] = run.state.db.execute("SELECT count(*) FROM rows WHERE metrics IS NULL")
+    rows, facts = max(arrived, len(run.writer.logs.there)), run.state.facts
+    deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1
+    run.state.note(restarts=facts.get("restarts", 0) + 1, deaths=deaths, rows_at_restart=rows)
+    if deaths > DEATHS:
+        run.state.commit()
+        run.state.close()
+        raise GivenUpError(f"given up: the pipeline actor died {deaths} times without a row in between")
+
+
+def _end_earlier(run: Run) -> None:
+    """Makes rows of all that is left of an earlier run, whose process did not finish it. This one goes on with them."""
+    read_what_is_left(run, time.monotonic() + 10)
+    run.state.do("DELETE FROM outboxes")
+    run.state.note(owner_end=None)
+    run.state.commit()
+
+
+def read_what_is_left(run: Run, deadline: float) -> None:
+    """Makes rows of all that can be read here, and names the other places."""
+    run.read_to_end(deadline)
+    noted = run.address.folder / PLACES
+    for place in run.inbox.places | set(pickle.loads(noted.read_bytes()) if noted.exists() else ()):
+        run.inbox.place_is_gone(place, "what was logged there at last")
+    run.end(run.pipelines, deadline)
