@@ -330,6 +330,21 @@ show(run.finish())
     assert tokens(tmp_path) == 200
 
 
+def test_a_node_that_the_actor_has_not_heard_of_before_it_was_killed_for_good_is_named(begin):
+    driver = begin("""
+run = WandbRun("p", mode="offline")
+worker = Worker.options(**there).remote()
+ray.get(worker.__ray_ready__.remote())
+ray.kill(run._owned.actor)
+ray.get(worker.log.remote(run, 100))
+say([node["NodeID"][:6] for node in ray.nodes() if sys.argv[2] in node["Resources"]])
+show(run.finish())
+""")
+    [node] = told(driver)
+    reports, _, _, ok, unheard = told(driver)
+    assert (reports, ok, unheard) == (0, False, [f"node {node}: what was logged there at last"])
+
+
 def test_a_node_that_dies_is_named_and_what_it_had_brought_is_in_rows(cluster, begin, tmp_path):
     third = cluster.add("third")
     driver = begin(
