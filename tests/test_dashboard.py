@@ -146,6 +146,7 @@ def spec(view: dict) -> dict:
     return json.loads(view["spec"])
 
 
+@pytest.mark.slow
 def test_saving_sends_the_pages_and_saving_again_replaces_them(dashboard, server, pages):
     arguments = ("--entity", "e", "--experiment", "exp")
     done = dashboard(*arguments, **server.environment)

@@ -918,7 +918,7 @@ def test_threads_log_on_while_somebody_cleans_the_temporary_folder_again_and_aga
 
     def work(pipe, box: Outbox) -> None:
         sys.setswitchinterval(1e-6)
-        until = time.monotonic() + 3
+        until = time.monotonic() + 2
 
         def log(number: int) -> None:
             while time.monotonic() < until:

@@ -206,6 +206,7 @@ def test_whoever_waits_for_an_actor_gives_up_where_a_later_run_has_taken_its_pla
         recovering.recover(tmp_path, wait=True)
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_an_earlier_run_of_its_id_to_recover(run, tmp_path, environment):
     scratch = tmp_path / "scratch"
     scratch.mkdir()

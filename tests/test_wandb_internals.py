@@ -154,6 +154,7 @@ except wandb.Error as error:
 """
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_told_from_one_that_says_no(tmp_path):
     server = Server()
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as nobody:
@@ -179,6 +180,7 @@ def test_a_server_that_does_not_answer_is_told_from_one_that_says_no(tmp_path):
     }, said
 
 
+@pytest.mark.slow
 def test_a_refused_upload_is_in_the_run_s_own_log_and_a_good_one_is_not(tmp_path):
     server, verdicts = Server(), {}
     code = f"""
@@ -197,7 +199,10 @@ print(wandb_internals.upload_was_refused(Path(run.sync_dir)))
     assert verdicts == {None: ["False"], 403: ["True"]}
 
 
-@pytest.mark.parametrize("death", ["before log", "between two steps of finish", "during finish"])
+DEATHS = "before log", "between two steps of finish"
+
+
+@pytest.mark.parametrize("death", [*(pytest.param(when, marks=pytest.mark.slow) for when in DEATHS), "during finish"])
 def test_a_dead_service_is_told_from_other_errors(tmp_path, death):
     code = f"""
 import os, signal, threading, time
@@ -254,7 +259,10 @@ os._exit(0)
     assert printed(program(tmp_path, code)) == ["False", "True"]
 
 
-@pytest.mark.parametrize(("death", "said"), [("ends", "None"), ("stops", "TimeoutError"), ("dies", "ConnectionError")])
+@pytest.mark.parametrize(
+    ("death", "said"),
+    [("ends", "None"), pytest.param("stops", "TimeoutError", marks=pytest.mark.slow), ("dies", "ConnectionError")],
+)
 def test_a_service_is_ended_or_said_not_to_have(tmp_path, death, said):
     code = f"""
 import os, signal, threading
