@@ -154,6 +154,7 @@ ray.get(alive.make.remote("alive"))
         assert len(log.rows) == 1
 
 
+@pytest.mark.slow
 def test_a_session_gives_signal_handlers_back_and_its_runs_tell_what_failed(drive, tmp_path):
     done = drive(
         """

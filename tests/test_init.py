@@ -224,6 +224,7 @@ def test_a_config_that_can_not_be_recorded_is_refused(refused, config):
 # Environment
 
 
+@pytest.mark.slow
 def test_variables_of_the_jobs_runtime_environment_count_less_than_the_drivers(drive, tmp_path, server):
     done = drive(
         """

@@ -83,7 +83,8 @@ def test_without_its_server_a_run_starts_offline_within_30_seconds(start, tmp_pa
     assert offline[0].name in printed(stdout, "Upload")
 
 
-@pytest.mark.parametrize("trouble", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (403, "stall")), "gone"])
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", [403, "stall", "gone"])
 def test_what_a_server_refuses_or_misses_is_on_disk_with_the_command_that_brings_it_up(
     run_demo, start, tmp_path, environment, server, trouble
 ):

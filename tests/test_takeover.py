@@ -270,7 +270,8 @@ def test_what_comes_while_the_actor_is_killed_again_and_again_is_in_order_and_wh
         assert by_step == [(step, 2, step, 2) for step in range(2_000)]
 
 
-@pytest.mark.parametrize("name", ["actor", pytest.param("wandb-core", marks=pytest.mark.slow)])
+@pytest.mark.slow  # what counts the deaths is in test_writer.py
+@pytest.mark.parametrize("name", ["actor", "wandb-core"])
 def test_an_actor_that_dies_whenever_it_starts_is_given_up_and_its_run_is_finished_without_it(run, name):
     made, step = run(), 0
     for step in range(50):
