@@ -193,8 +193,8 @@ class WandbRun:
         commit: nothing more comes from this worker for this step. Otherwise its next step says so.
         label: what the worker wants to be called, "rank 3" for instance.
 
-        Raises TypeError or ValueError naming the key of what can't be logged, RunFinishedError after `finish`, and
-        RuntimeError in a driver whose Ray is not running any more.
+        Raises TypeError or ValueError naming the key of what can't be logged, ValueError for more than 900 MB at once,
+        RunFinishedError after `finish`, and RuntimeError in a driver whose Ray is not running any more.
         """
         kind, step = records.COMMIT if commit else records.REPORT, values.as_step(step)
         self._outbox.put(kind, self._pipeline, step, values.pack(values.as_report(metrics, step)), label)
@@ -281,7 +281,7 @@ class WandbRun:
     def expect(self, workers: int) -> None:
         """From now on so many workers make a step complete, because some have left or joined.
 
-        Raises ValueError for what is no number of workers.
+        Raises ValueError for what is no number of workers, and RunFinishedError after `finish`.
         """
         if isinstance(workers, bool) or not isinstance(workers, int) or not 0 <= workers < 2**31:
             raise ValueError(f"workers must be an integer from 0, not {workers!r}")
@@ -315,11 +315,13 @@ class WandbRun:
 
         exit_code: as a process's, 0 for success. failure: what went wrong, for the run's summary.
 
-        Raises TypeError for an exit code that is no integer, and RunFinishedError in a copy of a finished run. All else
-        that goes wrong is in the ledger.
+        Raises TypeError or ValueError for what is no exit code, and RunFinishedError in a copy of a finished run. All
+        else that goes wrong is in the ledger.
         """
-        if not isinstance(exit_code, int) or not -(2**31) <= exit_code < 2**31:
-            raise TypeError(f"exit_code must be an integer of 32 bits, not {exit_code!r}")
+        if not isinstance(exit_code, int):
+            raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
+        if not -(2**31) <= exit_code < 2**31:
+            raise ValueError(f"exit_code must have 32 bits at most, not {exit_code}")
         with (self._host or self)._finishing:
             if self._ledger is None and self._is_view:
                 ledgers = self._ask("finish", exit_code, failure, self._prefix)

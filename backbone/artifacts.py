@@ -30,12 +30,13 @@ class Artifacts:
     lock: whoever has it may use the state.
     """
 
-    def __init__(self, state: State, writer: Writer, lock: threading.Condition | threading.RLock):
+    def __init__(self, state: State, writer: Writer, lock: threading.RLock):
         self._state, self._writer, self._lock = state, writer, lock
         self._threads = {"log": ThreadPoolExecutor(1), "use": ThreadPoolExecutor(1)}
         self._futures: list[Future] = []
         self._finishing = threading.Lock()
-        self._last, [(begun,)] = 0, state.db.execute("SELECT count(client) FROM artifacts")
+        self._last = 0  # of those that are begun
+        [(begun,)] = state.db.execute("SELECT count(client) FROM artifacts")
         paths = state.facts["paths"] if begun and state.facts["mode"] == "offline" else ()
         self._on_disk = set().union(*map(transaction_log.artifacts, map(Path, paths)))
         self.go_on()

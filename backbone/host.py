@@ -124,7 +124,7 @@ class Host:
             with self.lock:  # a start that is under way ends first
                 if not self.run:
                     raise RunFinishedError("the run is finished")
-                run, deadline = self.run, time.monotonic() + (self.run.writer.timeout or float("inf"))
+                run, deadline = self.run, time.monotonic() + self.run.writer.timeout
                 if not run.state.is_finished:
                     if prefix is None:
                         run.state.note(end=(exit_code, failure))  # for whoever has to go on from here
@@ -190,6 +190,6 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
                 relays.give_up(place, f"it did not answer within {Relays.PATIENCE:.0f} s")
         if time.monotonic() > deadline:
             if closing:
-                run.inbox.unheard("what was logged last: it could not be read in time")
+                run.state.unheard("what was logged last: it could not be read in time")
             return
         time.sleep(0.005)

@@ -101,7 +101,7 @@ class Inbox:
             if box.process == self._owner:
                 self._state.note(owner_end=box.exit or GONE)
         elif record.kind == records.VANISHED:
-            self.unheard(f"{box.process}: somebody has removed its outbox")
+            self._state.unheard(f"{box.process}: somebody has removed its outbox")
             self._close(box)
         elif record.kind == records.LOST:
             before, box.lost = box.lost, lost_by_pipeline(record.content)
@@ -120,12 +120,7 @@ class Inbox:
 
     def place_is_gone(self, place: str, why: str) -> None:
         """What was not brought from it can't be read any more."""
-        self.unheard(f"node {place[:6]}: {why}")
+        self._state.unheard(f"node {place[:6]}: {why}")
         for key in [key for key in self.boxes if key[0] == place]:
             self._close(self.boxes.pop(key))
             self._state.do("DELETE FROM outboxes WHERE place = ? AND name = ?", *key)
-
-    def unheard(self, what: str) -> None:
-        """There may be reports that nobody can read."""
-        self._state.note(unheard=[*self._state.facts.get("unheard", ()), what])
-        self._state.warn(f"unheard {what}", f"reports may be missing of {what}")

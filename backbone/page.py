@@ -83,7 +83,6 @@ class Page:
 class Seen(NamedTuple):
     """What a reader sees on the page of another process."""
 
-    state: int
     position: Position
     stays: bool
     lost: bytes  # see `lost_by_pipeline`
@@ -105,9 +104,9 @@ def see(path: str | Path, state: int | None = None) -> Seen | None:
                 lives = True
     except FileNotFoundError:
         return None
-    state, *position = READ.unpack_from(content)
+    _, *position = READ.unpack_from(content)
     lost, about = content[LOST_AT:ABOUT_AT], content[ABOUT_AT:]
-    return Seen(state, Position(*position), bool(content[STAYS_AT]), lost, about, lives)
+    return Seen(Position(*position), bool(content[STAYS_AT]), lost, about, lives)
 
 
 def lost_by_pipeline(lost: bytes) -> dict[int, int]:

@@ -36,7 +36,7 @@ class Process:
     speaks_for: the worker that it is counted as, if it is a child of a process that logs, too.
     """
 
-    in_task, ray, node = False, None, ""
+    in_task, ray = False, None
 
     def __init__(self, speaks_for: str = ""):
         self.name = self.last = _name  # who logs here; who has logged last

@@ -71,7 +71,7 @@ class Reader:
             self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
         found, is_cut = self._read_boxes(found)
         if not looks and any(record.kind == records.WHO for record in found):
-            # It may take the place of one that has just died, whose end must come first: look at the pages, read again.
+            # It may take the place of one that has just died, whose end must come first: look, and read again.
             self._boxes = before
             return self.read(look=True)
         self._boxes |= {record.outbox: record.end for record in found}
@@ -96,8 +96,7 @@ class Reader:
         return [record for record in found if record.time <= horizon], horizon < math.inf
 
     def _event(self, kind: int, name: str, at: float = 0.0, content: bytes = b"") -> Record:
-        """Without a time it comes before all records."""
-        return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])
+        return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])  # without a time, before all records
 
     def _has_news(self, name: str, found: list[Record]) -> bool:
         segment, offset, *_ = self._boxes[name]
@@ -198,9 +197,10 @@ class Reader:
     def close(self) -> None:
         """Whoever logs here from now on is told that the run is finished; what was logged before can be read."""
         self.set_state(page.CLOSED)  # before the folder moves, where an outbox could not begin its next segment
-        with contextlib.suppress(OSError):
-            (self._private / OUTBOXES).mkdir(exist_ok=True)  # if somebody has removed it
-            (self._private / OUTBOXES).rename(self._private / CLOSED_FOLDER)
+        if not self.is_closed:
+            with contextlib.suppress(OSError):
+                (self._private / OUTBOXES).mkdir(exist_ok=True)  # if somebody has removed it
+                (self._private / OUTBOXES).rename(self._private / CLOSED_FOLDER)
         self._folder, self._changed, self._next_look = self._private / CLOSED_FOLDER, 0, 0.0
         self.set_state(page.CLOSED)  # for those that have begun in between
 

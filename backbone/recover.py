@@ -80,7 +80,7 @@ def _finish(run: Run) -> None:
     read_what_is_left(run, time.monotonic() + 60)
     run.start()
     exit_code, failure = run.state.facts.get("end") or run.inbox.owner_end or GONE
-    run.finish(exit_code, failure, time.monotonic() + (run.writer.timeout or float("inf")))
+    run.finish(exit_code, failure, time.monotonic() + run.writer.timeout)
 
 
 def write_ledgers(folder: Path, ledgers: Ledgers) -> None:

@@ -48,7 +48,7 @@ class Said:
         try:
             kind, value = pickle.loads(content)
         except Exception as error:  # a class of the user's that this process can't import
-            return self._state.warn("unreadable", f"the pipeline actor can't read what {who} says: {line(error)}")
+            return self._state.unheard(f"{who}: {line(error)}")
         if kind == "line":
             return self._lines.append(f"{who}: {value}")
         if kind in ("log", "use"):  # an artifact

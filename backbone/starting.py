@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing it takes a second, and workers don't need it
 def wandb_init(state: State, init: dict[str, Any]) -> tuple[wandb.Run, float]:
     """Calls `wandb.init`. Where no server answers, the run is kept here.
 
-    Returns the run, and the seconds that `finish` has; 0 for no limit.
+    Returns the run, and the seconds that `finish` has.
     """
     import wandb
 
@@ -33,7 +33,7 @@ def wandb_init(state: State, init: dict[str, Any]) -> tuple[wandb.Run, float]:
     folder, settings = Path(init["dir"], "wandb"), init["settings"]
     defaults = dict(silent=True, console="off", console_multipart=True, init_timeout=10, finish_timeout=60)
     settings = wandb_internals.unless_said(defaults | wandb_internals.repository()) | settings
-    timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout)
+    timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout) or math.inf
     settings |= dict(finish_timeout_raises=True)
     init = init | dict(settings=wandb.Settings(**settings), reinit="create_new")
     own = f"run-????????_??????-{glob.escape(init['id'])}"

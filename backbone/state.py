@@ -55,8 +55,7 @@ class State:
         facts = self.db.execute("SELECT * FROM facts").fetchall()
         self.facts: dict[str, Any] = {name: pickle.loads(value) for name, value in facts}
         self._queue: dict[object, tuple[str, tuple]] = {}
-        (last,) = self.db.execute("SELECT max(number) FROM rows").fetchone()
-        self._last = -1 if last is None else last  # row's number
+        (self._last,) = self.db.execute("SELECT coalesce(max(number), -1) FROM rows").fetchone()  # row's number
         self._refused = dict(self.db.execute("SELECT number, refused FROM rows WHERE refused > 0"))
         self.hear: Callable[[str], None] = lambda warning: None  # is told the first warning of a kind
 
@@ -112,12 +111,15 @@ class State:
         if not count:
             self.hear(what)
 
+    def unheard(self, what: str) -> None:
+        """There may be reports that nobody can read."""
+        self.note(unheard=[*self.facts.get("unheard", ()), what])
+        self.warn(f"unheard {what}", f"reports may be missing of {what}")
+
     @property
     def warnings(self) -> list[str]:
         found = self.facts.get("warnings", {}).values()
         return [what if count == 1 else f"{what} ({count} times)" for what, count in found]
-
-    # Rows
 
     def add_row(self, pipeline: int, reports: int, metrics: dict[str, Any], packed: bytes, wall_time: float) -> Row:
         """Gives a row the next number. reports: how many it stands on. packed: the metrics."""

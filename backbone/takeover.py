@@ -74,7 +74,7 @@ def _begin(run: Run) -> None:
     run.state.note(address=run.address, deaths=0, begun=False, end=None, **KNOWN)
     lost = run.address.folder / "pipelines"
     if lost.exists():  # it is the state of this very run that was there
-        run.inbox.unheard("the time before the run's state was lost")
+        run.state.unheard("the time before the run's state was lost")
         for prefix, reduction, workers in pickle.loads(lost.read_bytes()):
             run.add(prefix, reduction, workers)
 

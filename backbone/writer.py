@@ -53,7 +53,7 @@ class Writer:
         self._increments = state.facts.get("increments", media.Increments())
         self.logs = TransactionLogs(state.facts.get("paths", ()))
         self.run: wandb.Run = None
-        self.timeout = 60.0  # seconds that `finish` has; 0 for no limit
+        self.timeout = 60.0  # seconds that `finish` has
 
     # Starting
 

@@ -178,9 +178,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def start(tmp_path: Path, environment: dict[str, str]):
+def start(tmp_path: Path, environment: dict[str, str], started: list[subprocess.Popen]):
     """start("demo1", "--steps", "5"): the demo as a process of its own, its runs below tmp_path."""
-    started = []
 
     def start(demo: str, *arguments: str, **variables: str) -> subprocess.Popen:
         command = [sys.executable, str(ROOT / DEMOS[demo]), "--dir", str(tmp_path), "--experiment", "x", *arguments]
@@ -189,11 +188,7 @@ def start(tmp_path: Path, environment: dict[str, str]):
         started.append(process)
         return process
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    return start
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ class Opened(Kept):
 
     def finish(self, exit_code: int = 0, failure: str | None = None) -> dict[str, Ledger]:
         self.end()
-        return self.run.finish(exit_code, failure, time.monotonic() + (self.writer.timeout or float("inf")))
+        return self.run.finish(exit_code, failure, time.monotonic() + self.writer.timeout)
 
     def abandon(self) -> None:
         """As an actor that is killed right after its rows were written."""

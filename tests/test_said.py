@@ -11,6 +11,7 @@ import threading
 from datetime import timedelta
 
 from backbone import said as said_by_workers
+from backbone.records import SAID
 from backbone.reduction import Reduction, reduce_reports
 from backbone.said import LogHandler
 
@@ -18,6 +19,7 @@ import pytest
 import ray
 from conftest import Log, each_log, folders, wait_for
 from processes import pipeline_process
+from rooms import QUIET, Event
 
 
 @ray.remote(num_cpus=0)
@@ -278,3 +280,12 @@ def test_the_config_of_a_new_life_counts_more_than_that_of_one_that_was_not_fini
     made.finish()
     log = Log(folders(tmp_path)[-1])
     assert log.config["lr"] == 0.2
+
+
+def test_what_can_not_be_read_of_what_a_worker_says_is_told_and_the_ledger_is_not_ok(opened):
+    made = opened(settings=QUIET | dict(finish_timeout=0))
+    made.join()
+    made.bring(Event("w", SAID, b"cno_such_module\nThing\n."))
+    account = made.finish()[""]
+    assert (account.lost, account.ok) == (0, False)
+    assert account.warnings == ["reports may be missing of w: No module named 'no_such_module'"]
