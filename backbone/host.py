@@ -173,7 +173,7 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
             with contextlib.suppress(Exception):
                 relays.close()
         else:  # it leaves this process two seconds, and who asks it for something waits
-            for place in relays.places:
+            for place in [*relays.places]:
                 relays.give_up(place, "all of Ray is gone")
     waiting, heard = {HOME, *relays.places}, {HOME}  # a relay's first answer may be on its way since before
     while waiting & {HOME, *relays.places}:

@@ -13,6 +13,7 @@ import pickle
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,42 @@ logger = logging.getLogger("wandb_run")
 own: set[str] = set()  # names of this process's outboxes
 
 
+class Files:
+    """The files of an outbox, as long as they are open."""
+
+    def __init__(self, folder: Path, process: Process, lost: Mapping[int, int]):
+        name = uuid.uuid4().hex
+        own.add(name)
+        self.folder, self.process, self.room = folder, process, Room()
+        self.who = ("", "")  # name and label of the worker that has logged last
+        self.page = Page(folder / f"{name}.page", process.name, process.parent, lost)
+        try:
+            self.segments = Segments(lambda number: f"{folder}/{name}.{number}")
+        except BaseException:
+            self.page.close()  # and whoever reads there finds that it has ended
+            raise
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the reader takes nothing more."""
+        return self.page.map[0] == CLOSED
+
+    def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
+        """Whether the record could be written."""
+        if (who := (self.process.who(), label)) != self.who:
+            about = json.dumps(dict(name=who[0], label=label, task=self.process.in_task)).encode()
+            if not self.segments.append(record(WHO, about, now), 0):
+                return False
+            self.who = who  # not before: an interrupt would leave reports that are taken for somebody else's
+        return self.segments.append(record(kind, content, now, pipeline, step), 1)
+
+    def close(self) -> None:
+        self.page.close()
+        self.segments.close()
+
+
 class Outbox:
-    """What a process has for one run: a page and segments. All copies of the handle in the process share it."""
+    """What a process has for one run. All copies of the handle in the process share it."""
 
     def __init__(self, address: Address, process: Process):
         self.address, self.process, self.copies = address, process, 0
@@ -38,74 +73,57 @@ class Outbox:
         self.is_finished = False
         self._lock = threading.RLock()  # a signal handler or a destructor may log in the middle of `put`
         self._lost: dict[int, int] = {}  # pipeline -> reports
-        self._begin()
-
-    def _begin(self) -> None:
-        self._page: Page | None = None  # until something is logged
-        self._segments: Segments | None = None
-        self._who = ("", "")
-        self._room, self._next_look = Room(), 0.0
+        self._files: Files | None = None  # until something is logged
+        self._next_look = 0.0
 
     @property
     def is_closed(self) -> bool:
-        return (page := self._page) is not None and page.state == CLOSED
+        return (files := self._files) is not None and files.is_closed
 
     def put(self, kind: int, pipeline: int, step: int, content: bytes, label: str = "") -> None:
         """Takes a record. It waits where many are unread; a report that there is no room for is lost, and counted.
 
         Raises RunFinishedError, RuntimeError where the run can't be reached from this process, and what `record` does.
         """
-        size, segments = len(content), self._segments  # which another thread may replace
-        if segments is None:
+        size, files = len(content), self._files  # which another thread may replace
+        if files is None:
             room = self.open()
         else:
-            fits = segments.records < self._room.records and segments.bytes + size <= self._room.bytes
+            fits = files.segments.records < files.room.records and files.segments.bytes + size <= files.room.bytes
             room = fits or self._wait(size)
         with self._lock:
-            now = time.monotonic()
-            is_written = room and self._write(kind, pipeline, step, content, now, label)
+            now, files = time.monotonic(), self._files
+            is_written = room and files and files.write(kind, pipeline, step, content, now, label)
             if not is_written and not self.is_closed:
                 self._lose(pipeline, 1)
             # After the record: a relay that goes says so, and then reads once more, so one of them sees the other.
             if now >= self._next_look:
                 self.look(now, pipeline)
-        if self.is_closed:
+        if (files := self._files) and files.is_closed:
             raise run_is_finished(self.address.name)
-
-    def _write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
-        who, segments = (self.process.who(), label), self._segments
-        if segments is None:  # the page could not be opened again
-            return False
-        if who != self._who:
-            about = json.dumps(dict(name=who[0], label=label, task=self.process.in_task)).encode()
-            if not segments.append(record(WHO, about, now), 0):
-                return False
-            self._who = who  # not before: an interrupt would leave reports that are taken for somebody else's
-        return segments.append(record(kind, content, now, pipeline, step), 1)
 
     def _wait(self, size: int) -> bool:
         """Waits for the reader; whether there is room for so many bytes then."""
-        while (page := self._page) and (segments := self._segments) and page.state != CLOSED:
-            if (room := self._room.look(page.read, segments, size, self._folder)) is not None:
+        while (files := self._files) and not files.is_closed:
+            if (room := files.room.look(files.page.read, files.segments, size, files.folder)) is not None:
                 return room
-            if (now := time.monotonic()) >= self._next_look:
-                self.look(now)
+            self.look(time.monotonic())
             time.sleep(0.002)
         return True
 
     def look(self, now: float, pipeline: int = 0) -> None:
         """Once a second, while something is logged, or the process's life matters: whether anybody can read it."""
         with self._lock:
-            self._next_look = now + 1
-            if self._page is None:
+            if now < self._next_look or not (files := self._files):
                 return
-            if self._page.is_removed:  # somebody has cleaned the temporary folder
-                lost = max(0, self._segments.records - self._page.read[0])
+            self._next_look = now + 1
+            if files.page.is_removed:  # somebody has cleaned the temporary folder
+                lost = max(0, files.segments.records - files.page.read[0])
                 self.close()
                 self._lost = {}
                 self.open()
                 self._lose(pipeline, lost)
-            elif self._page.state == NOBODY_READS:
+            elif files.page.state == NOBODY_READS:
                 try:
                     self.process.find_folder(self.address)
                 except OSError as error:  # the disk is full
@@ -116,37 +134,39 @@ class Outbox:
             why = "no room on the disk, or nobody reads them"
             logger.warning("run %s: reports are lost, training goes on: %s", self.address.name, why)
         self._lost[pipeline] = self._lost.get(pipeline, 0) + reports
-        if self._page:
-            self._page.note_lost(pipeline, self._lost[pipeline])
+        if self._files:
+            self._files.page.note_lost(pipeline, self._lost[pipeline])
 
     def flush(self, timeout: float) -> bool:
         """Waits until all records have left this node; whether they have within so many seconds."""
         deadline = time.monotonic() + timeout
-        while self._page and self._folder.parent != Path(self.address.folder) and not self.is_closed:
-            with self._lock:
-                if self._segments:
-                    self._segments.settle()
-                if not self._page or self._page.read[1] >= self._segments.bytes:
-                    return True
+        while self._has_more_than_is_read():
             if (now := time.monotonic()) > deadline:
                 return False
-            if now >= self._next_look:
-                self.look(now)
+            self.look(now)
             time.sleep(0.01)
         return True
+
+    def _has_more_than_is_read(self) -> bool:
+        """On another node than the run's."""
+        with self._lock:
+            if not (files := self._files) or files.is_closed or files.folder.parent == Path(self.address.folder):
+                return False
+            files.segments.settle()
+            return files.page.read[1] < files.segments.bytes
 
     def hand_on(self) -> None:
         """Before a copy of the handle goes to another process, which may have no Ray to tell the run where it is."""
         with contextlib.suppress(RuntimeError):  # it is finished
             if self.process.ray and not self.address.is_here and self.open():
-                self._page.ask_to_stay()
+                self._files.page.ask_to_stay()
 
     def let_go(self) -> None:
         """A copy of the handle is gone. When it was the last one, a task will log nothing more."""
         self.copies -= 1
-        if not self.copies and self.process.in_task and self._who[0]:
+        if not self.copies and self.process.in_task and (files := self._files) and files.who[0]:
             self._say(GOODBYE)
-            self._who = ("", "")
+            files.who = ("", "")
 
     def say_exit(self) -> None:
         """The process ends by itself."""
@@ -155,37 +175,27 @@ class Outbox:
 
     def _say(self, kind: int, content: bytes = b"") -> None:
         with self._lock:
-            if self._segments and not self.is_closed:
-                self._segments.append(record(kind, content, time.monotonic()), 0)
-
-    # Opening
+            if self._files and not self.is_closed:
+                self._files.segments.append(record(kind, content, time.monotonic()), 0)
 
     def open(self) -> bool:
         """Opens it, unless that has been tried in vain within a second; whether it is open."""
         if self.is_finished:
             raise run_is_finished(self.address.name)
         with self._lock:
-            if self._page is None and time.monotonic() >= self._next_look:
+            if self._files is None and time.monotonic() >= self._next_look:
                 try:
-                    self._open(self.process.find_folder(self.address), uuid.uuid4().hex)
+                    files = Files(self.process.find_folder(self.address), self.process, self._lost)
+                    if (files.folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
+                        files.close()
+                        raise run_is_finished(self.address.name)
+                    self._files = files
                 except OSError as error:  # the disk is full, or the folder has just been removed
                     raise_from_outside(error)
                     with contextlib.suppress(OSError):
                         self.process.find_folder(self.address)  # raises if the run is finished
                     self._next_look = time.monotonic() + 1
-            return self._page is not None
-
-    def _open(self, folder: Path, name: str) -> None:
-        own.add(name)
-        page = Page(folder / f"{name}.page", self.process.name, self.process.parent, self._lost)
-        try:
-            self._segments = Segments(lambda number: f"{folder}/{name}.{number}")
-            if (folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
-                raise run_is_finished(self.address.name)
-        except BaseException:
-            page.close()  # and whoever reads there finds that it has ended
-            raise
-        self._folder, self._page = folder, page
+            return self._files is not None
 
     def begin_in_fork(self, process: Process) -> None:
         """In a fork of the process that had it: the fork is another one, with an outbox of its own."""
@@ -194,8 +204,6 @@ class Outbox:
 
     def close(self, finished: bool = False) -> None:
         with self._lock:
-            for part in (self._page, self._segments):
-                if part:
-                    part.close()
-            self.is_finished = finished
-            self._begin()
+            if self._files:
+                self._files.close()
+            self._files, self.is_finished, self._next_look = None, finished, 0.0

@@ -60,12 +60,12 @@ class Reader:
         self._lost: dict[str, bytes] = {}  # by outbox
         self._dying: set[str] = set()  # their process has ended
         self.stays: set[str] = set()  # of processes that can't tell the run of this place, or have such children
-        self._changed, self._next_look, self._next_touch = 0, 0.0, 0.0
+        self._next_look = self._next_touch = 0.0
 
     def read(self, look: bool = False) -> Reading:
         """What has come since the last reading. look: at each page, which is done now and then anyway."""
         before, found = dict(self._boxes), list[Record]()
-        looks = look or self._has_new_pages() or time.monotonic() >= self._next_look
+        looks = look or time.monotonic() >= self._next_look
         if looks:
             self._look(found)
             self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
@@ -132,17 +132,6 @@ class Reader:
 
     # Pages
 
-    def _has_new_pages(self) -> bool:
-        try:
-            changed = os.stat(self._folder).st_mtime_ns
-        except FileNotFoundError:
-            return False
-        if changed == self._changed:
-            return False
-        # The time that a folder has is coarse, so it is looked at again a little later.
-        self._changed = changed if time.time_ns() - changed > 100_000_000 else 0
-        return any(name not in self._boxes for name in self._names())
-
     def _names(self) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             pages = [entry.name[:-5] for entry in os.scandir(self._folder) if entry.name.endswith(".page")]
@@ -201,7 +190,7 @@ class Reader:
             with contextlib.suppress(OSError):
                 (self._private / OUTBOXES).mkdir(exist_ok=True)  # if somebody has removed it
                 (self._private / OUTBOXES).rename(self._private / CLOSED_FOLDER)
-        self._folder, self._changed, self._next_look = self._private / CLOSED_FOLDER, 0, 0.0
+        self._folder, self._next_look = self._private / CLOSED_FOLDER, 0.0
         self.set_state(page.CLOSED)  # for those that have begun in between
 
 

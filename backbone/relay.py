@@ -6,10 +6,11 @@ them may die at any moment.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ray
@@ -72,10 +73,19 @@ class Relay:
         self._closed = True
 
 
-class Relays:
-    """The places on other nodes where outboxes are, and the relay of each. It has one call under way.
+@dataclasses.dataclass
+class Place:
+    """Where outboxes are on another node: a view of its files, since a container may have its own temporary folder."""
 
-    A place is a node and a view of its files: a container may have a temporary folder of its own.
+    key: bytes  # in Ray's key-value store
+    folder: Path
+    asked_at: float  # when its relay was asked last; before that, when the place was found
+    relay: ray.actor.ActorHandle | None = None
+    call: ray.ObjectRef | None = None  # under way
+
+
+class Relays:
+    """The places on other nodes where outboxes are, each with a relay that has one call under way.
 
     positions: how far the outboxes of a place have been read. gone: called with a place that can't be read, and why.
     """
@@ -86,12 +96,9 @@ class Relays:
         self, address: Address, positions: Callable[[str], dict[str, Position]], gone: Callable[[str, str], None]
     ):
         self._address, self._positions, self._gone = address, positions, gone
-        self._found: dict[str, tuple[bytes, Path]] = {}  # by place, at the last look
-        self._open: dict[str, tuple[bytes, Path]] = {}  # those that are not read to their end
-        self._read: set[str] = set()  # places that are read to their end, or can't be read
-        self._relays: dict[str, ray.actor.ActorHandle] = {}  # by place
-        self._calls: dict[str, ray.ObjectRef] = {}  # by place, those under way
-        self._asked_at: dict[str, float] = {}  # by place, when it was asked last, or found
+        self._found: dict[str, tuple[bytes, Path]] = {}  # what the last look has found: name -> key and folder
+        self.places: dict[str, Place] = {}  # those that are not read to their end
+        self._done: set[str] = set()  # names of those that are, or that can't be read
         self._closed = False
 
     def look(self) -> None:
@@ -103,66 +110,72 @@ class Relays:
 
     def start(self) -> None:
         """Starts relays in places that have none."""
-        self._open = {place: at for place, at in self._found.items() if place not in self._read} | self._open
-        for place in self._open.keys() - self._asked_at.keys():
-            self._asked_at[place] = time.monotonic()
-        missing = self._open.keys() - self._relays.keys()
-        for place in missing if missing and ray_internals.ray_answers() else ():
-            here = NodeAffinitySchedulingStrategy(_node(place), soft=False)
-            relay = Relay.options(scheduling_strategy=here).remote(*self._open[place], self._positions(place))
-            self._relays[place] = relay
+        for name, (key, folder) in self._found.items():
+            if name not in self._done and name not in self.places:
+                self.places[name] = Place(key, folder, asked_at=time.monotonic())
+        missing = [(name, place) for name, place in self.places.items() if not place.relay]
+        for name, place in missing if missing and ray_internals.ray_answers() else ():
+            here = NodeAffinitySchedulingStrategy(_node(name), soft=False)
+            relay = Relay.options(scheduling_strategy=here)
+            place.relay = relay.remote(place.key, place.folder, self._positions(name))
             if self._closed:
-                relay.close.remote()
-            self.go_on(place)
+                place.relay.close.remote()
+            self.go_on(name)
 
-    def go_on(self, place: str) -> None:
+    def go_on(self, name: str) -> None:
         """What a relay has brought is safe, and it may bring more."""
-        if relay := self._relays.get(place):
-            self._calls[place], self._asked_at[place] = relay.read.remote(), time.monotonic()
+        if (place := self.places.get(name)) and place.relay:
+            place.call, place.asked_at = place.relay.read.remote(), time.monotonic()
 
     def brought(self) -> list[tuple[str, Reading]]:
         """What relays have brought by now."""
         self.start()
-        calls = {call: place for place, call in self._calls.items()}
-        done, _ = ray.wait([*calls], num_returns=len(calls), timeout=0) if calls else ([], [])
         readings = []
-        for place, call in ((calls[call], call) for call in done):
-            del self._calls[place]
+        for name, place in self._answered(self.places.items()):
+            call, place.call = place.call, None
             try:
                 reading = ray.get(call)
-                readings.append((place, reading))
+                readings.append((name, reading))
                 if reading.is_last:
-                    self._leave(place)
+                    self._leave(name)
             except ray.exceptions.RayError as error:
-                self._fail(place, error)
+                self._fail(name, error)
         return readings
 
-    def _leave(self, place: str) -> None:
-        for known in (self._found, self._open, self._relays, self._calls, self._asked_at):
-            known.pop(place, None)
-        if self._closed:  # else somebody may log there again
-            self._read.add(place)
+    def _answered(self, places: Iterable[tuple[str, Place]]) -> list[tuple[str, Place]]:
+        """Those of the places whose call has an answer."""
+        calls = {place.call: (name, place) for name, place in places if place.call}
+        done, _ = ray.wait([*calls], num_returns=len(calls), timeout=0) if calls else ([], [])
+        return [calls[call] for call in done]
 
-    def _fail(self, place: str, error: Exception) -> None:
-        del self._relays[place]
+    def _leave(self, name: str) -> None:
+        self._found.pop(name, None)
+        self.places.pop(name, None)
+        if self._closed:  # else somebody may log there again
+            self._done.add(name)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self.places[name].relay = None
         if isinstance(error, ray.exceptions.RayActorError) and "creation task" in str(error):
-            self.give_up(place, str(error).strip().rpartition("\n")[2])
-        elif ray_internals.ray_answers() and not _is_alive(place):
-            self.give_up(place, "it is dead")
+            self.give_up(name, str(error).strip().rpartition("\n")[2])
+        elif ray_internals.ray_answers() and not _is_alive(name):
+            self.give_up(name, "it is dead")
         # else its process was killed, and another one is started
 
-    def give_up(self, place: str, why: str) -> None:
-        self._leave(place)
-        self._read.add(place)
-        self._gone(place, why)
+    def give_up(self, name: str, why: str) -> None:
+        self._leave(name)
+        self._done.add(name)
+        self._gone(name, why)
 
     def silent(self, seconds: float) -> list[str]:
         """Places whose answer, or whose relay's start, takes longer than so many seconds."""
-        asked = [place for place in self._open if place in self._calls or place not in self._relays]
-        late = [place for place in asked if time.monotonic() - self._asked_at[place] > seconds]
-        calls = [self._calls[place] for place in late if place in self._calls]
-        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=0) if calls else ([], [])
-        return [place for place in late if self._calls.get(place) not in answered]
+        late = {
+            name: place
+            for name, place in self.places.items()
+            if (place.call or not place.relay) and time.monotonic() - place.asked_at > seconds
+        }
+        answered = dict(self._answered(late.items()))
+        return [name for name in late if name not in answered]
 
     def close(self) -> None:
         """Nothing more is taken anywhere. What they still bring ends with a reading that `is_last`."""
@@ -170,14 +183,10 @@ class Relays:
         self._closed = True
         # Behind that: whoever logs for the first time notes its place, then looks for that key. So one sees the other.
         self.look()
-        for relay in self._relays.values():
-            relay.close.remote()
+        for place in self.places.values():
+            if place.relay:
+                place.relay.close.remote()
         self.start()
-
-    @property
-    def places(self) -> list[str]:
-        """Those that are not read to their end."""
-        return [*self._open]
 
 
 def _node(place: str) -> str:

@@ -109,9 +109,10 @@ def test_nothing_waits_inside_ray_and_no_process_is_signalled():
     for path in [*ROOMS, ROOT / "common.py"]:
         waits = {"ray.get", "ray.wait"} if path.name != "relay.py" else set()
         assert not calls(path) & {"os.kill", *waits}, path
-    [taking] = functions_that_call(ROOT / "backbone" / "relay.py", "ray.get")
-    assert "timeout=0" in taking.partition("ray.get")[0]
-    assert "for place, call in ((calls[call], call) for call in done)" in taking
+    relay = ROOT / "backbone" / "relay.py"
+    [taking], [asking] = functions_that_call(relay, "ray.get"), functions_that_call(relay, "ray.wait")
+    assert "in self._answered(" in taking.partition("ray.get")[0]
+    assert asking.startswith("def _answered(") and "timeout=0" in asking
 
 
 def test_nothing_starts_or_joins_a_ray_by_asking_for_it():
