@@ -25,14 +25,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backbone import arguments, calls, exits, owner, process, ray_internals, records, staging, values
+from backbone import arguments, calls, exits, owner, process, ray_internals, records, said, staging, values
 from backbone.actor import PipelineActor, pipeline_actor
 from backbone.calls import ActorGoneError
 from backbone.files import Address
-from backbone.ledger import Ledger, RunFinishedError, line, run_is_finished
+from backbone.ledger import Ledger, Ledgers, RunFinishedError, line, run_is_finished
 from backbone.nodes import node_metrics
 from backbone.reduction import Reduction, reduce_reports
-from backbone.said import LogHandler
+from backbone.run import Started
 
 import numpy as np
 import ray
@@ -85,79 +85,23 @@ class InferencePipelineActor(PipelineActor):
     )
 
 
-class WandbRun:
-    """A W&B run that any number of workers, tasks, threads and processes log to.
+class Handle:
+    """What all who log to a run have of it. It is plain data, so it can be pickled; `WandbRun` says more."""
 
-    Construct it in the driver (or in a task or actor), hand it to the workers, `log` there, `finish` where it was
-    constructed. As a context manager it does that at the end, as failed if there was an exception. A copy is plain
-    data: it can be pickled, and processes without Ray can log with it.
-
-    project, name: where the run goes and what it is called.
-    pipeline: actor class that reduces the reports, see `pipeline_actor`.
-    workers: how many workers report a step. A worker is an actor, a task, or else a process.
-    prefix: put before every key, "training/" for instance; the step axis is `<prefix>step`.
-    share: another WandbRun; this is a view of it: its rows go to the same run, under another prefix, on an axis of
-    their own.
-    init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).
-
-    Attributes: `id`, `name`, `project`, `mode`, `config`, `url` (None if not online), `path` (the run's folder, None if
-    disabled). Raises ValueError or TypeError for arguments that can't work, OSError for a folder that can't be written
-    or an id in use, and RuntimeError if the run can't start.
-    """
-
-    def __init__(
-        self,
-        project: str,
-        name: str | None = None,
-        *,
-        pipeline: ray.actor.ActorClass = TrainingPipelineActor,
-        workers: int = 1,
-        prefix: str = "",
-        share: WandbRun | None = None,
-        **init: Any,
-    ):
-        prefix = prefix or (getattr(pipeline, "prefix", "") if share is not None else "")
-        _check(project, pipeline, workers, prefix, share, init)
-        self._host: WandbRun = share._host if share else self  # the run itself
-        self._is_view = bool(share)
-        self._owned = share._owned if share else owner.start_actor(pipeline, init | dict(project=project, name=name))
-        self._address: Address = self._owned.letter.address
-        self._prefix, self._speaks_for, self._finishing = prefix, "", threading.RLock()
-        self._ledger: Ledger | None = None
-        started = self._join(pipeline.reduction, workers)
+    def __init__(self, address: Address, prefix: str, started: Started):
+        self._address, self._prefix, self._speaks_for = address, prefix, ""
+        self._owned: owner.Owned | None = None  # in the process that has made the run
+        self._ledgers: Ledgers = {}  # of a finished run, by prefix; shared with its views
+        self._finishing = threading.RLock()  # shared with them, too
         self._begun, self.config, self.project, self._pipeline = started
         self.name, self.id, self.mode = self._begun.name, self._begun.id, self._begun.mode
         self.url, self.path = self._begun.url, self._begun.path
-        self._outbox = process.outbox(self._address)
+        self._outbox = process.outbox(address)
         self._outbox.copies += 1
-        if share:
-            self._host._views.append(self)
-        else:
-            self._views: list[WandbRun] = []
-            self._owned.watch()
-            if ray_internals.in_driver():
-                exits.unfinished.add(self)
-
-    def _join(self, reduction: Reduction, workers: int) -> Any:
-        """Adds this pipeline to the run, which the first one starts."""
-        owned = self._owned
-        joining = owned.actor.join.remote(self._prefix, reduction, workers)
-        try:
-            return calls.result(joining, owned.actor)
-        except KeyboardInterrupt:  # let it get ready, and record it as failed
-            calls.result(joining, owned.actor)
-            self._call("finish", 1, "KeyboardInterrupt", self._prefix if self._is_view else None)
-            raise
-        except Exception as error:
-            if not self._is_view:
-                owned.undo.close()
-            hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
-            kind = RuntimeError if isinstance(error, ActorGoneError) else type(error)
-            raise kind(f"W&B run {self._address.name!r} can't start: {line(error)}{hint}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         self._outbox.hand_on()
-        here = dict(_host=None, _owned=None, _views=[], _outbox=None, _ledger=None, _finishing=None)
+        here = dict(_owned=None, _ledgers={}, _finishing=None, _outbox=None)
         return self.__dict__ | here | dict(_speaks_for=self._outbox.process.speaker)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -168,14 +112,6 @@ class WandbRun:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # one that never started; the interpreter's end
             self._outbox.let_go()
-
-    def __enter__(self) -> WandbRun:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._owned:  # a copy leaves it to the owner
-            code, failure = exits.how_it_ends(error)
-            self.finish(code, failure=failure)
 
     def log(self, metrics: Mapping[str, Any], step: int, commit: bool = False, *, label: str = "") -> None:
         """Logs metrics of one worker for one step. Takes microseconds: it appends them to a file of this process.
@@ -197,7 +133,10 @@ class WandbRun:
         RunFinishedError after `finish`, and RuntimeError in a driver whose Ray is not running any more.
         """
         kind, step = records.COMMIT if commit else records.REPORT, values.as_step(step)
-        self._outbox.put(kind, self._pipeline, step, values.pack(values.as_report(metrics, step)), label)
+        values.check_label(label)
+        report = values.as_report(metrics, step)
+        if self._outbox.put(kind, self._pipeline, step, values.pack(report), label):
+            values.is_logged(report)
 
     def alert(
         self,
@@ -212,15 +151,7 @@ class WandbRun:
         workers send it, in seconds if it is a number. Raises ValueError for another level or a duration that can't be,
         TypeError for no duration, and RunFinishedError after `finish`.
         """
-        level = getattr(level, "value", level)
-        if level not in ("INFO", "WARN", "ERROR"):
-            raise ValueError(f"level must be INFO, WARN or ERROR, not {level!r}")
-        if not isinstance(wait_duration, int | float | timedelta):
-            raise TypeError(f"wait_duration must be seconds or a timedelta, not {wait_duration!r}")
-        seconds = wait_duration.total_seconds() if isinstance(wait_duration, timedelta) else wait_duration
-        if not 0 <= seconds < 2**31:
-            raise ValueError(f"wait_duration must be some seconds, not {wait_duration!r}")
-        self._say("alert", dict(title=str(title), text=str(text), level=level, wait_duration=wait_duration))
+        self._say("alert", said.alert(title, text, level, wait_duration))
 
     def update_config(self, config: Mapping[str, Any]) -> None:
         """Adds to the run's config, or changes it. Raises TypeError or ValueError for what W&B can't record."""
@@ -232,7 +163,8 @@ class WandbRun:
 
     def logging_handler(self, label: str = "") -> logging.Handler:
         """A handler for `logging` that brings lines to the run's Logs, each with `label`: 1,000 a minute at most."""
-        return LogHandler(lambda line: self._say("line", line, label))
+        values.check_label(label)
+        return said.LogHandler(lambda line: self._say("line", values.encodable(line), label))
 
     def _say(self, kind: str, value: Any, label: str = "") -> None:
         self._outbox.put(records.SAID, self._pipeline, 0, pickle.dumps((kind, value)), label)
@@ -289,8 +221,8 @@ class WandbRun:
 
     def progress(self) -> tuple[Ledger, dict[str, Any]]:
         """The ledger so far and the numbers of the row of the highest step (keys without prefix)."""
-        if self._ledger is not None:
-            return self._ledger, {}
+        if self._ledgers:
+            return self._ledgers[self._prefix], {}
         return self._ask("progress", self._prefix) or (Ledger(self.name, self.id), {})
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -299,13 +231,65 @@ class WandbRun:
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
         try:
-            if self._ledger is not None:
+            if self._ledgers:
                 raise RunFinishedError
             return self._call(method, *arguments)
         except RunFinishedError:
             raise run_is_finished(self.name) from None
         except ActorGoneError as error:
             _warn_once(f"W&B run {self.name}: {method} failed, training goes on: {line(error)}")
+
+
+class WandbRun(Handle):
+    """A W&B run that any number of workers, tasks, threads and processes log to.
+
+    Construct it in the driver (or in a task or actor), hand it to the workers, `log` there, `finish` where it was
+    constructed. As a context manager it does that at the end, as failed if there was an exception. A copy is plain
+    data: it can be pickled, and processes without Ray can log with it.
+
+    project, name: where the run goes and what it is called.
+    pipeline: actor class that reduces the reports, see `pipeline_actor`.
+    workers: how many workers report a step. A worker is an actor, a task, or else a process.
+    prefix: put before every key, "training/" for instance; the step axis is `<prefix>step`.
+    share: another WandbRun; this is a view of it: its rows go to the same run, under another prefix, on an axis of
+    their own.
+    init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).
+
+    Attributes: `id`, `name`, `project`, `mode`, `config`, `url` (None if not online), `path` (the run's folder, None if
+    disabled). Raises ValueError or TypeError for arguments that can't work, OSError for a folder that can't be written
+    or an id in use, and RuntimeError if the run can't start.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        name: str | None = None,
+        *,
+        pipeline: ray.actor.ActorClass = TrainingPipelineActor,
+        workers: int = 1,
+        prefix: str = "",
+        share: WandbRun | None = None,
+        **init: Any,
+    ):
+        prefix = prefix or (getattr(pipeline, "prefix", "") if share is not None else "")
+        _check(project, pipeline, workers, prefix, share, init)
+        owned = share._owned if share else owner.start_actor(pipeline, init | dict(project=project, name=name))
+        super().__init__(owned.letter.address, prefix, owned.join(prefix, pipeline.reduction, workers))
+        self._owned, self._is_view = owned, bool(share)
+        if share:
+            self._ledgers, self._finishing = share._ledgers, share._finishing
+        else:
+            owned.watch()
+            if ray_internals.in_driver():
+                exits.unfinished.add(self)
+
+    def __enter__(self) -> WandbRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._owned:  # a copy leaves it to the owner
+            code, failure = exits.how_it_ends(error)
+            self.finish(code, failure=failure)
 
     def finish(self, exit_code: int = 0, *, failure: str | None = None) -> Ledger:
         """Finishes the run, with all that was logged before on any node, and returns its ledger.
@@ -315,27 +299,30 @@ class WandbRun:
 
         exit_code: as a process's, 0 for success. failure: what went wrong, for the run's summary.
 
-        Raises TypeError or ValueError for what is no exit code, and RunFinishedError in a copy of a finished run. All
-        else that goes wrong is in the ledger.
+        Raises TypeError or ValueError for what is no exit code or text, and RunFinishedError in a copy of a finished
+        run. All else that goes wrong is in the ledger.
         """
         if not isinstance(exit_code, int):
             raise TypeError(f"exit_code must be an integer, not {exit_code!r}")
         if not -(2**31) <= exit_code < 2**31:
             raise ValueError(f"exit_code must have 32 bits at most, not {exit_code}")
-        with (self._host or self)._finishing:
-            if self._ledger is None and self._is_view:
+        if not isinstance(failure, str | None):
+            raise TypeError(f"failure must be a string, not {values.shown(failure)}")
+        failure = failure and values.encodable(failure)
+        with self._finishing:
+            if self._is_view and not self._ledgers:
                 ledgers = self._ask("finish", exit_code, failure, self._prefix)
                 return ledgers[self._prefix] if ledgers else dataclasses.replace(self._begun, unheard=["all"])
-            if self._ledger is None:
+            if not self._ledgers:
                 self._finish(exit_code, failure)
-            return self._ledger
+            return self._ledgers[self._prefix]
 
     def _finish(self, exit_code: int, failure: str | None) -> None:
         gone = None
         try:
             ledgers = self._call("finish", exit_code, failure)
         except RunFinishedError:
-            if self._ledger is not None:  # a signal handler has finished it meanwhile
+            if self._ledgers:  # a signal handler has finished it meanwhile
                 return
             raise run_is_finished(self.name) from None
         except ActorGoneError as error:
@@ -344,10 +331,8 @@ class WandbRun:
             gone = error
             self._outbox.exit = exit_code, failure
             self._outbox.say_exit()
-            prefixes = [each._prefix for each in (self, *self._views)]
-            ledgers = owner.finish_without_actor(self._owned.letter, error, self._begun, prefixes)
-        for each in (self, *self._views):
-            each._ledger = ledgers[each._prefix]
+            ledgers = owner.finish_without_actor(self._owned, error, self._begun)
+        self._ledgers.update(ledgers)
         exits.unfinished.remove(self)
         if self._owned:
             if not gone:
@@ -375,12 +360,11 @@ def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, i
         raise ValueError(f"prefix must be a path that ends with '/', such as 'training/', not {prefix!r}")
     if share is None:
         return
-    if not isinstance(share, WandbRun) or not share._owned or share._ledger is not None:
+    if not isinstance(share, WandbRun) or not share._owned or share._ledgers:
         raise ValueError(f"share must be a WandbRun of this process that is not finished, not {share!r}")
-    host = share._host
-    if init or project not in (host.project, host._owned.letter.init["project"]):  # a server may call it otherwise
-        raise ValueError(f"share= takes the project ({host.project!r}) and the settings of the run it shares")
-    prefixes = [each._prefix for each in (host, *host._views)]
+    if init or project not in (share.project, share._owned.letter.init["project"]):  # a server may call it otherwise
+        raise ValueError(f"share= takes the project ({share.project!r}) and the settings of the run it shares")
+    prefixes = share._owned.prefixes
     others = [other for other in prefixes if other]  # one with bare keys may be shared
     if not prefix or any(prefix.startswith(other) or other.startswith(prefix) for other in others):
         raise ValueError(f"prefix {prefix!r} overlaps with {prefixes}: each pipeline needs its own")

@@ -90,7 +90,7 @@ class Host:
         try:
             self.run.paused = bool(self._relays.silent(5))
             readings = self.run.read(self._relays.brought(), look)
-        except sqlite3.Error as error:
+        except sqlite3.OperationalError as error:
             self.run.state.warn("disk", f"{line(error)}: nothing is read until that ends, training goes on")
             return []
         except Exception as error:

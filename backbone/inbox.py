@@ -7,7 +7,7 @@ import json
 import pickle
 
 from . import records
-from .page import Position, lost_by_pipeline
+from .page import OTHER, Position, lost_by_pipeline
 from .pipeline import Pipeline, Report
 from .reading import Reading, Record
 from .said import Said
@@ -105,9 +105,12 @@ class Inbox:
             self._close(box)
         elif record.kind == records.LOST:
             before, box.lost = box.lost, lost_by_pipeline(record.content)
-            for number, lost in box.lost.items():
+            if OTHER in box.lost and OTHER not in before:
+                self._state.unheard(f"{box.process}: there was no room for alerts, config, log lines or the like")
+            for pipeline in self._pipelines:
                 # They are reports that are in no row, which is how the ledger knows of them.
-                self._pipelines[number].counts["reports"] += lost - before.get(number, 0)
+                number = pipeline.number
+                pipeline.counts["reports"] += box.lost.get(number, 0) - before.get(number, 0)
 
     def _end(self, worker: str, died: bool = False) -> None:
         for pipeline in self._pipelines:

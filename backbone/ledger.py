@@ -90,10 +90,23 @@ def account(state: State, pipeline: Pipeline, there: Callable[[int], bool] | Non
     for field in ("reports", "rows", "partial", "lost_values"):
         setattr(ledger, field, pipeline.counts[field])
     if there:
-        found = [row for number, row in state.account(pipeline.number).items() if there(number)]
+        found = [row for number, row in rows_of(state, pipeline).items() if there(number)]
         ledger.rows, ledger.lost = len(found), ledger.reports - sum(reports for reports, _ in found)
         ledger.lost_values += sum(refused for _, refused in found)
     return ledger
+
+
+def rows_of(state: State, pipeline: Pipeline) -> dict[int, tuple[int, int]]:
+    """A pipeline's rows: number -> reports that it stands on, values that W&B has refused."""
+    found = state.db.execute("SELECT number, reports, refused FROM rows WHERE pipeline = ?", (pipeline.number,))
+    return {number: (reports, refused) for number, reports, refused in found}
+
+
+def summary(state: State, pipelines: Sequence[Pipeline]) -> dict[str, int]:
+    """What the run's summary says of it, before W&B has written the last rows."""
+    reports = sum(pipeline.counts["reports"] for pipeline in pipelines)
+    in_rows = sum(n for pipeline in pipelines for n, _ in rows_of(state, pipeline).values())
+    return {"reports": reports, "lost": reports - in_rows}
 
 
 def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> None:
@@ -107,7 +120,7 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
     state.note(ledgers=ledgers)
     with contextlib.suppress(OSError, sqlite3.Error):
         state.commit()
-        rows = {pipeline.prefix: state.account(pipeline.number) for pipeline in pipelines}
+        rows = {pipeline.prefix: rows_of(state, pipeline) for pipeline in pipelines}
         reports = {prefix: {number: row[0] for number, row in found.items()} for prefix, found in rows.items()}
         said = {prefix: dataclasses.asdict(each) | {"row_reports": reports[prefix]} for prefix, each in ledgers.items()}
         if paths := state.facts.get("paths"):

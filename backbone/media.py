@@ -62,36 +62,51 @@ def made_of(value: Any) -> Any:
 # Files
 
 
-def parts(value: Any) -> tuple[type, dict[str, Any], bytes] | None:
-    """Class, state and file of a `wandb.Image`, `wandb.Html` or the like, for `assembled`; None if it has no file.
+def parts(value: Any) -> tuple[type, dict[str, Any], bytes | None] | None:
+    """Class, state and file of a W&B data type, for `assembled`; None for what can be sent as it is.
 
-    A temporary file of wandb's is removed: if this process is killed, nobody does it. Its bytes stay with the object,
-    which may be sent again.
+    A temporary file of wandb's is removed with the object: wandb would keep it until the process ends.
     """
-    path = getattr(value, "_path", None) if is_data_type(value) else None
-    if not isinstance(path, str) or "://" in path:
+    if not is_data_type(value):
         return None
-    state = dict(vars(value))
-    content = state.pop("_content", None)
-    if content is None:
-        content = Path(path).read_bytes()
-        if state.get("_is_tmp") and not state.get("_assembled") and _is_temporary(path):
-            value._content = content
-            Path(path).unlink(missing_ok=True)
-    return type(value), state, content
+    path = getattr(value, "_path", None)
+    if not isinstance(path, str) or "://" in path:
+        return (type(value), unbound(value), None) if any(vars(value).get(tie) for tie in _TIES) else None
+    content = Path(path).read_bytes()
+    if vars(value).get("_is_tmp") and not hasattr(value, "_goes_with_it") and _is_temporary(path):
+        value._goes_with_it = True
+        weakref.finalize(value, _remove, path, os.getpid())
+    return type(value), unbound(value), content
 
 
-def assembled(kind: type, state: dict[str, Any], content: bytes) -> Any:
+# What ties an object to a run that it was logged to, or to an artifact that it is in. Neither can be sent.
+_TIES = ("_run", "_artifact_source", "_artifact_target", "_run_target_for_increments")
+
+
+def unbound(value: Any) -> dict[str, Any]:
+    """The state of a W&B data type that somebody may have logged to a run of his own, without that run."""
+    return {name: None if name in _TIES else each for name, each in vars(value).items()}
+
+
+def _remove(path: str, pid: int) -> None:
+    if pid == os.getpid():  # else this is a fork of the process that has the object
+        Path(path).unlink(missing_ok=True)
+
+
+def assembled(kind: type, state: dict[str, Any], content: bytes | None) -> Any:
     """Such an object again, in another process. wandb moves its file into a run's folder as if it had made it."""
     from wandb.sdk.data_types._private import MEDIA_TMP
 
     value = kind.__new__(kind)
+    if content is None:
+        value.__dict__.update(state)
+        return value
     os.makedirs(MEDIA_TMP.name, exist_ok=True)  # some systems clean their temporary folder
     descriptor, path = tempfile.mkstemp(Path(state["_path"]).name, dir=MEDIA_TMP.name)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
-    value.__dict__.update(state, _path=path, _is_tmp=True, _assembled=True)
-    weakref.finalize(value, Path(path).unlink, missing_ok=True)  # unless it is a run's by then
+    value.__dict__.update(state, _path=path, _is_tmp=True, _goes_with_it=True)
+    weakref.finalize(value, _remove, path, os.getpid())  # unless it is a run's by then
     return value
 
 
@@ -111,6 +126,26 @@ def remove_copied_files(logged: Iterable[Any]) -> None:
 
 
 # Tables that grow
+
+
+class Increment:
+    """The rows of a growing table that have not been logged under this key. It arrives as a table of those rows."""
+
+    def __init__(self, table: Any, key: str):
+        self._table, self._key, self._rows = table, key, len(table.data)
+        self._sent = vars(table).get("_sent", {}).get(key)  # number of rows
+
+    @property
+    def is_new(self) -> bool:
+        return self._rows != self._sent  # the first one is, even without rows
+
+    def note(self) -> None:
+        """It has been logged, so the next one has the rows behind it."""
+        vars(self._table).setdefault("_sent", {})[self._key] = self._rows
+
+    def __reduce__(self) -> tuple:
+        state = unbound(self._table) | {"data": self._table.data[self._sent : self._rows]}
+        return object.__new__, (type(self._table),), state
 
 
 def growing_tables(metrics: Mapping[str, Any]) -> dict[str, wandb.Table]:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from .files import CLOSED_FOLDER, Address
 from .ledger import run_is_finished
-from .page import CLOSED, NOBODY_READS, Page
-from .records import EXIT, GOODBYE, WHO, Room, Segments, raise_from_outside, record
+from .page import CLOSED, NOBODY_READS, OTHER, Page
+from .records import COMMIT, EXIT, GOODBYE, REPORT, WHO, Room, Segments, raise_from_outside, record
+from .values import encodable
 
 if TYPE_CHECKING:  # it knows of Ray
     from .process import Process
@@ -53,7 +54,7 @@ class Files:
     def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
         """Whether the record could be written."""
         if (who := (self.process.who(), label)) != self.who:
-            about = json.dumps(dict(name=who[0], label=label, task=self.process.in_task)).encode()
+            about = json.dumps(dict(name=who[0], label=encodable(label), task=self.process.in_task)).encode()
             if not self.segments.append(record(WHO, about, now), 0):
                 return False
             self.who = who  # not before: an interrupt would leave reports that are taken for somebody else's
@@ -80,8 +81,8 @@ class Outbox:
     def is_closed(self) -> bool:
         return (files := self._files) is not None and files.is_closed
 
-    def put(self, kind: int, pipeline: int, step: int, content: bytes, label: str = "") -> None:
-        """Takes a record. It waits where many are unread; a report that there is no room for is lost, and counted.
+    def put(self, kind: int, pipeline: int, step: int, content: bytes, label: str = "") -> bool:
+        """Takes a record; whether it could: where there is no room it is lost, and counted. Waits if many are unread.
 
         Raises RunFinishedError, RuntimeError where the run can't be reached from this process, and what `record` does.
         """
@@ -95,12 +96,13 @@ class Outbox:
             now, files = time.monotonic(), self._files
             is_written = room and files and files.write(kind, pipeline, step, content, now, label)
             if not is_written and not self.is_closed:
-                self._lose(pipeline, 1)
+                self._lose(pipeline if kind in (REPORT, COMMIT) else OTHER, 1)
             # After the record: a relay that goes says so, and then reads once more, so one of them sees the other.
             if now >= self._next_look:
                 self.look(now, pipeline)
         if (files := self._files) and files.is_closed:
             raise run_is_finished(self.address.name)
+        return bool(is_written)
 
     def _wait(self, size: int) -> bool:
         """Waits for the reader; whether there is room for so many bytes then."""

@@ -14,9 +14,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.runtime_context import get_runtime_context
@@ -35,6 +35,8 @@ from .files import (
     write_private,
 )
 from .ledger import Ledger, Ledgers, line
+from .reduction import Reduction
+from .run import Started
 from .takeover import PLACES
 
 logger = logging.getLogger("wandb_run")
@@ -43,13 +45,34 @@ NO_PROGRAM = "<python with no main file>"  # as wandb says
 ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
-class Owned(NamedTuple):
-    """What the process that makes a run has of it."""
+@dataclasses.dataclass
+class Owned:
+    """What the process that makes a run has of it, and of its views."""
 
     actor: Any  # Ray's handle
     letter: Letter
     stop: Callable[[], None]  # what "Stop run" does
     undo: contextlib.ExitStack  # of the start
+    prefixes: list[str] = dataclasses.field(default_factory=list)  # of the pipelines that have joined
+
+    def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
+        """Adds a pipeline to the run, which the first one starts. Raises what the start raises, in one line."""
+        joining = self.actor.join.remote(prefix, reduction, workers)
+        try:
+            started = calls.result(joining, self.actor)
+        except KeyboardInterrupt:  # let it get ready, and record it as failed
+            calls.result(joining, self.actor)
+            finish = self.actor.finish.remote(1, "KeyboardInterrupt", prefix if self.prefixes else None)
+            calls.result(finish, self.actor)
+            raise
+        except Exception as error:
+            if not self.prefixes:
+                self.undo.close()
+            hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
+            kind = RuntimeError if isinstance(error, calls.ActorGoneError) else type(error)
+            raise kind(f"W&B run {self.letter.address.name!r} can't start: {line(error)}{hint}") from None
+        self.prefixes.append(prefix)
+        return started
 
     def watch(self) -> None:
         """In a thread: calls `stop` once, when somebody presses "Stop run" on the run's page; keeps the outbox there.
@@ -144,12 +167,12 @@ def command_line() -> list[str]:
     return [NO_PROGRAM] if words[:1] in ([], ["-c"]) else words
 
 
-def finish_without_actor(letter: Letter, why: Exception, begun: Ledger, prefixes: Sequence[str]) -> Ledgers:
+def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
     """Has a run of this process finished whose actor can't be reached. Its exit code is in the outbox by now.
 
     begun: how the run began, for the ledgers if that fails.
     """
-    folder = letter.address.folder
+    letter, folder = run.letter, run.letter.address.folder
     if ray_internals.which_ray() and ray_internals.ray_answers():
         ray_internals.delete(letter.address.key("open"))  # behind that nobody logs for the first time elsewhere
         places = [key.decode().rpartition("/")[2] for key in ray_internals.keys(letter.address.key("place"))]
@@ -167,4 +190,6 @@ def finish_without_actor(letter: Letter, why: Exception, begun: Ledger, prefixes
         return recover.read_ledgers(folder)
     problem = said.decode(errors="replace").strip().rpartition("\n")[2] or f"that took more than {seconds} s"
     told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
-    return {prefix: dataclasses.replace(begun, prefix=prefix, unheard=["all"], warnings=told) for prefix in prefixes}
+    return {
+        prefix: dataclasses.replace(begun, prefix=prefix, unheard=["all"], warnings=told) for prefix in run.prefixes
+    }

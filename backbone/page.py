@@ -18,12 +18,13 @@ from typing import NamedTuple
 from .files import fcntl
 
 PIPELINES = 256  # of a run at most: a record has one byte for the number
+OTHER = PIPELINES  # stands where a pipeline's number does, for what was said besides reports
 # Where on the page is what. It begins with what the reader writes.
 STAYS_AT = 56  # whether a relay must stay that reads here
-LOST_AT = 64  # how many reports of each pipeline were lost
-ABOUT_AT = LOST_AT + 8 * PIPELINES  # whose it is (JSON)
+LOST_AT = 64  # how many reports of each pipeline were lost, and how many others
+ABOUT_AT = LOST_AT + 8 * (PIPELINES + 1)  # whose it is (JSON)
 SIZE = 4096
-NOTHING_LOST = bytes(8 * PIPELINES)
+NOTHING_LOST = bytes(8 * (PIPELINES + 1))
 READ = struct.Struct("<B7xQQQQ")  # state; segment and offset to which it has been read; records and bytes so far
 NOBODY_READS, IS_READ, CLOSED = 0, 1, 2
 
@@ -42,7 +43,7 @@ class Page:
 
     def __init__(self, path: Path, process: str, parent: str, lost: Mapping[int, int]):
         hidden = path.with_name(f".{path.stem}")
-        content = b"".join(struct.pack("<Q", lost.get(pipeline, 0)) for pipeline in range(PIPELINES))
+        content = b"".join(struct.pack("<Q", lost.get(pipeline, 0)) for pipeline in range(PIPELINES + 1))
         content = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(LOST_AT, b"\0") + content
         content += json.dumps(dict(name=process, parent=parent)).encode()
         self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

@@ -26,13 +26,14 @@ class Report(NamedTuple):
 class Pipeline:
     """Takes what the workers of a pipeline report. What has changed is in the queue of the state after `save`."""
 
-    KEPT: ClassVar = ("steps", "counts", "totals", "best", "last_row", "_last_id")  # in the state
+    KEPT: ClassVar = ("steps", "counts", "totals", "best", "latest", "last_row", "_last_id")  # in the state
 
     def __init__(self, state: State, number: int, prefix: str, reduction: Reduction, workers: int):
         self._state, self.number, self.prefix, self.reduction = state, number, prefix, reduction
         self.steps, self.counts = Steps(workers), Counter()
         self.totals: dict[str, float] = {}
         self.best: dict[str, float] = {}  # of the keys that `reduction.best` names
+        self.latest: dict[str, float] = {}  # of the same keys
         self.last_row: dict[str, float] = {}  # numbers of the row of the highest step, keys without prefix
         self._last_id = 0
         state.do("INSERT OR IGNORE INTO pipelines VALUES (?, ?, ?, NULL)", number, prefix, pickle.dumps(reduction))
@@ -82,9 +83,13 @@ class Pipeline:
             return []
         metrics, who = zip(*read, strict=True)
         row = reduce_reports(metrics, self.reduction, self._warn, who)
-        row |= _add(row, self.totals, self.reduction) | {"step": step, "workers": len(closed.speakers)}
+        added = _add(row, self.totals, self.reduction)
+        for key in row.keys() & added.keys():
+            self._warn("logged and computed", f"{key!r} is logged, and a running sum as well: the sum is kept")
+        row |= added | {"step": step, "workers": len(closed.speakers)}
         self._improve(row)
-        self.counts.update(rows=1, partial=len(closed.speakers) < self.steps.workers)
+        self.latest |= {key: row[key] for key in self.reduction.best if isinstance(row.get(key), int | float)}
+        self.counts.update(rows=1, partial=closed.partial)
         if step >= self.last_row.get("step", 0):
             self.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
         fitting, packed = self._fit({self.prefix + key: value for key, value in row.items()})
@@ -97,8 +102,11 @@ class Pipeline:
 
     def best_values(self) -> dict[str, dict[str, float]]:
         """As W&B has them in the summary: after a restart W&B itself knows only the values since."""
-        best = {key: {self.reduction.best[key]: value} for key, value in self.best.items()}
-        return {f"{self.prefix}{key}": value | {"last": self.last_row.get(key)} for key, value in best.items()}
+        return {
+            f"{self.prefix}{key}": {self.reduction.best[key]: value, "last": self.latest[key]}
+            for key, value in self.best.items()
+            if key in self.latest  # else there is nothing new of it
+        }
 
     def _take(self, id_: int) -> Report:
         key = self.number, id_
@@ -116,8 +124,15 @@ class Pipeline:
             return None
 
     def _fit(self, metrics: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        """A row without those values that make it too large for the state, and packed."""
-        packed = values.pack(metrics)
+        """A row without those values that the state can't keep, or that make it too large for it; and packed."""
+        try:
+            packed = values.pack(metrics)
+        except TypeError as error:  # a class of the user's that can be sent once only
+            if len(metrics) == 1:
+                self._warn(REFUSED, line(error))
+                return {}, values.pack({})
+            metrics = {k: v for key in metrics for k, v in self._fit({key: metrics[key]})[0].items()}
+            packed = values.pack(metrics)
         while len(packed) > records.LARGEST:
             largest = max(metrics, key=lambda key: len(values.pack({key: metrics[key]})))
             self._warn(REFUSED, f"a row has {len(packed) >> 20} MB, so {largest!r}, its largest value, is left out")

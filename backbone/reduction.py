@@ -54,6 +54,8 @@ class Reduction:
         for keys in (self.sums, self.totals, self.largest, self.worst):
             if isinstance(keys, str):
                 raise TypeError(f"{keys!r} must be a sequence of keys: ({keys!r},)")
+        if not all(isinstance(weight, str) for weight in self.weights.values()):
+            raise TypeError(f"weights must be keys of metrics: {self.weights!r}")
         for name in itertools.chain.from_iterable(self.statistics.values()):
             if not re.fullmatch(r"mean|min|max|std|histogram|p\d\d?", name):
                 raise ValueError(f"statistic {name!r} must be mean, min, max, std, histogram or a percentile as p99")
@@ -119,7 +121,8 @@ def reduce_reports(
 
 def _worst(key: str, reports: Sequence[Mapping], who: Sequence[str]) -> dict[str, Any]:
     """The largest value that a worker has reported, and the worker's name: a mean hides one that is slow."""
-    theirs = [(np.ravel(report[key]), name) for report, name in zip(reports, who, strict=True) if key in report]
+    reported = [(report[key], name) for report, name in zip(reports, who, strict=True) if key in report]
+    theirs = [(np.ravel(value), name) for value, name in reported if isinstance(value, int | float | np.ndarray)]
     known = [(value[~np.isnan(value)], name) for value, name in theirs]
     largest = [(value.max().item(), name) for value, name in known if value.size]
     return dict(zip((f"{key}/max", f"{key}/worst"), max(largest), strict=True)) if largest else {}
@@ -141,10 +144,7 @@ def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rul
             weighted = [pair for pair in zip(values, weights, strict=True) if pair[1]]  # 0 times NaN would be NaN
             if total := sum(weight for _, weight in weighted):
                 return sum(value * weight for value, weight in weighted) / total
-            warn(
-                f"weights of {key}",
-                f"the weights {rule.weight!r} of all reports of {key!r} add up to 0: such a row has NaN",
-            )
+            warn(f"weights of {key}", f"the weights {rule.weight!r} of {key!r} add up to 0: such a row has NaN")
             return math.nan
         without = f"{key!r} was reported without its weight {rule.weight!r}: such a row has the plain mean"
         warn(f"no weight {key}", without)
@@ -199,7 +199,7 @@ def _object(key: str, values: list[Any], warn: Warn) -> Any:
     columns = _columns(first)
     if others and columns and all(_columns(value) == columns for value in others):
         first = _one_table([first, *others])
-    elif len(values) > 1 + len(others) or any(other != first for other in others):
+    elif len(values) > 1 + len(others) or any(type(other) is not type(first) or other != first for other in others):
         warn(f"differs {key}", f"{key!r} differs between workers: one of them is kept")
     if excess := media.excess(first):
         warn(REFUSED, f"{key!r} has {excess}")

@@ -5,7 +5,6 @@ Without Ray, so that whoever finds what a dead actor has left goes on by the sam
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import sqlite3
 import threading
@@ -23,7 +22,7 @@ from .pipeline import Pipeline
 from .reading import Reader, Reading
 from .reduction import Reduction
 from .state import Row, State
-from .writer import ServiceDiedError, Writer
+from .writer import Writer
 
 
 class Started(NamedTuple):
@@ -91,8 +90,9 @@ class Run:
     def read(self, brought: Sequence[tuple[str, Reading]] = (), look: bool = False) -> list[tuple[str, Reading]]:
         """Reads the outboxes at home once, takes what relays have brought from other nodes, and gives rows to W&B.
 
-        look: see `Reader.read`. Returns the readings that are safe now. Raises sqlite3.Error where the disk is full;
-        then the same readings are waited for, and nothing new is read. Raises ServiceDiedError if wandb-core is dead.
+        look: see `Reader.read`. Returns the readings that are safe now. Raises sqlite3.OperationalError where the disk
+        is full; then the same readings are waited for, and nothing new is read. Raises ServiceDiedError if wandb-core
+        is dead.
         """
         if not self.paused and not self._held:
             self.inbox.clock += min(1.0, time.monotonic() - self._read_at)  # at most: the process may have been stopped
@@ -167,7 +167,7 @@ class Run:
         while True:
             try:
                 return call()
-            except sqlite3.Error as error:
+            except sqlite3.OperationalError as error:
                 if time.monotonic() > deadline:
                     return self.state.warn("disk", f"{line(error)}: what could not be written is lost")
                 time.sleep(0.1)
@@ -181,21 +181,7 @@ class Run:
         with self._lock:
             if not self.state.is_finished:
                 summary = {key: value for pipeline in self.pipelines for key, value in pipeline.best_values().items()}
-                reports = sum(pipeline.counts["reports"] for pipeline in self.pipelines)
-                in_rows = sum(n for pipeline in self.pipelines for n, _ in self.state.account(pipeline.number).values())
-                summary["ledger"] = {"reports": reports, "lost": reports - in_rows}
+                summary["ledger"] = ledger.summary(self.state, self.pipelines)
                 self.writer.finish(exit_code, failure, summary, deadline)
-                self._try_again()
                 ledger.conclude(self.state, self.writer, self.pipelines)
             return self.state.facts["ledgers"]
-
-    def _try_again(self) -> None:
-        """Raises ServiceDiedError, once: a wandb-core whose disk was full for a moment writes nothing after that."""
-        facts = self.state.facts
-        if facts["mode"] == "offline" and not facts.get("tried_again"):
-            self.writer.logs.look()
-            self.state.note(tried_again=True)
-            with contextlib.suppress(sqlite3.Error):
-                self.state.commit()
-                if not all(map(self.writer.there(), self.state.waiting())):
-                    raise ServiceDiedError("wandb-core has not written all rows")

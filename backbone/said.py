@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .ledger import RunFinishedError, line
 from .state import State
+from .values import encodable
 
 if TYPE_CHECKING:
     import wandb
@@ -34,6 +35,19 @@ KNOWN = {"config": {}, "summary": {}, "used": []}  # what is told again after a 
 def _with(run: wandb.Run, used: list[str]) -> list[str]:
     """The artifacts that a run has used, and these."""
     return [*dict.fromkeys([*run.config.get("used_artifacts", ()), *used])]
+
+
+def alert(title: str, text: str, level: Any, wait_duration: Any) -> dict[str, Any]:
+    """What a worker says for an alert. Raises ValueError or TypeError for what can't be."""
+    level = getattr(level, "value", level)
+    if level not in ("INFO", "WARN", "ERROR"):
+        raise ValueError(f"level must be INFO, WARN or ERROR, not {level!r}")
+    if not isinstance(wait_duration, int | float | timedelta):
+        raise TypeError(f"wait_duration must be seconds or a timedelta, not {wait_duration!r}")
+    seconds = wait_duration.total_seconds() if isinstance(wait_duration, timedelta) else float(wait_duration)
+    if not 0 <= seconds < 2**31:
+        raise ValueError(f"wait_duration must be some seconds, not {wait_duration!r}")
+    return dict(title=encodable(str(title)), text=encodable(str(text)), level=level, wait_duration=seconds)
 
 
 class Said:
@@ -65,9 +79,8 @@ class Said:
 
     def _is_repeated(self, alert: dict[str, Any], wall_time: float) -> bool:
         """Whether one of this title has gone out: all ranks may send it, in one process or many."""
-        told, wait = self._state.facts.get("alerted", {}), alert["wait_duration"]
-        seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
-        if wall_time - told.get(alert["title"], -math.inf) < seconds:
+        told = self._state.facts.get("alerted", {})
+        if wall_time - told.get(alert["title"], -math.inf) < alert["wait_duration"]:
             return True
         self._state.note(alerted=told | {alert["title"]: wall_time})
         return False

@@ -56,14 +56,10 @@ class State:
         self.facts: dict[str, Any] = {name: pickle.loads(value) for name, value in facts}
         self._queue: dict[object, tuple[str, tuple]] = {}
         (self._last,) = self.db.execute("SELECT coalesce(max(number), -1) FROM rows").fetchone()  # row's number
-        self._refused = dict(self.db.execute("SELECT number, refused FROM rows WHERE refused > 0"))
         self.hear: Callable[[str], None] = lambda warning: None  # is told the first warning of a kind
 
     def do(self, statement: str, *values: Any, key: object = None) -> None:
-        """To be done with the next commit. key: the same for all statements of which only the last one counts.
-
-        So the queue doesn't grow with the commits that fail.
-        """
+        """To be done with the next commit. Of those with the same key only the last one counts."""
         key = object() if key is None else key
         self._queue.pop(key, None)
         self._queue[key] = statement, values
@@ -83,7 +79,7 @@ class State:
         return bool(self._queue)
 
     def commit(self) -> None:
-        """Raises sqlite3.Error where the disk is full. Then all of it stays to be done."""
+        """Raises sqlite3.OperationalError where the disk is full. Then all of it stays to be done."""
         if not self._queue:
             return
         self.db.execute("BEGIN")
@@ -153,15 +149,9 @@ class State:
 
     def refuse(self, number: int, values: int) -> bool:
         """Notes how many values of a row W&B has refused; whether that was not known before."""
-        is_new = number not in self._refused
-        self._refused[number] = values
+        [(before,)] = self.db.execute("SELECT refused FROM rows WHERE number = ?", (number,))
         self.do("UPDATE rows SET refused = ? WHERE number = ?", values, number)
-        return is_new
-
-    def account(self, pipeline: int) -> dict[int, tuple[int, int]]:
-        """A pipeline's rows: number -> reports that it stands on, values that W&B has refused."""
-        rows = self.db.execute("SELECT number, reports, refused FROM rows WHERE pipeline = ?", (pipeline,))
-        return {number: (reports, refused) for number, reports, refused in rows}
+        return not before
 
     def close(self) -> None:
         self.db.close()

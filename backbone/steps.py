@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
 
 
 @dataclasses.dataclass
@@ -32,17 +31,13 @@ class Worker:
     is_task: bool
     born: int  # births and ends are counted together, so that it is known which came first
     step: int = -1  # the last one that it has reported
-    committed: bool = False  # it is done with that step
+    busy_with: int | None = None  # that step, until it is done with it
     regular: bool = False  # it has reported more than one
     heard: float = 0.0  # when it last reported, in seconds of the pipeline's clock
     end: int = 0  # where its end comes among births and ends; 0 as long as it lives
     end_time: float = 0.0
     death: float = math.inf  # the same as `end`, if it did not end by itself
     steps: set[int] = dataclasses.field(default_factory=set)  # open ones that it has reported
-
-    @property
-    def busy_with(self) -> int | None:
-        return None if self.committed or self.end else self.step
 
 
 @dataclasses.dataclass
@@ -55,6 +50,16 @@ class OpenStep:
     heard: float = 0.0
     death: float = math.inf  # the first death among its workers, as `Worker.end`
     of_tasks: bool = False
+    partial: bool = False  # in the end: fewer workers have reported it than make a step complete
+
+    def add(self, worker: Worker, report: int, now: float) -> None:
+        if worker.name not in self.reports:
+            self.reports[worker.name] = []
+            self.speakers.add(worker.speaks_for)
+            self.busy += 1
+            self.of_tasks |= worker.is_task
+        self.reports[worker.name].append(report)
+        self.heard = now
 
 
 class Steps:
@@ -64,9 +69,9 @@ class Steps:
     what was reported of it, and `warnings`, each a kind and a sentence. All of it can be pickled.
     """
 
-    MINUTE: ClassVar = 60.0
-    GRACE: ClassVar = 10.0  # in which somebody may take the place of one who has ended
-    MAX_WAITING: ClassVar = 100_000  # reports in open steps
+    MINUTE = 60.0
+    GRACE = 10.0  # in which somebody may take the place of one who has ended
+    MAX_WAITING = 100_000  # reports in open steps
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -97,11 +102,13 @@ class Steps:
         if stood != step:
             self._done(stood, name)
         worker.regular |= worker.step not in (-1, step)
-        worker.step, worker.committed, worker.heard = step, False, now
-        self._add(worker, step, report, now)
+        worker.step, worker.busy_with, worker.heard = step, step, now
+        worker.steps.add(step)
+        self.open.setdefault(step, OpenStep()).add(worker, report, now)
+        self._waiting += 1
         if commit:
             self._done(step, name)
-            worker.committed = True
+            worker.busy_with = None
         for each in {stood, step}:
             self._close_if_complete(each, now)
         while self._waiting > self.MAX_WAITING:
@@ -114,7 +121,7 @@ class Steps:
             return
         self._done(worker.busy_with, name)
         self._order += 1
-        worker.end, worker.end_time = self._order, now
+        worker.end, worker.end_time, worker.busy_with = self._order, now, None
         worker.death = self._order if died and worker.speaks_for == name else math.inf
         if not worker.is_task and worker.speaks_for == name:
             self._ended[name] = worker
@@ -154,19 +161,6 @@ class Steps:
         for step in sorted(self.open):
             self._close(step)  # rule 4
 
-    def _add(self, worker: Worker, step: int, report: int, now: float) -> None:
-        open_step = self.open.setdefault(step, OpenStep())
-        if worker.name not in open_step.reports:
-            open_step.reports[worker.name] = []
-            open_step.speakers.add(worker.speaks_for)
-            open_step.busy += worker.busy_with == step
-            open_step.of_tasks |= worker.is_task
-            open_step.death = min(open_step.death, worker.death)
-            worker.steps.add(step)
-        open_step.reports[worker.name].append(report)
-        open_step.heard = now
-        self._waiting += 1
-
     def _done(self, step: int | None, name: str) -> None:
         if (open_step := self.open.get(step)) and name in open_step.reports:
             open_step.busy -= 1
@@ -188,6 +182,7 @@ class Steps:
         self._waiting -= sum(map(len, open_step.reports.values()))
         if open_step.of_tasks:
             self._warn_of_many(len(open_step.speakers))
+        open_step.partial = len(open_step.speakers) < self.workers
         self.rows.append((step, open_step))
         for name in open_step.reports:
             self.known[name].steps.discard(step)

@@ -16,7 +16,7 @@ from .ledger import line
 
 _KNOWN_KEYS: set[str] = set()  # that have passed `_check_key`; looking here is cheaper than checking again
 _PLAIN = {float, int, str, np.ndarray}  # have no media in them
-_FLOATS, _TEXTS = {float}, {str}
+_FLOATS, _NUMBERS, _TEXTS = {float}, {float, int, bool}, {str}
 
 
 def as_step(step: Any) -> int:
@@ -27,7 +27,7 @@ def as_step(step: Any) -> int:
             array = _as_array(step)
             number = int(array) if array.dtype.kind in "iuf" and not array.ndim else None
         if number is None or number != array:
-            raise TypeError(f"step must be a whole number, not {step!r}")
+            raise TypeError(f"step must be a whole number, not {shown(step)}")
         step = number
     if not 0 <= step < 2**63:
         hint = ": what comes before training, such as an evaluation, is step 0" if step < 0 else ""
@@ -42,7 +42,7 @@ def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
     key.
     """
     if type(metrics) is not dict and not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics must be a mapping from key to value, not {metrics!r:.80}")
+        raise TypeError(f"metrics must be a mapping from key to value, not {shown(metrics)}")
     if (
         _FLOATS.issuperset(map(type, metrics.values()))
         and _KNOWN_KEYS.issuperset(metrics)
@@ -55,7 +55,7 @@ def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
             report[key] = value
         elif key == "step" and not isinstance(value, Mapping):
             if value is not None and as_step(value) != step:
-                raise ValueError(f"metric 'step' is {value!r}, but log was called for step {step}")
+                raise ValueError(f"metric 'step' is {shown(value)}, but log was called for step {step}")
         else:
             _add(report, key, value)
     return report
@@ -65,7 +65,7 @@ def _add(report: dict[str, Any], key: Any, value: Any) -> None:
     if value is None:
         return
     if not isinstance(key, str):
-        raise TypeError(f"metric key {key!r} must be a string, not {type(key).__name__}")
+        raise TypeError(f"metric key {shown(key)} must be a string, not {type(key).__name__}")
     key = as_text(key)
     if isinstance(value, Mapping):
         for name, inner in value.items():
@@ -86,6 +86,21 @@ def as_text(value: str) -> str:
     return str.__str__(value)
 
 
+def encodable(value: str) -> str:
+    """The same, of any text: half of a character, such as a tokenizer makes, is written out."""
+    return as_text(value).encode("utf-8", "backslashreplace").decode()
+
+
+def check_label(label: Any) -> None:
+    if not isinstance(label, str):
+        raise TypeError(f"label must be a string, not {shown(label)}")
+
+
+def shown(value: Any) -> str:
+    """How a message shows a value: in one line, and not all of a long one."""
+    return f"{' '.join(f'{value!r:.1000}'.split()):.80}"
+
+
 def _check_key(key: str) -> None:
     if not key or key[0] == "_" or key == "workers":
         raise ValueError(f"metric key {key!r} must not be empty or 'workers', which every row has, nor start with '_'")
@@ -104,7 +119,7 @@ def _value(key: str, value: Any) -> Any:
     if isinstance(value, int):
         return _integer(key, int(value))
     if getattr(value, "log_mode", None) == "INCREMENTAL":
-        return increment if (increment := _Increment(value, key)).is_new else None
+        return increment if (increment := media.Increment(value, key)).is_new else None
     if media.is_data_type(value):
         return value
     if isinstance(value, str):
@@ -117,13 +132,15 @@ def _value(key: str, value: Any) -> Any:
     try:
         if (made := media.made_of(value)) is not None:
             return made
+        if isinstance(value, list | tuple) and any(media.made_of(each) is not None for each in _one_of_each(value)):
+            raise TypeError("log each under a key of its own")
         array = _as_array(value)
     except Exception as raised:  # ragged lists, tensors that can't be read from here
         error = raised
     if array is None or array.dtype.kind not in "iufb":
         raise TypeError(
             f"metric {key!r} must be a number, a string, an array or tensor of numbers, or a W&B data type, not "
-            f"{value!r:.80} ({type(value).__name__}): log a number of it, its str(), or a wandb.Image, wandb.Table, …"
+            f"{shown(value)} ({type(value).__name__}): log a number of it, its str(), or a wandb.Image, wandb.Table, …"
             + (f" ({line(error)})" if error else "")
         ) from error
     if array.ndim:
@@ -139,15 +156,14 @@ def _integer(key: str, value: int) -> int:
 
 def _as_array(value: Any) -> np.ndarray:
     """Raises what the libraries raise for what is no array."""
-    if isinstance(value, list | tuple):
-        kinds = {*map(type, value)}
-        if any(hasattr(kind, "detach") or issubclass(kind, np.ma.MaskedArray) for kind in kinds):
-            return np.concatenate([np.ravel(_as_array(each)) for each in value])
+    kinds = _one_of_each(value) if isinstance(value, list | tuple) else ()
+    if any(hasattr(each, "detach") or isinstance(each, np.ma.MaskedArray) for each in kinds):
+        return np.concatenate([np.ravel(_as_array(each)) for each in value])
     if hasattr(value, "full_tensor"):  # torch's DTensor
         if not all(placement.is_replicate() for placement in value.placements):
             raise TypeError("of this DTensor each rank has a part: log its .full_tensor(), which all ranks must call")
         value = value.to_local()
-    if hasattr(value, "detach"):  # a torch tensor, maybe with gradient, maybe on a GPU
+    if hasattr(value, "detach") and hasattr(value, "cpu"):  # a torch tensor, maybe with gradient, maybe on a GPU
         value = value.detach().cpu()
         try:
             value = value.numpy()
@@ -162,24 +178,9 @@ def _as_array(value: Any) -> np.ndarray:
     return array.astype(np.float64) if foreign or array.dtype == np.longdouble else array
 
 
-class _Increment:
-    """The rows of an incremental table that have not been sent under this key. It arrives as a table of those rows."""
-
-    def __init__(self, table: Any, key: str):
-        self._table, self._key, self._rows = table, key, len(table.data)
-        self._sent = vars(table).get("_sent", {}).get(key)  # number of rows
-
-    @property
-    def is_new(self) -> bool:
-        return self._rows != self._sent  # the first one is, even without rows
-
-    def note(self) -> None:
-        """It is on its way, so the next one has the rows behind it."""
-        vars(self._table).setdefault("_sent", {})[self._key] = self._rows
-
-    def __reduce__(self) -> tuple:
-        state = vars(self._table) | {"data": self._table.data[self._sent : self._rows]}
-        return object.__new__, (type(self._table),), state
+def _one_of_each(values: list | tuple) -> list:
+    """A value of each type that is there, besides Python's own numbers."""
+    return [] if _NUMBERS.issuperset(map(type, values)) else [*{type(value): value for value in values}.values()]
 
 
 class _Pickler(pickle.Pickler):
@@ -192,13 +193,20 @@ class _Pickler(pickle.Pickler):
 
 def pack(report: Mapping[str, Any], what: str = "metric") -> bytes:
     """A report or a row as bytes, media included. Raises TypeError that names the key of what can't be sent."""
-    if "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values())):
+    if _has_no_media(report):
         return pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
-    packed = _dumps(report, what)
-    for value in report.values():
-        if isinstance(value, _Increment):
+    return _dumps(report, what)
+
+
+def _has_no_media(report: Mapping[str, Any]) -> bool:
+    return "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values()))
+
+
+def is_logged(report: Mapping[str, Any]) -> None:
+    """Notes of the growing tables in a report, which rows have been logged by now."""
+    for value in () if _has_no_media(report) else report.values():
+        if isinstance(value, media.Increment):
             value.note()
-    return packed
 
 
 def _dumps(report: Mapping[str, Any], what: str) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -144,7 +145,7 @@ class Writer:
         """Finishes the run, and waits for the upload until `deadline`, then until all is on the disk.
 
         failure: what went wrong; its first line is for the run's summary, the rest for its Logs. Raises
-        ServiceDiedError if wandb-core is dead.
+        ServiceDiedError if wandb-core is dead, or has not written all rows.
         """
         facts, uploaded = self._state.facts, False
         try:
@@ -170,6 +171,18 @@ class Writer:
             uploaded = False
             self._state.warn("upload", "the W&B server refused the upload")
         self._state.note(uploaded=uploaded)
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ServiceDiedError, once: a wandb-core whose disk was full for a moment writes nothing after that."""
+        facts = self._state.facts
+        if facts["mode"] == "offline" and not facts.get("tried_again"):
+            self.logs.look()
+            self._state.note(tried_again=True)
+            with contextlib.suppress(sqlite3.Error):
+                self._state.commit()
+                if not all(map(self.there(), self._state.waiting())):
+                    raise ServiceDiedError("wandb-core has not written all rows")
 
     def there(self) -> Callable[[int], bool]:
         """Says of a row's number whether W&B has it: in a transaction log here, or on the server."""

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backbone import records, values, wandb_internals
+from backbone import ledger, records, values, wandb_internals
 from backbone.files import OUTBOXES, Address, state_path, this_machine
 from backbone.ledger import Ledger
 from backbone.page import Position
@@ -48,7 +48,9 @@ def who(process: str, name: str, label: str = "", task: bool = True) -> Event:
 
 def report(process: str, step: int, metrics: dict, commit: bool = True, pipeline: int = 0, at: float = 0.0) -> Event:
     """at: wall clock."""
-    kind, content = records.COMMIT if commit else records.REPORT, values.pack(values.as_report(metrics, step))
+    kind, made = records.COMMIT if commit else records.REPORT, values.as_report(metrics, step)
+    content = values.pack(made)
+    values.is_logged(made)
     return Event(process, kind, content, step, pipeline, at)
 
 
@@ -112,7 +114,7 @@ class Kept:
     def in_no_row(self, prefix: str = "") -> int:
         """How many reports are in no row."""
         pipeline = self.run.pipeline(prefix)
-        return pipeline.counts["reports"] - sum(n for n, _ in self.state.account(pipeline.number).values())
+        return pipeline.counts["reports"] - sum(n for n, _ in ledger.rows_of(self.state, pipeline).values())
 
     def end(self, patience: float = 60.0) -> None:
         """Reads to the end, and closes all steps."""

@@ -28,9 +28,9 @@ from backbone import outbox, page, process, records
 from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
 from backbone.outbox import Outbox, Room
-from backbone.page import Position, is_alive, lost_by_pipeline
+from backbone.page import OTHER, Position, is_alive, lost_by_pipeline
 from backbone.reading import Reader, Record
-from backbone.records import BEGUN, ENDED, LOST, REPORT, VANISHED, WHO
+from backbone.records import BEGUN, ENDED, LOST, REPORT, SAID, VANISHED, WHO
 
 import pytest
 from conftest import wait_for
@@ -444,6 +444,7 @@ def test_what_a_full_disk_does_not_take_is_counted_warned_of_once_and_logging_go
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             for number in reports:
                 put(box, number, size=100)
+            box.put(SAID, 0, 0, b"x" * 100)
         pipe.send(told)
 
     told = child(work).told()
@@ -453,7 +454,9 @@ def test_what_a_full_disk_does_not_take_is_counted_warned_of_once_and_logging_go
     found = numbers(records)
     assert {0, *range(50, 60), *range(110, 120)} <= set(found)
     assert found == sorted(set(found))
-    assert 0 < lost(records) == 120 - len(found)
+    assert lost(records) == 120 - len(found) + 2
+    *_, content = (record.content for record in records if record.kind == LOST)
+    assert lost_by_pipeline(content) == {0: 120 - len(found), OTHER: 2}  # what is no report counts apart
 
 
 @pytest.fixture

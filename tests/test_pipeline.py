@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from backbone import ledger, process, values
+from backbone import ledger, page, process, values
 from backbone import run as run_room
 from backbone.inbox import GONE, HOME
 from backbone.reading import Reader, Reading
@@ -283,7 +283,7 @@ def test_a_child_process_is_counted_as_its_parent(kept):
 
 def lost(**counts: int) -> bytes:
     """A page's counters; pipeline0=3."""
-    return b"".join(counts.get(f"pipeline{i}", 0).to_bytes(8, "little") for i in range(256))
+    return b"".join(counts.get(f"pipeline{i}", 0).to_bytes(8, "little") for i in range(page.OTHER + 1))
 
 
 def test_reports_that_a_process_had_no_room_for_are_counted_once(kept):
@@ -296,6 +296,17 @@ def test_reports_that_a_process_had_no_room_for_are_counted_once(kept):
     counts = {prefix: made.run.pipeline(prefix).counts["reports"] for prefix in ("training/", "inference/")}
     assert counts == {"training/": 1 + 5, "inference/": 1 + 2}
     assert (made.in_no_row("training/"), made.in_no_row("inference/")) == (5, 3)
+
+
+def test_what_else_a_process_had_no_room_for_is_no_report_and_is_named_once(kept):
+    made = kept()
+    made.say(0, {"a": 1.0})
+    for n in (1, 7):
+        made.bring(Event("w", LOST, lost(**{f"pipeline{page.OTHER}": n})))
+        made = again(made)
+    account = ledger.account(made.state, made.run.pipeline(""))
+    assert (account.reports, made.in_no_row(), account.ok) == (1, 0, False)
+    assert account.unheard == ["w: there was no room for alerts, config, log lines or the like"]
 
 
 def test_an_outbox_that_somebody_removed_is_named_and_its_worker_has_ended(kept):
@@ -394,6 +405,48 @@ def test_values_that_can_not_be_reduced_are_lost_values_and_their_row_stays(kept
     assert row.metrics == {"a": 1.0, "step": 0, "workers": 2}
     account = ledger.account(made.state, made.run.pipeline(""))
     assert (account.rows, made.in_no_row(), account.lost_values, account.ok) == (1, 0, 1, False)
+
+
+class Once(wandb.Html):
+    """Can be sent, and read there, but not be sent again."""
+
+    def __reduce__(self) -> tuple:
+        assert not vars(self).get("arrived")
+        return Once._arrived, ()
+
+    @staticmethod
+    def _arrived() -> "Once":
+        value = Once.__new__(Once)
+        value.arrived = True
+        return value
+
+
+def test_a_value_that_can_not_be_kept_is_a_lost_value_and_its_row_stays(kept):
+    made = kept()
+    for step, metrics in enumerate([{"page": Once("x"), "a": 1.0}, {"page": Once("x")}]):
+        made.bring(Event("w", COMMIT, pickle.dumps(metrics), step))
+    numbers = {"workers": 1}
+    assert [row.metrics for row in made.rows] == [{"a": 1.0, "step": 0} | numbers, {"step": 1} | numbers]
+    account = ledger.account(made.state, made.run.pipeline(""))
+    assert (made.in_no_row(), account.lost_values, account.ok) == (0, 2, False)
+    [warning] = made.state.warnings
+    assert warning.startswith("metric 'page' can't be sent: ")
+    assert warning.endswith(" (2 times)")
+
+
+def test_whether_a_row_is_partial_is_decided_when_its_step_is_over(kept):
+    made = kept()
+    made.bring(*(report("w", step, {"a": 1.0}) for step in range(3)), Event("w", EXPECT, step=2))
+    assert made.run.pipeline("").counts["partial"] == 0
+    made.bring(report("w", 3, {"a": 1.0}), Event("w", EXPECT, step=1))
+    assert made.run.pipeline("").counts == Counter(rows=4, reports=4, partial=0)
+
+
+def test_a_key_that_is_logged_and_summed_up_as_well_is_warned_of(kept):
+    made = kept(reduction=Reduction(totals=("n",)))
+    made.say(0, {"n": 5, "n_total": 1000})
+    assert of(made.rows, "n_total") == [5]
+    assert made.state.warnings == ["'n_total' is logged, and a running sum as well: the sum is kept"]
 
 
 def test_a_row_that_is_too_large_for_the_state_loses_its_largest_values_only(kept, monkeypatch):

@@ -75,7 +75,7 @@ def test_a_report_whose_weight_is_0_does_not_count_whatever_it_says(warned, noth
 def test_where_all_weights_are_0_there_is_no_mean_and_a_warning_says_so(warned, losses):
     reports = [{"loss": loss, "tokens": 0} for loss in losses]
     assert math.isnan(reduced(warned, *reports, weights={"loss": "tokens"})["loss"])
-    message = "the weights 'tokens' of all reports of 'loss' add up to 0: such a row has NaN"
+    message = "the weights 'tokens' of 'loss' add up to 0: such a row has NaN"
     assert warned == [("weights of loss", message)]
 
 

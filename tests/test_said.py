@@ -17,6 +17,7 @@ from backbone.said import LogHandler
 
 import pytest
 import ray
+import wandb
 from conftest import Log, each_log, folders, wait_for
 from processes import pipeline_process
 from rooms import QUIET, Event
@@ -88,11 +89,11 @@ def test_what_w_b_refuses_is_told_and_the_rest_goes_on(opened, tmp_path):
 def test_an_alert_goes_out_again_after_its_wait_duration(opened, tmp_path):
     made = opened()
     made.join()
-    alert = dict(title="t", text="x", wait_duration=60.0)
+    alert = said_by_workers.alert("t", "x", "INFO", 60.0)
     for wall_time in (0.0, 59.0, 61.0):
         made.run.inbox.said.take("w", 1000 + wall_time, pickle.dumps(("alert", alert)))
     for wall_time in (0.0, 5.0, 11.0):
-        another = alert | dict(title="another", wait_duration=timedelta(seconds=10))
+        another = said_by_workers.alert("another", "x", "INFO", timedelta(seconds=10))
         made.run.inbox.said.take("w", 1000 + wall_time, pickle.dumps(("alert", another)))
     made.say(0, {"a": 1.0})
     made.finish()
@@ -137,18 +138,24 @@ def test_log_lines_after_the_end_of_the_run_disturb_nobody(run):
 # What only the pipeline actor can know
 
 
-def test_the_largest_is_named_by_label_or_else_by_its_process(run, tmp_path):
+def pipeline_with(how: Reduction) -> ray.actor.ActorClass:
     from common import PipelineActor, pipeline_actor
 
     class Training(PipelineActor):
-        reduction = Reduction(worst=("time/*",), statistics={"time/samples": ("mean",)})
+        reduction = how
+
+    return pipeline_actor(Training)
+
+
+def test_the_largest_is_named_by_label_or_else_by_its_process(run, tmp_path):
+    reduction = Reduction(worst=("time/*",), statistics={"time/samples": ("mean",)})
 
     @ray.remote(num_cpus=0)
     class Rank:
         def log(self, run, seconds: float, label: str) -> None:
             run.log({"time/step_s": seconds, "time/samples": [seconds, 0.0], "other": 1.0}, 0, label=label)
 
-    made = run(workers=2, pipeline=pipeline_actor(Training))
+    made = run(workers=2, pipeline=pipeline_with(reduction))
     ray.get([Rank.remote().log.remote(made, 1.0, "rank 0"), Rank.remote().log.remote(made, 3.0, "")])
     assert made.finish().ok
     [row] = each_log(tmp_path)[0].rows
@@ -165,7 +172,15 @@ def test_nobody_is_the_worst_where_all_is_missing():
     assert "t/worst" not in reduce_reports([{"t": 1.0}], reduction)
 
 
-@pytest.mark.parametrize("how", [dict(worst="t"), dict(best={"t": "mean"})])
+def test_only_numbers_have_a_worst():
+    told, reports = [], [{"t/a": "x", "t/b": 1.0, "t/c": wandb.Html("x")}, {"t/a": "x", "t/b": "late"}]
+    row = reduce_reports(reports, Reduction(worst=("t/*",)), lambda *what: told.append(what), ["w", "v"])
+    assert {key: value for key, value in row.items() if key.endswith("/worst")} == {"t/b/worst": "w"}
+    assert row["t/a"] == "x"
+    assert [kind for kind, _ in told] == ["differs t/b"]
+
+
+@pytest.mark.parametrize("how", [dict(worst="t"), dict(best={"t": "mean"}), dict(weights={"a": ["t"]})])
 def test_a_rule_that_can_not_be_is_refused(how):
     with pytest.raises((TypeError, ValueError), match="'t'"):
         Reduction(**how)
@@ -194,6 +209,15 @@ def test_best_values_are_in_the_summary_over_restarts_and_resumes(opened, tmp_pa
     log(third, {3: 3.0})
     third.finish()
     assert Log(folders(tmp_path)[-1]).summary["training/reward/mean"] == {"max": 5.0, "last": 3.0}
+
+
+def test_the_last_value_of_a_key_that_not_each_row_has_stays_beside_its_best(opened, tmp_path):
+    made = opened()
+    made.join("", Reduction(best={"eval": "max"}))
+    for step, eval in enumerate([2.0, 1.0, None, None]):
+        made.say(step, {"loss": 0.1, "eval": eval})
+    made.finish()
+    assert Log(folders(tmp_path)[-1]).summary["eval"] == {"max": 2.0, "last": 1.0}
 
 
 # The end
@@ -289,3 +313,40 @@ def test_what_can_not_be_read_of_what_a_worker_says_is_told_and_the_ledger_is_no
     account = made.finish()[""]
     assert (account.lost, account.ok) == (0, False)
     assert account.warnings == ["reports may be missing of w: No module named 'no_such_module'"]
+
+
+HALF = "half of a \ud83d"
+
+
+def test_text_that_can_not_be_encoded_is_written_out(run, tmp_path):
+    """Such as a tokenizer makes: half of a character."""
+    made = run(pipeline=pipeline_with(Reduction(worst=("t",))))
+    logger = logging.getLogger("half")
+    logger.propagate = False  # pytest-xdist can't encode it
+    logger.addHandler(made.logging_handler(label=HALF))
+    logger.warning("a %s", HALF)
+    made.alert(HALF, HALF)
+    for step in range(3):
+        made.log({"t": 1.0, "text": HALF}, step, label=HALF)
+    ledger = made.finish(1, failure=f"ValueError: {HALF}")
+    assert (ledger.ok, ledger.rows, ledger.restarts) == (True, 3, 0)
+    log = each_log(tmp_path)[0]
+    assert (log.exit_code, log.summary["failure"]) == (1, "ValueError: half of a \\ud83d")
+    assert {row["t/worst"] for row in log.rows} == {"half of a \\ud83d"}
+    assert [title for title, _ in alerts([log])] == ["half of a \\ud83d"]
+
+
+@pytest.mark.parametrize("label", [3, 0, None, ("node", 3), b"x"])
+def test_a_label_that_is_no_string_is_refused(run, label):
+    made = run()
+    for log in (lambda: made.log({"a": 1.0}, 0, label=label), lambda: made.logging_handler(label)):
+        with pytest.raises(TypeError, match="label must be a string, not "):
+            log()
+    assert made.finish().ok
+
+
+def test_a_failure_that_is_no_string_is_refused(run):
+    made = run()
+    with pytest.raises(TypeError, match="failure must be a string, not ValueError"):
+        made.finish(1, failure=ValueError("x"))
+    assert made.finish().ok

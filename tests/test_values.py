@@ -1,8 +1,10 @@
 """What may be logged, what is made of it, and that it gets whole to another process."""
 
 import enum
+import gc
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from backbone import values
-from backbone.values import as_step, pack, unpack
+from backbone.values import as_step, is_logged, pack, unpack
 
 import ml_dtypes
 import numpy as np
@@ -322,7 +324,8 @@ def test_pixels_and_cells_that_wandb_makes_nothing_of_are_no_samples():
         def __array__(self, dtype=None, copy=None):
             return np.zeros((2, 1))
 
-    for value in (PIL.Image.new("L", (2, 2)), DataFrame()):
+    image, frame = PIL.Image.new("L", (2, 2)), DataFrame()
+    for value in (image, frame, [image, image], (frame,), [pd.DataFrame({"a": [1.0]})], [1.0, image]):
         with pytest.raises(TypeError, match=r"metric 'a' must be .*log .* a wandb\.Image, wandb\.Table"):
             as_report({"a": value})
 
@@ -390,6 +393,27 @@ def test_a_plotly_object_that_is_no_figure_is_refused_with_its_key_and_why():
 def test_what_can_not_be_logged_is_refused_with_its_key_and_what_to_do(value):
     with pytest.raises(TypeError, match=r"metric 'time/a' must be a number.*\): log a number of it, its str\(\), or a"):
         as_report({"loss": 1.0, "time": {"a": value}})
+
+
+def test_what_is_refused_is_left_as_it_was(tmp_path):
+    with open(tmp_path / "file", "w+b") as file, pytest.raises(TypeError, match="metric 'a' must be"):
+        as_report({"a": file})
+    with open(tmp_path / "file", "w+b") as file:
+        with pytest.raises(TypeError, match="metric 'a' must be"):
+            as_report({"a": [file]})
+        file.write(b"goes on")  # a file, too, has a `detach`
+
+
+@pytest.mark.parametrize("value", [np.full((9, 9), "x"), pd.DataFrame({("a", "b"): ["x"] * 9}), ["x" * 10_000_000]])
+def test_what_is_said_of_a_value_is_one_line_and_not_all_of_it(value):
+    with pytest.raises(TypeError) as raised:
+        as_report({"a": value})
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+    with pytest.raises(TypeError) as raised:
+        as_step(value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize("metrics", [None, [("a", 1)], 1.0, "a"])
@@ -610,9 +634,12 @@ def growing(mode: str = "INCREMENTAL") -> wandb.Table:
     return wandb.Table(columns=["reward"], log_mode=mode)
 
 
-def sent(table: wandb.Table, key: str = "rollouts", **others) -> list | None:
+def sent(table: wandb.Table, key: str = "rollouts", is_written: bool = True, **others) -> list | None:
     """The rewards that a report with this table brings to the actor; None without a table."""
-    report = unpack(pack(as_report({key: table, **others})))
+    made = as_report({key: table, **others})
+    report = unpack(pack(made))
+    if is_written:
+        is_logged(made)
     return [reward for (reward,) in report[key].data] if key in report else None
 
 
@@ -661,6 +688,7 @@ def test_what_could_not_be_sent_of_an_incremental_table_comes_with_the_next_repo
     with pytest.raises(TypeError, match="metric 'rollouts' can't be sent"):
         sent(table)
     del table.remember
+    assert sent(table, is_written=False) == [0]  # such as where the disk is full, or a record is too large
     assert sent(table) == [0]
 
 
@@ -669,7 +697,9 @@ def test_rows_that_are_added_while_a_report_is_packed_come_with_the_next():
     table.add_data(0)
     report = as_report({"rollouts": table})
     table.add_data(1)
-    assert [unpack(pack(report))["rollouts"].data, sent(table)] == [[[0]], [1]]
+    packed = pack(report)
+    is_logged(report)
+    assert [unpack(packed)["rollouts"].data, sent(table)] == [[[0]], [1]]
 
 
 def rewards(log: Log, key: str) -> list[list]:
@@ -712,21 +742,58 @@ def test_media_that_were_sent_leave_no_temporary_file_and_may_be_sent_again(medi
     value = getattr(media, kind)()
     contents, of_user = [Path(path).read_bytes() for path in files_of(value)], [*media.folder.iterdir()]
     table = wandb.Table(columns=["a"], data=[[value]])
-    for report in ({"a": value}, {"a": [value, value]}, {"a": table}, {"a": value}):
+    reports = {"a": value}, {"a": [value, value]}, {"a": table}, {"a": value}
+    for report in reports:
         packed = pack(as_report(report))
-        assert in_temporary_folder() == 0
         assert [*media.folder.iterdir()] == of_user
+    del value, table, report, reports
+    gc.collect()  # wandb's images refer to themselves
+    assert in_temporary_folder() == 0
     arrived = unpack(packed)["a"]
     assert [Path(path).read_bytes() for path in files_of(arrived)] == contents
 
 
 def test_a_worker_that_sends_many_media_has_no_files_of_them(media, no_files):
-    kept = []
     for _ in range(50):
-        kept.append({"image": media.image(), "page": media.html(), "table": growing()})
-        kept[-1]["table"].add_data(media.image_with_masks())
-        pack(as_report(kept[-1]))
+        report = {"image": media.image(), "page": media.html(), "table": growing()}
+        report["table"].add_data(media.image_with_masks())
+        pack(as_report(report))
+    del report
+    gc.collect()
     assert in_temporary_folder() == 0
+
+
+def test_a_fork_takes_no_file_of_its_parent_s(media, no_files):
+    image = media.image()
+    pack(as_report({"image": image}))
+    if not (child := os.fork()):
+        del image
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert pack(as_report({"image": image}))
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_an_object_may_be_logged_to_a_run_of_ones_own_as_well(opened, tmp_path, media, ours_first):
+    """Before or after: neither takes it away from the other."""
+    report = {kind: getattr(media, kind)() for kind in KINDS} | {"list": [media.image(), media.image()]}
+    report["table"] = wandb.Table(columns=["page"], data=[[media.html()]])
+    report["growing"] = wandb.Table(columns=["a"], data=[[1]], log_mode="INCREMENTAL")
+    report["chart"] = wandb.plot.line_series([0, 1], [[0.5, 0.7]], keys=["reward"])
+    made = opened()
+    made.join()
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
+    mine = wandb.init(mode="offline", dir=tmp_path / "mine", settings=settings, reinit="create_new", id="mine")
+    steps = [lambda: made.say(0, report), lambda: mine.log(report)]
+    for step in steps if ours_first else steps[::-1]:
+        step()
+    mine.finish()
+    assert made.finish()[""].ok
+    rows = Log(Path(mine.sync_dir)).rows[0], Log(folders(tmp_path)[0]).rows[0]
+    theirs, ours = ({key: value for key, value in row.items() if key.endswith("._type")} for row in rows)
+    assert ours == theirs
+    assert {key.partition("_table")[0].partition(".")[0] for key in ours} == {*report}
 
 
 def test_a_file_of_the_user_s_in_w_b_s_folder_stays(no_files):
@@ -744,6 +811,8 @@ def test_nothing_is_left_of_what_a_run_has(opened, tmp_path, media, no_files):
         report = {"page": media.html(), "frames": [media.image(), media.image()]}
         report["table"] = wandb.Table(columns=["image", "array"], data=cells)
         made.say(step, report | {"chart": wandb.plot.bar(wandb.Table(["page", "n"], [[media.html(), 1]]), "n", "n")})
+        del cells, report
+        gc.collect()
         assert in_temporary_folder() == 0
     assert made.finish()[""].ok
     log = Log(folders(tmp_path)[0])
@@ -760,6 +829,8 @@ def test_one_image_may_be_alone_and_in_a_table_of_the_same_row(opened, tmp_path,
     made = opened()
     made.join()
     made.say(0, {key: values[key] for key in order})
+    del image, values
+    gc.collect()
     assert in_temporary_folder() == 0
     assert made.finish()[""].ok
     log = Log(folders(tmp_path)[0])

@@ -325,14 +325,16 @@ def empty_folder():
         path.unlink()
 
 
-def test_media_give_up_their_temporary_file_and_may_be_made_again_in_another_process(begin, empty_folder):
+def test_media_take_their_temporary_file_with_them_and_may_be_made_again_in_another_process(begin, empty_folder):
     page = wandb.Html("<b>x</b>")
     [temporary] = files_in(MEDIA_TMP.name)
     content = temporary.read_bytes()
     for _ in range(2):
         parts = media.parts(page)
         assert (parts[0], parts[2]) == (wandb.Html, content)
-        assert files_in(MEDIA_TMP.name) == []
+        assert files_in(MEDIA_TMP.name) == [temporary]  # its owner may log it to a run of his own
+    del page
+    assert files_in(MEDIA_TMP.name) == []
     again = media.assembled(*parts)
     [temporary] = files_in(MEDIA_TMP.name)
     assert media.parts(again)[2] == content
