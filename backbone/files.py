@@ -8,6 +8,7 @@ pipelines   which there are, in case that the state is lost
 stop        somebody has pressed "Stop run"
 ledgers     the run is finished
 known       on other nodes: the run has been told of this folder
+node        on other nodes: whose relay reads here, if several nodes of Ray are on one machine
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Address(NamedTuple):
     node: str  # its name in Ray
 
     def key(self, kind: str, place: str = "") -> bytes:
-        """In the key-value store of Ray's GCS. place: a node's name in Ray, and a view of its files."""
+        """In the key-value store of Ray's GCS. place: a node's name in Ray, and the digest of a folder there."""
         return f"{kind}/{self.nonce}/{place}".encode()
 
     @property
@@ -128,12 +129,17 @@ def disk_is_full(path: Path) -> bool:
     return found.free < found.total / 10
 
 
-def state_path(folder: Path, run_id: str) -> Path:
+def state_path(folder: Path, project: str, run_id: str) -> Path:
     """Where the state of a run below `folder` is: in `folder`, or on this node where that has no locks (Lustre)."""
+    name = f"{run_id}.{digest(project)}.state"  # in another project a run may have the same id
     if has_locks(folder):
-        return folder / f".{run_id}.state"
-    name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:12]
-    return Path(tempfile.gettempdir(), f"wandb-run-{name}-{run_id}.state")
+        return folder / f".{name}"
+    return Path(tempfile.gettempdir(), f"wandb-run-{digest(folder.absolute())}-{name}")
+
+
+def digest(text: str | Path) -> str:
+    """For the name of a file or a key."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def has_locks(folder: Path) -> bool:

@@ -24,7 +24,7 @@ class Box:
     process: str  # whose it is
     parent: str  # the worker that a child process is counted as
     name: str  # of the worker that logs there now
-    task: bool = False
+    task: str = ""  # what all attempts of a task share, if it is one
     label: str = ""  # what that worker wants to be called
     position: Position = dataclasses.field(default_factory=Position)
     lost: dict[int, int] = dataclasses.field(default_factory=dict)  # reports, by pipeline
@@ -61,7 +61,9 @@ class Inbox:
 
     def take(self, place: str, reading: Reading) -> None:
         """Takes what is new in a place. The reading before must have been committed by its reader."""
-        for key in [key for key, box in self.boxes.items() if key[0] == place and box.ended]:
+        # Whoever had ended by the reading before is forgotten, unless an actor died before it could remove the files.
+        again = {(place, record.outbox) for record in reading.records}
+        for key in [key for key, box in self.boxes.items() if key[0] == place and box.ended and key not in again]:
             del self.boxes[key]
             self._state.do("DELETE FROM outboxes WHERE place = ? AND name = ?", *key)
         for record in reading.records:
@@ -69,7 +71,7 @@ class Inbox:
             if record.kind == records.BEGUN:
                 about = json.loads(record.content)
                 self.boxes[place, record.outbox] = Box(about["name"], about["parent"], about["name"])
-            elif box:  # else it had ended before an actor died that had not removed its files yet
+            elif box and not box.ended:
                 self._take_record(box, record)
         for name, end in {record.outbox: record.end for record in reading.records}.items():
             if box := self.boxes.get((place, name)):
@@ -101,7 +103,7 @@ class Inbox:
             if box.process == self._owner:
                 self._state.note(owner_end=box.exit or GONE)
         elif record.kind == records.VANISHED:
-            self._state.unheard(f"{box.process}: somebody has removed its outbox")
+            self._state.unheard(f"{box.process}: somebody has removed its outbox, or there was no room for one")
             self._close(box)
         elif record.kind == records.LOST:
             before, box.lost = box.lost, lost_by_pipeline(record.content)

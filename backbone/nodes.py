@@ -1,6 +1,6 @@
-"""CPU, memory and GPUs of every node of the cluster among the run's system metrics: wandb reads what Ray exports.
+"""The nodes of the cluster: whether one lives, and CPU, memory and GPUs of each among the run's system metrics.
 
-A node exports them where `ray[default]` is installed.
+wandb reads these from where Ray exports them, on nodes where `ray[default]` is installed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def endpoints() -> dict[str, str]:
         address = node["NodeManagerAddress"]
         found[name] = f"http://{f'[{address}]' if ':' in address else address}:{node['MetricsExportPort']}/metrics"
     return found
+
+
+def is_alive(node: str) -> bool:
+    """Whether Ray says so of the node of this name."""
+    return any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())
 
 
 def _host(node: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import pickle
 import threading
 import time
@@ -39,11 +40,12 @@ class Files:
         own.add(name)
         self.folder, self.process, self.room = folder, process, Room()
         self.who = ("", "")  # name and label of the worker that has logged last
-        self.page = Page(folder / f"{name}.page", process.name, process.parent, lost)
+        self.segments = Segments(lambda number: f"{folder}/{name}.{number}")
         try:
-            self.segments = Segments(lambda number: f"{folder}/{name}.{number}")
+            # A relay must stay for it, except for that of an idle process: Ray keeps those for more tasks.
+            self.page = Page(folder / f"{name}.page", process.name, process.parent, lost, stays=not process.in_task)
         except BaseException:
-            self.page.close()  # and whoever reads there finds that it has ended
+            self.segments.remove()
             raise
 
     @property
@@ -54,15 +56,26 @@ class Files:
     def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
         """Whether the record could be written."""
         if (who := (self.process.who(), label)) != self.who:
-            about = json.dumps(dict(name=who[0], label=encodable(label), task=self.process.in_task)).encode()
+            about = json.dumps(dict(name=who[0], label=encodable(label), task=self.process.task)).encode()
             if not self.segments.append(record(WHO, about, now), 0):
                 return False
             self.who = who  # not before: an interrupt would leave reports that are taken for somebody else's
         return self.segments.append(record(kind, content, now, pipeline, step), 1)
 
+    @property
+    def are_removed(self) -> bool:
+        """Whether one of them is."""
+        return self.page.is_removed or self.segments.are_removed
+
     def close(self) -> None:
         self.page.close()
         self.segments.close()
+
+
+def leave_note(folder: Path, process: str) -> None:
+    """Says that a process has found no room for an outbox. A link needs neither room nor a free file descriptor."""
+    with contextlib.suppress(OSError):
+        os.symlink(process, f"{folder}/{uuid.uuid4().hex}.lost")
 
 
 class Outbox:
@@ -119,7 +132,7 @@ class Outbox:
             if now < self._next_look or not (files := self._files):
                 return
             self._next_look = now + 1
-            if files.page.is_removed:  # somebody has cleaned the temporary folder
+            if files.are_removed:  # somebody has cleaned the temporary folder
                 lost = max(0, files.segments.records - files.page.read[0])
                 self.close()
                 self._lost = {}
@@ -186,8 +199,10 @@ class Outbox:
             raise run_is_finished(self.address.name)
         with self._lock:
             if self._files is None and time.monotonic() >= self._next_look:
+                folder = None
                 try:
-                    files = Files(self.process.find_folder(self.address), self.process, self._lost)
+                    folder = self.process.find_folder(self.address)
+                    files = Files(folder, self.process, self._lost)
                     if (files.folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
                         files.close()
                         raise run_is_finished(self.address.name)
@@ -195,7 +210,9 @@ class Outbox:
                 except OSError as error:  # the disk is full, or the folder has just been removed
                     raise_from_outside(error)
                     with contextlib.suppress(OSError):
-                        self.process.find_folder(self.address)  # raises if the run is finished
+                        folder = self.process.find_folder(self.address)  # raises if the run is finished
+                    if folder and not self._lost:
+                        leave_note(folder, self.process.name)
                     self._next_look = time.monotonic() + 1
             return self._files is not None
 

@@ -41,10 +41,11 @@ class Position(NamedTuple):
 class Page:
     """The page of an outbox of this process, which sees there what the reader writes: `map` are its bytes."""
 
-    def __init__(self, path: Path, process: str, parent: str, lost: Mapping[int, int]):
+    def __init__(self, path: Path, process: str, parent: str, lost: Mapping[int, int], stays: bool):
         hidden = path.with_name(f".{path.stem}")
         content = b"".join(struct.pack("<Q", lost.get(pipeline, 0)) for pipeline in range(PIPELINES + 1))
-        content = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(LOST_AT, b"\0") + content
+        begin = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(STAYS_AT, b"\0") + bytes([stays])
+        content = begin.ljust(LOST_AT, b"\0") + content
         content += json.dumps(dict(name=process, parent=parent)).encode()
         self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:

@@ -56,7 +56,7 @@ class Pipeline:
         self._improve(best)
         self._state.do("UPDATE pipelines SET reduction = ? WHERE number = ?", pickle.dumps(reduction), self.number)
 
-    def log(self, report: Report, worker: str, step: int, commit: bool, now: float, parent: str, task: bool) -> None:
+    def log(self, report: Report, worker: str, step: int, commit: bool, now: float, parent: str, task: str) -> None:
         """Takes a report. For all else that happens to a step there is `steps`; see there for the arguments."""
         self.counts["reports"] += 1
         self._last_id += 1

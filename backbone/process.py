@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ray.runtime_context import get_runtime_context  # `ray.get_runtime_context` starts a Ray where there is none
 
-from . import ray_internals
-from .files import CLOSED_FOLDER, OUTBOXES, Address, make_private_folder, this_machine, this_view
+from . import nodes, ray_internals
+from .files import CLOSED_FOLDER, OUTBOXES, Address, digest, make_private_folder, this_machine, this_view
 from .ledger import RunFinishedError, run_is_finished
 from .outbox import Outbox
 from .ray_internals import which_ray
@@ -37,6 +37,7 @@ class Process:
     """
 
     in_task, ray = False, None
+    task = ""  # what all attempts of a task share
 
     def __init__(self, speaks_for: str = ""):
         self.name = self.last = _name  # who logs here; who has logged last
@@ -84,6 +85,7 @@ class RayProcess(Process):
         self.ray, self.node, self._task = which_ray(), get_runtime_context().get_node_id(), None
         self._is_driver, actor = ray_internals.in_driver(), ray_internals.actor_kind()
         self.in_task = not self._is_driver and not actor
+        self.task = self.name if self.in_task else ""
         if actor:
             self.name = self.last = self.name.replace("process", actor, 1)
 
@@ -99,7 +101,7 @@ class RayProcess(Process):
             if task != self._task:
                 attempt = ray_internals.current_attempt()
                 self.last = f"task {task[:16]} {attempt} on {socket.gethostname()}" if task else self.name
-                self._task = task
+                self.task, self._task = task[:16] if task else self.name, task
 
     def _find_elsewhere(self, address: Address) -> Path:
         self._check_open(address)
@@ -109,10 +111,21 @@ class RayProcess(Process):
             return address.folder
         folder = address.elsewhere
         make_private_folder(folder)
-        ray_internals.put(address.key("place", f"{self.node} {this_view()}"), os.fsencode(folder))
+        place = f"{self._reader_of(folder)} {digest(folder)}"
+        ray_internals.put(address.key("place", place), os.fsencode(folder))
         self._check_open(address)  # again: who finishes the run deletes that key, and then looks for places
         (folder / "known").touch()
         return folder
+
+    def _reader_of(self, folder: Path) -> str:
+        """The node whose relay reads a folder: where several nodes of Ray are on one machine, one of them does."""
+        link = folder / "node"
+        with contextlib.suppress(OSError):
+            if os.readlink(link) != self.node and not nodes.is_alive(os.readlink(link)):
+                link.unlink()
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(self.node)
+        return os.readlink(link)
 
     def _check_open(self, address: Address) -> None:
         if ray_internals.get(address.key("open")) is None:
@@ -123,7 +136,7 @@ def outbox(address: Address, speaks_for: str = "") -> Outbox:
     """This process's outbox for a run. speaks_for: see `Process`."""
     found = _outboxes.get(address.nonce)
     if not found:
-        for nonce in [nonce for nonce, other in _outboxes.items() if other.is_closed]:
+        for nonce in [nonce for nonce, other in _outboxes.items() if other.is_closed and not other.copies]:
             _outboxes.pop(nonce).close(finished=True)
         process = RayProcess() if which_ray() else Process(speaks_for)
         found = _outboxes.setdefault(address.nonce, Outbox(address, process))

@@ -7,6 +7,7 @@ when an outbox begins, when reports were lost in it, and when it ends.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import time
@@ -37,7 +38,8 @@ class Reading(NamedTuple):
 
     records: list[Record]  # in the order of time
     is_cut: bool = False  # there is more to read
-    is_last: bool = False  # of a relay: it has nothing more
+    is_last: bool = False  # of a relay: it has nothing more, and nobody logs there any more
+    has_left: bool = False  # of a relay: it has nothing for now, so it goes
 
     @property
     def is_empty(self) -> bool:
@@ -60,12 +62,12 @@ class Reader:
         self._lost: dict[str, bytes] = {}  # by outbox
         self._dying: set[str] = set()  # their process has ended
         self.stays: set[str] = set()  # of processes that can't tell the run of this place, or have such children
-        self._next_look = self._next_touch = 0.0
+        self._changed, self._next_look, self._next_touch = 0, 0.0, 0.0
 
     def read(self, look: bool = False) -> Reading:
         """What has come since the last reading. look: at each page, which is done now and then anyway."""
         before, found = dict(self._boxes), list[Record]()
-        looks = look or time.monotonic() >= self._next_look
+        looks = look or self._has_new_pages() or time.monotonic() >= self._next_look
         if looks:
             self._look(found)
             self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
@@ -75,10 +77,10 @@ class Reader:
             self._boxes = before
             return self.read(look=True)
         self._boxes |= {record.outbox: record.end for record in found}
-        if not is_cut:
-            last = {record.outbox: record.time for record in found}
-            # An end comes right behind the last record: later, the successor's first report would come before it.
-            found += [self._event(records.ENDED, name, last.get(name, 0.0)) for name in self._dying]
+        last = {record.outbox: record.time for record in found}
+        # An end comes right behind the last record: later, the successor's first report would come before it.
+        through = [name for name in self._dying if not self._has_news(name)]
+        found += [self._event(records.ENDED, name, last.get(name, 0.0)) for name in through]
         return Reading(sorted(found, key=lambda record: record.time), is_cut)
 
     def _read_boxes(self, found: list[Record]) -> tuple[list[Record], bool]:
@@ -87,7 +89,9 @@ class Reader:
         Where an outbox is cut off, nothing later is handed on from the others: else reports of one step would come in
         two readings, with another attempt at that step between them.
         """
-        news = [name for name in self._boxes if self._has_news(name, found)]
+        has_news = {name: self._has_news(name) for name in self._boxes}
+        found += [self._event(records.VANISHED, name) for name, has in has_news.items() if has is None]
+        news = [name for name, has in has_news.items() if has]
         share, horizon = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf
         for name in news:
             new, is_cut = self._read_box(name, share)
@@ -98,14 +102,13 @@ class Reader:
     def _event(self, kind: int, name: str, at: float = 0.0, content: bytes = b"") -> Record:
         return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])  # without a time, before all records
 
-    def _has_news(self, name: str, found: list[Record]) -> bool:
+    def _has_news(self, name: str) -> bool | None:
+        """None where somebody has removed it."""
         segment, offset, *_ = self._boxes[name]
         try:
             size = os.stat(self._path(name, segment)).st_size
         except FileNotFoundError:
-            if not os.path.exists(self._path(name, "page")) and name not in self._dying:
-                found.append(self._event(records.VANISHED, name))
-            return False
+            return None
         return size > offset or (size >= records.SEGMENT and os.path.exists(self._path(name, segment + 1)))
 
     def _read_box(self, name: str, share: int) -> tuple[list[Record], bool]:
@@ -132,9 +135,21 @@ class Reader:
 
     # Pages
 
-    def _names(self) -> list[str]:
+    def _has_new_pages(self) -> bool:
+        """To be known before anything that was logged later is handed on, such as the end of a new process's parent."""
+        try:
+            changed = os.stat(self._folder).st_mtime_ns
+        except FileNotFoundError:
+            return False
+        if changed == self._changed:
+            return False
+        # The time that a folder has is coarse, so it is looked at again a little later.
+        self._changed = changed if time.time_ns() - changed > 100_000_000 else 0
+        return any(name not in self._boxes for name in self._names())
+
+    def _names(self, end: str = ".page") -> list[str]:
         with contextlib.suppress(FileNotFoundError):
-            pages = [entry.name[:-5] for entry in os.scandir(self._folder) if entry.name.endswith(".page")]
+            pages = [entry.name[:-5] for entry in os.scandir(self._folder) if entry.name.endswith(end)]
             return [name for name in pages if name not in outbox.own]  # to open and close one's own would free its lock
         return []
 
@@ -152,6 +167,11 @@ class Reader:
                 self.stays.add(name)
             if seen and not seen.is_alive:
                 self._dying.add(name)
+        for name in self._names(".lost"):  # of a process that had no room for an outbox: it is as if it had had one
+            if name not in self._boxes:
+                self._boxes[name] = Position()
+                about = json.dumps(dict(name=os.readlink(self._path(name, "lost")), parent="")).encode()
+                found.append(self._event(records.BEGUN, name, content=about))
         if time.monotonic() > self._next_touch:  # some systems clean their temporary folder of what is old
             self._next_touch = time.monotonic() + 3600
             _touch(self._private)
@@ -170,10 +190,12 @@ class Reader:
             for segment in range(self._first.get(name, 0), last):
                 _remove(self._path(name, segment))
             self._first[name] = last
+            page.note_read(self._path(name, "page"), self._state, end)
             if name not in ended:
-                page.note_read(self._path(name, "page"), self._state, end)
                 continue
-            _remove(self._path(name, "page"))
+            for file in (self._path(name, "page"), self._path(name, "lost")):
+                with contextlib.suppress(OSError):
+                    os.unlink(file)  # not cut: its process may have it mapped
             for known in (self._boxes, self._first, self._lost):
                 known.pop(name, None)
             self._dying.discard(name)
@@ -190,7 +212,7 @@ class Reader:
             with contextlib.suppress(OSError):
                 (self._private / OUTBOXES).mkdir(exist_ok=True)  # if somebody has removed it
                 (self._private / OUTBOXES).rename(self._private / CLOSED_FOLDER)
-        self._folder, self._next_look = self._private / CLOSED_FOLDER, 0.0
+        self._folder, self._changed, self._next_look = self._private / CLOSED_FOLDER, 0, 0.0
         self.set_state(page.CLOSED)  # for those that have begun in between
 
 

@@ -107,8 +107,18 @@ class Segments:
             self.records, self.bytes = records + count, begin + size
             self._doubt = None if self._doubt is mark else mark
 
+    @property
+    def are_removed(self) -> bool:
+        """Whether the one that is written is."""
+        return os.fstat(self._segment[1]).st_nlink == 0
+
     def close(self) -> None:
         os.close(self._segment[1])
+
+    def remove(self) -> None:
+        """The first one, which nobody has written to."""
+        self.close()
+        os.unlink(self._path(0))
 
 
 class Room:

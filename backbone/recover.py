@@ -52,7 +52,7 @@ def recover(folder: Path, wait: bool = False) -> Ledgers:
 
 def _open_state(letter: Letter, wait: bool) -> State | None:
     """None if the run has been finished meanwhile."""
-    path = state_path(Path(letter.init["dir"], "wandb"), letter.init["id"])
+    path = state_path(Path(letter.init["dir"], "wandb"), letter.init["project"], letter.init["id"])
     while not (letter.address.folder / LEDGERS).exists():
         if not path.exists():
             raise FileNotFoundError(f"{path} is gone")

@@ -6,6 +6,7 @@ them may die at any moment.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from . import page, ray_internals
+from . import nodes, page, ray_internals
 from .files import Address, is_private_folder
 from .page import Position
 from .reading import Reader, Reading
@@ -60,11 +61,13 @@ class Relay:
             self._last = self._reader.read(look=True)
         if self._last.is_empty:
             if self._closed:
+                ray_internals.delete(self._key)
                 shutil.rmtree(self._folder, ignore_errors=True)
-            return Reading([], is_last=True)
+            return Reading([], is_last=self._closed, has_left=not self._closed)
         self._heard = time.monotonic()
         self._reader.set_state(page.IS_READ)
         ray_internals.put(self._key, os.fsencode(self._folder))
+        (self._folder / "known").touch()
         return self._last
 
     def close(self) -> None:
@@ -75,7 +78,7 @@ class Relay:
 
 @dataclasses.dataclass
 class Place:
-    """Where outboxes are on another node: a view of its files, since a container may have its own temporary folder."""
+    """A folder with outboxes on another node. There may be several: containers have temporary folders of their own."""
 
     key: bytes  # in Ray's key-value store
     folder: Path
@@ -97,20 +100,24 @@ class Relays:
     ):
         self._address, self._positions, self._gone = address, positions, gone
         self._found: dict[str, tuple[bytes, Path]] = {}  # what the last look has found: name -> key and folder
+        self._left: dict[str, tuple[bytes, Path]] = {}  # where a relay was that has left
         self.places: dict[str, Place] = {}  # those that are not read to their end
         self._done: set[str] = set()  # names of those that are, or that can't be read
-        self._closed = False
+        self._closed, self._at_close = False, dict[str, tuple[bytes, Path]]()  # what is found then
 
     def look(self) -> None:
         """Asks Ray's GCS where there are outboxes. In a thread of its own: a GCS that restarts doesn't answer."""
+        self._found = self._ask()
+
+    def _ask(self) -> dict[str, tuple[bytes, Path]]:
         prefix = self._address.key("place")
         folders = {key: ray_internals.get(key) for key in ray_internals.keys(prefix)}
         found = {key: Path(os.fsdecode(folder)) for key, folder in folders.items() if folder}
-        self._found = {key.removeprefix(prefix).decode(): (key, folder) for key, folder in found.items()}
+        return {key.removeprefix(prefix).decode(): (key, folder) for key, folder in found.items()}
 
     def start(self) -> None:
         """Starts relays in places that have none."""
-        for name, (key, folder) in self._found.items():
+        for name, (key, folder) in (self._at_close or self._found).items():
             if name not in self._done and name not in self.places:
                 self.places[name] = Place(key, folder, asked_at=time.monotonic())
         missing = [(name, place) for name, place in self.places.items() if not place.relay]
@@ -137,7 +144,12 @@ class Relays:
                 reading = ray.get(call)
                 readings.append((name, reading))
                 if reading.is_last:
-                    self._leave(name)
+                    self._done.add(name)
+                if reading.is_last or reading.has_left:
+                    del self.places[name]
+                if reading.has_left:
+                    self._left[name] = place.key, place.folder
+                    self._found.pop(name, None)  # somebody may log there again: the next look finds that
             except ray.exceptions.RayError as error:
                 self._fail(name, error)
         return readings
@@ -148,23 +160,21 @@ class Relays:
         done, _ = ray.wait([*calls], num_returns=len(calls), timeout=0) if calls else ([], [])
         return [calls[call] for call in done]
 
-    def _leave(self, name: str) -> None:
-        self._found.pop(name, None)
-        self.places.pop(name, None)
-        if self._closed:  # else somebody may log there again
-            self._done.add(name)
-
     def _fail(self, name: str, error: Exception) -> None:
         self.places[name].relay = None
         if isinstance(error, ray.exceptions.RayActorError) and "creation task" in str(error):
             self.give_up(name, str(error).strip().rpartition("\n")[2])
-        elif ray_internals.ray_answers() and not _is_alive(name):
+        elif ray_internals.ray_answers() and not nodes.is_alive(_node(name)):
             self.give_up(name, "it is dead")
         # else its process was killed, and another one is started
 
     def give_up(self, name: str, why: str) -> None:
-        self._leave(name)
+        """A place can't be read. If nobody has told of it since a relay has left, there is nothing to read."""
+        place = self.places.pop(name)
         self._done.add(name)
+        with contextlib.suppress(Exception):  # of a GCS that restarts
+            if ray_internals.ray_answers() and ray_internals.get(place.key) is None:
+                return
         self._gone(name, why)
 
     def silent(self, seconds: float) -> list[str]:
@@ -182,7 +192,8 @@ class Relays:
         ray_internals.delete(self._address.key("open"))
         self._closed = True
         # Behind that: whoever logs for the first time notes its place, then looks for that key. So one sees the other.
-        self.look()
+        # Where a relay has left there is nothing to read, but a folder to remove, and somebody may still want to log.
+        self._at_close = self._left | self._ask()
         for place in self.places.values():
             if place.relay:
                 place.relay.close.remote()
@@ -191,7 +202,3 @@ class Relays:
 
 def _node(place: str) -> str:
     return place.partition(" ")[0]
-
-
-def _is_alive(place: str) -> bool:
-    return any(node["NodeID"] == _node(place) and node["Alive"] for node in ray.nodes())

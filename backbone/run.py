@@ -90,9 +90,8 @@ class Run:
     def read(self, brought: Sequence[tuple[str, Reading]] = (), look: bool = False) -> list[tuple[str, Reading]]:
         """Reads the outboxes at home once, takes what relays have brought from other nodes, and gives rows to W&B.
 
-        look: see `Reader.read`. Returns the readings that are safe now. Raises sqlite3.OperationalError where the disk
-        is full; then the same readings are waited for, and nothing new is read. Raises ServiceDiedError if wandb-core
-        is dead.
+        look: see `Reader.read`. Returns the readings that are safe now. Raises sqlite3.OperationalError as long as the
+        disk is full, and reads nothing new until then; ServiceDiedError if wandb-core is dead.
         """
         if not self.paused and not self._held:
             self.inbox.clock += min(1.0, time.monotonic() - self._read_at)  # at most: the process may have been stopped

@@ -7,7 +7,7 @@ becomes a row
 1. when all who have reported it are done with it, and they are `workers`. Who ended ten seconds ago or longer need not
    have reported it. Until then somebody may take the place: a restart, actors that are made anew for each step;
 2. before a report is taken that is a second attempt: by a worker that was done with the step (the next epoch, a
-   rewind), or by one that first logged after a worker of that step had died (a restart, a task's retry);
+   rewind), by one that first logged after a worker of that step had died (a restart), or by another attempt of a task;
 3. by the clock: a step that `workers` have reported, when nothing has come for it for a minute; any other, after ten
    times the usual time between two rows, a minute at least, unless a worker that was heard of within that time stands
    at a lower step;
@@ -28,7 +28,7 @@ class Worker:
 
     name: str
     speaks_for: str  # whom it is counted as: itself, or, for a child process, its parent
-    is_task: bool
+    task: str  # what all attempts of a task share; nothing for others
     born: int  # births and ends are counted together, so that it is known which came first
     step: int = -1  # the last one that it has reported
     busy_with: int | None = None  # that step, until it is done with it
@@ -49,7 +49,7 @@ class OpenStep:
     busy: int = 0  # how many of these workers are not done with it
     heard: float = 0.0
     death: float = math.inf  # the first death among its workers, as `Worker.end`
-    of_tasks: bool = False
+    tasks: dict[str, str] = dataclasses.field(default_factory=dict)  # of those that have reported it: its last attempt
     partial: bool = False  # in the end: fewer workers have reported it than make a step complete
 
     def add(self, worker: Worker, report: int, now: float) -> None:
@@ -57,7 +57,8 @@ class OpenStep:
             self.reports[worker.name] = []
             self.speakers.add(worker.speaks_for)
             self.busy += 1
-            self.of_tasks |= worker.is_task
+            if worker.task:
+                self.tasks[worker.task] = worker.name
         self.reports[worker.name].append(report)
         self.heard = now
 
@@ -84,8 +85,8 @@ class Steps:
         self._usual, self._last = 0.0, math.nan  # time between two rows of rule 1; when the last one was made
         self._waiting, self._most = 0, 0  # reports in open steps; workers that have been warned of
 
-    def log(self, name: str, step: int, report: int, commit: bool, now: float, parent: str = "", task: bool = False):
-        """Takes a report of a worker. parent: the worker that a child process is counted as."""
+    def log(self, name: str, step: int, report: int, commit: bool, now: float, parent: str = "", task: str = ""):
+        """Takes a report of a worker. parent: the worker that a child process is counted as. task: see `Worker`."""
         if not (worker := self.known.get(name)):
             self._order += 1
             worker = self.known[name] = Worker(name, parent or name, task, self._order)
@@ -93,7 +94,11 @@ class Steps:
         if worker.end:  # a task has another handle, or somebody had removed the outbox of a process that lives
             worker.end, worker.death = 0, math.inf
             self._ended.pop(name, None)
-        if open_step and ((name in open_step.reports and stood != step) or open_step.death < worker.born):
+        if open_step and (
+            (name in open_step.reports and stood != step)
+            or open_step.death < worker.born
+            or open_step.tasks.get(task, name) != name
+        ):
             self._close(step)  # rule 2
         before = self._newest if worker.step < 0 else worker.step
         if step < before and not task:
@@ -123,7 +128,7 @@ class Steps:
         self._order += 1
         worker.end, worker.end_time, worker.busy_with = self._order, now, None
         worker.death = self._order if died and worker.speaks_for == name else math.inf
-        if not worker.is_task and worker.speaks_for == name:
+        if not worker.task and worker.speaks_for == name:
             self._ended[name] = worker
         if len(self._ended) > 100 + 2 * self.workers:
             self._forget(self._ended.pop(next(iter(self._ended))))
@@ -180,7 +185,7 @@ class Steps:
     def _close(self, step: int) -> None:
         open_step = self.open.pop(step)
         self._waiting -= sum(map(len, open_step.reports.values()))
-        if open_step.of_tasks:
+        if open_step.tasks:
             self._warn_of_many(len(open_step.speakers))
         open_step.partial = len(open_step.speakers) < self.workers
         self.rows.append((step, open_step))
@@ -197,7 +202,7 @@ class Steps:
         """How many of those who have ended need not report a step: who ended ten seconds ago, and after the birth of
         one that lives and has reported it. At most `workers` less the living, and none where tasks report it.
         """
-        if open_step.of_tasks:
+        if open_step.tasks:
             return 0
         living_here = (self.known[name] for name in open_step.reports if not self.known[name].end)
         first_birth = min((worker.born for worker in living_here), default=math.inf)
@@ -221,5 +226,5 @@ def _few(step: int, open_step: OpenStep, steps: Steps) -> str:
 
 def living(known: dict[str, Worker], regular: bool = False) -> set[str]:
     """Whom those are counted as that have logged, more than one step if `regular`, and live; without tasks."""
-    living = (worker for worker in known.values() if not worker.end and not worker.is_task)
+    living = (worker for worker in known.values() if not worker.end and not worker.task)
     return {worker.speaks_for for worker in living if worker.regular or not regular}

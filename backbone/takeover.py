@@ -34,7 +34,7 @@ def open_run(
     """
     folder = Path(init["dir"], "wandb")
     folder.mkdir(parents=True, exist_ok=True)
-    state = State(state_path(folder, init["id"]))
+    state = State(state_path(folder, init["project"], init["id"]))
     before = state.facts.get("address")
     if before and before.nonce == address.nonce:
         run = Run(state, init, address, owner, lock)

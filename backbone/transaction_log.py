@@ -95,18 +95,15 @@ def artifacts(folder: Path) -> set[str]:
     return {record.artifact.client_id for record in records(folder) if record.HasField("artifact")}
 
 
-def folders(parent: Path, run_id: str) -> list[Path]:
-    """The folders of the run of this very id below `parent`, in the order in which they were made."""
+def folders(parent: Path, project: str, run_id: str) -> list[Path]:
+    """The folders of a project's run of this very id below `parent`, in the order in which they were made."""
     name = re.compile(rf"(offline-)?run-\d{{8}}_\d{{6}}-{re.escape(run_id)}(-\d+)?")  # wandb counts within a second
     found = []
     for path in parent.glob("*run-*"):
         if name.fullmatch(path.name) and [log.name for log in path.glob("*.wandb")] == [f"run-{run_id}.wandb"]:
-            found.append(path)
-    return sorted(found, key=_made)
-
-
-def _made(folder: Path) -> tuple[float, str]:
-    """When a folder was made. The time in its name is that of a time zone, and clocks are set back once a year."""
-    run = next((record.run for record in records(folder) if record.HasField("run")), None)
-    name = folder.name.removeprefix("offline-")
-    return (run.start_time.ToNanoseconds() / 1e9 if run else math.inf), name
+            run = next((record.run for record in records(path) if record.HasField("run")), None)
+            # The time in its name is that of a time zone, and clocks are set back once a year.
+            made = run.start_time.ToNanoseconds() / 1e9 if run else math.inf
+            if not run or run.project == project:
+                found.append((made, path.name.removeprefix("offline-"), path))
+    return [path for *_, path in sorted(found)]

@@ -31,7 +31,7 @@ def as_step(step: Any) -> int:
         step = number
     if not 0 <= step < 2**63:
         hint = ": what comes before training, such as an evaluation, is step 0" if step < 0 else ""
-        raise ValueError(f"step must be a number from 0 to 2**63, not {step}{hint}")
+        raise ValueError(f"step must be a number from 0 to 2**63, not {shown(step)}{hint}")
     return step
 
 
@@ -70,7 +70,7 @@ def _add(report: dict[str, Any], key: Any, value: Any) -> None:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if not isinstance(name, str | int):
-                raise TypeError(f"metric key {name!r} below {key!r} must be a string, not {type(name).__name__}")
+                raise TypeError(f"metric key {shown(name)} below {key!r} must be a string, not {type(name).__name__}")
             _add(report, f"{key}/{as_text(name) if isinstance(name, str) else name}", inner)
         return
     if key not in _KNOWN_KEYS:
@@ -98,7 +98,10 @@ def check_label(label: Any) -> None:
 
 def shown(value: Any) -> str:
     """How a message shows a value: in one line, and not all of a long one."""
-    return f"{' '.join(f'{value!r:.1000}'.split()):.80}"
+    try:
+        return " ".join(repr(value)[:1000].split())[:80]
+    except Exception:  # of an integer of thousands of digits, or of somebody's class
+        return f"a {type(value).__name__}"
 
 
 def _check_key(key: str) -> None:
@@ -150,7 +153,7 @@ def _value(key: str, value: Any) -> Any:
 
 def _integer(key: str, value: int) -> int:
     if not -(2**63) <= value < 2**63:
-        raise TypeError(f"metric {key!r} must be below 2**63, not {value}: log it as a float")
+        raise TypeError(f"metric {key!r} must be below 2**63, not {shown(value)}: log it as a float")
     return value
 
 

@@ -63,7 +63,9 @@ class Writer:
         facts = self._state.facts
         mine = facts.get("paths", [])
         self._before = [
-            path for path in transaction_log.folders(self._folder, self._init["id"]) if str(path) not in mine
+            path
+            for path in transaction_log.folders(self._folder, self._init["project"], self._init["id"])
+            if str(path) not in mine
         ]
         run, self.timeout = wandb_init(self._state, self._init)
         self.run, self.axes = run, Axes(run)

@@ -41,9 +41,10 @@ def begun(process: str, parent: str = "") -> Event:
     return Event(process, records.BEGUN, json.dumps(dict(name=process, parent=parent)).encode())
 
 
-def who(process: str, name: str, label: str = "", task: bool = True) -> Event:
-    """From here on this worker logs in the process: a task, unless it is said to be none."""
-    return Event(process, records.WHO, json.dumps(dict(name=name, label=label, task=task)).encode())
+def who(process: str, name: str, label: str = "", task: str | None = None) -> Event:
+    """From here on this worker logs in the process: a task of its own, unless it is said to be another or none."""
+    about = dict(name=name, label=label, task=name if task is None else task)
+    return Event(process, records.WHO, json.dumps(about).encode())
 
 
 def report(process: str, step: int, metrics: dict, commit: bool = True, pipeline: int = 0, at: float = 0.0) -> Event:
@@ -73,7 +74,7 @@ class Kept:
     def _open(self) -> Run:
         runs = Path(self.init["dir"], "wandb")
         runs.mkdir(exist_ok=True)
-        state = State(state_path(runs, self.init["id"]))
+        state = State(state_path(runs, self.init["project"], self.init["id"]))
         return Run(state, self.init, self.address, "owner", threading.RLock())
 
     def join(self, prefix: str = "", reduction: Reduction | None = None, workers: int = 1) -> Pipeline:

@@ -29,7 +29,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    return tmp_path / ".run.state"
+    return state_path(tmp_path, "p", "run")
 
 
 def left(path: Path) -> list[bytes]:
@@ -91,7 +91,7 @@ def test_what_is_no_private_file_of_this_user_is_set_aside_and_never_unpickled(p
     assert state.facts == {}
     assert not planted.exists()
     assert left(path) == [b"SQLite"]
-    assert "is no private file of this user: it is set aside as .run.state.set-aside-" in caplog.text
+    assert f"is no private file of this user: it is set aside as {path.name}.set-aside-" in caplog.text
     state.note(name="n")
     state.commit()
     state.close()
@@ -194,7 +194,7 @@ from pathlib import Path
 from backbone.files import state_path
 from backbone.starting import Resumed
 from backbone.state import State
-path = state_path(Path(sys.argv[1]), "run")
+path = state_path(Path(sys.argv[1]), "p", "run")
 state = State(path, patience=float(sys.argv[2]))
 state.note(name="n")
 state.commit()
@@ -323,7 +323,9 @@ def test_without_locks_sqlite_could_not_be_used_there(tmp_path, without_locks):
 
 def test_a_folder_that_has_locks_holds_the_state(tmp_path):
     assert has_locks(tmp_path)
-    assert state_path(tmp_path, "run") == tmp_path / ".run.state"
+    assert state_path(tmp_path, "p", "run").parent == tmp_path
+    assert state_path(tmp_path, "p", "run").match(".run.*.state")
+    assert state_path(tmp_path, "p", "run") != state_path(tmp_path, "q", "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -421,7 +423,7 @@ def test_what_is_unpickled_is_a_file_of_this_user_alone(tmp_path):
 @pytest.mark.parametrize("id_", ["7", "seed-7", "a[1]", "x y", "ü" * 64, "x" * 128, "a.b", "-", "*"])
 def test_an_id_that_can_be_a_file_s_name_is_taken(id_, tmp_path):
     check_run_id(id_)
-    State(state_path(tmp_path, id_)).close()
+    State(state_path(tmp_path, "p" * 128, id_)).close()
 
 
 @pytest.mark.parametrize(
@@ -476,9 +478,9 @@ def test_a_run_s_folders_are_those_of_its_very_id(tmp_path):
         "my-offline-run-20260101_000000-7": "run-7.wandb",
     }.items():
         folder(tmp_path, name, log)
-    assert transaction_log.folders(tmp_path, "7") == mine
-    assert transaction_log.folders(tmp_path, "7-1") == [tmp_path / "offline-run-20260101_000000-7-1"]
-    assert transaction_log.folders(tmp_path, "1") == []
+    assert transaction_log.folders(tmp_path, "p", "7") == mine
+    assert transaction_log.folders(tmp_path, "p", "7-1") == [tmp_path / "offline-run-20260101_000000-7-1"]
+    assert transaction_log.folders(tmp_path, "p", "1") == []
 
 
 @pytest.fixture
@@ -504,15 +506,16 @@ def test_a_run_s_folders_come_in_the_order_in_which_they_were_made(tmp_path, in_
         run.finish()
         made.append(Path(run.sync_dir))
     assert made != sorted(made)
-    assert transaction_log.folders(tmp_path / "wandb", "7") == made
+    assert transaction_log.folders(tmp_path / "wandb", "p", "7") == made
+    assert transaction_log.folders(tmp_path / "wandb", "another", "7") == []
 
 
 def test_ids_that_look_like_patterns_are_taken_by_the_letter(tmp_path):
     bracket = folder(tmp_path, "run-20260101_000000-a[1]", "run-a[1].wandb")
     plain = folder(tmp_path, "run-20260101_000000-a1", "run-a1.wandb")
-    assert transaction_log.folders(tmp_path, "a[1]") == [bracket]
-    assert transaction_log.folders(tmp_path, "a1") == [plain]
-    assert transaction_log.folders(tmp_path, "a.") == transaction_log.folders(tmp_path, "*") == []
+    assert transaction_log.folders(tmp_path, "p", "a[1]") == [bracket]
+    assert transaction_log.folders(tmp_path, "p", "a1") == [plain]
+    assert transaction_log.folders(tmp_path, "p", "a.") == transaction_log.folders(tmp_path, "p", "*") == []
 
 
 def test_totals_are_those_of_the_pipeline_s_own_keys():

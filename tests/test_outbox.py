@@ -116,7 +116,7 @@ def read(reader: Reader, until: Callable[[list[Record]], object] | None = None) 
         reading = reader.read(look=True)
         found.extend(reading.records)
         reader.commit(reading)
-        return until(found) if until else reading.is_empty
+        return until(found) and not reading.is_cut if until else reading.is_empty
 
     wait_for(go_on, every=0.002)
     return found
@@ -618,6 +618,97 @@ def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_ba
     records = read(reader, has_ended)
     assert numbers(records) == [*range(100, 110 if disk_is_full else 115)]
     assert lost(before + records) == 100 - len(found) + 5 * disk_is_full
+
+
+def test_the_end_of_a_process_comes_right_behind_its_last_record_also_where_others_have_more_to_read(
+    address, child, monkeypatch
+):
+    """Else it would come behind the first report of whoever takes its place."""
+    monkeypatch.setattr(Reader, "LIMIT", 4096)
+    first = child(put_some, 2)
+    first.told()
+    first.kill()
+    second = child(put_some, 1000)
+    second.told()
+    reader = Reader(address.folder, {})
+    reading = reader.read(look=True)
+    assert reading.is_cut
+    kinds_of_first = [record.kind for record in reading.records if record.outbox == reading.records[0].outbox]
+    assert ENDED in [record.kind for record in reading.records]
+    [end] = [i for i, record in enumerate(reading.records) if record.kind == ENDED]
+    assert numbers(reading.records[:end]) == [0, 1]
+    assert kinds_of_first
+    assert all(record.outbox != reading.records[end].outbox for record in reading.records[end + 1 :])
+
+
+# What is removed or closed
+
+
+def test_where_its_segment_is_removed_a_process_begins_anew_and_says_what_is_lost(address, child):
+    """Such as where somebody deletes what is large in the temporary folder."""
+
+    def work(pipe, box: Outbox) -> None:
+        put(box, 0)
+        pipe.send(time.monotonic())
+        pipe.recv()
+        time.sleep(1.05)  # it looks once a second
+        for number in (1, 2):
+            put(box, number)
+        pipe.send(None)
+
+    worker, reader = child(work), Reader(address.folder, {})
+    worker.told()
+    assert numbers(read(reader)) == [0]
+    [segment] = (address.folder / OUTBOXES).glob("*.0")
+    segment.unlink()
+    worker.pipe.send("go on")
+    worker.told()
+    records = read(reader, has_ended)
+    assert kinds(records, VANISHED) == 1
+    assert (numbers(records), lost(records)) == ([2], 1)
+
+
+def test_a_process_that_reads_its_own_page_is_taken_for_dead_and_lives_on(address, child):
+    """To close it frees its lock: whoever copies all of the temporary folder does that."""
+
+    def work(pipe, box: Outbox) -> None:
+        put(box, 0)
+        for path in (address.folder / OUTBOXES).glob("*.page"):
+            path.read_bytes()
+        pipe.send(None)
+        pipe.recv()
+        time.sleep(1.05)
+        for number in (1, 2):
+            put(box, number)
+        pipe.send(None)
+
+    worker, reader = child(work), Reader(address.folder, {})
+    worker.told()
+    assert numbers(read(reader, has_ended)) == [0]
+    worker.pipe.send("go on")
+    worker.told()
+    worker.wait()
+    records = read(reader, has_ended)
+    assert (numbers(records), lost(records)) == ([2], 1)
+
+
+@pytest.mark.parametrize("what", [resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE], ids=["room", "file descriptors"])
+def test_a_process_that_never_has_room_for_an_outbox_is_named(address, child, what):
+    def work(pipe, box: Outbox) -> None:
+        free = os.open("/", os.O_RDONLY)  # the first descriptor that would be taken
+        os.close(free)
+        resource.setrlimit(what, (free if what == resource.RLIMIT_NOFILE else 0, resource.getrlimit(what)[1]))
+        for number in range(3):
+            put(box, number)
+        pipe.send(box.process.name)
+
+    worker, reader = child(work), Reader(address.folder, {})
+    name = worker.told()
+    worker.wait()
+    records = read(reader)
+    [about] = [json.loads(record.content) for record in records if record.kind == BEGUN]
+    assert (about["name"], kinds(records, VANISHED)) == (name, 1)
+    assert [*(address.folder / OUTBOXES).iterdir()] == []
 
 
 def test_more_than_a_run_can_keep_is_refused_at_the_caller_and_harms_nothing(address, child, monkeypatch):

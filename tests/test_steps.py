@@ -22,7 +22,10 @@ class Report(NamedTuple):
 
 
 class Pipeline:
-    """Steps that are told what workers do, and what came of it. A worker whose name begins with "task" is a task."""
+    """Steps that are told what workers do, and what came of it. A worker whose name begins with "task" is a task.
+
+    Behind a # is its attempt, if there are several.
+    """
 
     def __init__(self, workers: int):
         self.steps, self.now = Steps(workers), 0.0
@@ -30,7 +33,7 @@ class Pipeline:
 
     def say(self, worker: str, step: int, attempt: int = 0, commit: bool = False, parent: str = "") -> None:
         self.reports.append(Report(worker, step, attempt))
-        report, task = len(self.reports) - 1, worker.startswith("task")
+        report, task = len(self.reports) - 1, worker.partition("#")[0] if worker.startswith("task") else ""
         self.steps.log(worker, step, report, commit, self.now, parent, task)
 
     def ends(self, *workers: str) -> None:
@@ -369,6 +372,22 @@ def test_a_rollout_worker_that_dies_and_its_successor_never_share_a_row(back_aft
     assert not [reports for _, reports in made.rows if {dead, new} <= reports.keys()]
     assert sum(n < 4 for _, n in made.sizes) <= 3 * back_after
     assert sum(n == 4 for _, n in made.sizes) >= 300 - 3 * back_after
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_task_s_retry_gets_no_row_with_the_attempt_before_whose_end_nobody_has_told(late):
+    """It may have been on another node: what a relay brings comes later."""
+    made = Pipeline(3)
+    made.say("actor", 5)
+    made.say("task x#0", 5)
+    made.say("task x#1", 5, attempt=1)
+    if late:
+        made.say("task x#0", 5)
+        made.say("task x#1", 5, attempt=1)
+    made.die("task x#0")
+    made.finish()
+    rows = [{made.reports[i].attempt for ids in row.reports.values() for i in ids} for _, row in made.steps.rows]
+    assert rows == [{0}, {1}] * (1 + late)
 
 
 def test_a_task_s_retry_gets_no_row_with_the_attempt_that_died():
@@ -883,7 +902,7 @@ def test_memory_follows_what_is_alive(kind, die):
     for step in range(50_000 if kind == "task" else 5_000):
         two = [f"{kind} {name}{step}" for name in "ab"]
         for worker in two:
-            made.steps.log(worker, step, step, False, float(step), "", kind == "task")
+            made.steps.log(worker, step, step, False, float(step), "", worker if kind == "task" else "")
         for worker in two:
             made.steps.end(worker, float(step), died=die)
         known = max(known, len(made.steps.known))

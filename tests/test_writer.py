@@ -567,9 +567,24 @@ def test_lives_in_several_time_zones_come_in_the_order_in_which_they_were(opened
             made.finish()
             made.close()
     time.tzset()
-    in_order = transaction_log.folders(tmp_path / "wandb", "run")
+    in_order = transaction_log.folders(tmp_path / "wandb", "p", "run")
     assert [[row["n_total"] for row in read_rows(path)] for path in in_order] == [[1], [11], [111]]
     assert in_order != sorted(in_order)
+
+
+def test_a_run_goes_on_with_nothing_of_one_of_another_project_that_has_its_id(opened, tmp_path):
+    """Whether that is finished or not."""
+    for project, n in (("p", 1000), ("left", 100), ("q", 1)):
+        made = opened(life=project, project=project, resume="allow")
+        made.join("", Reduction(totals=("n",)))
+        made.say(0, {"n": n})
+        if project == "left":
+            made.abandon()
+        else:
+            assert made.finish()[""].ok
+            made.close()
+    mine = [Log(path) for path in transaction_log.folders(tmp_path / "wandb", "q", "run")]
+    assert [(row["_step"], row["n_total"]) for log in mine for row in log.rows] == [(0, 1)]
 
 
 @pytest.mark.parametrize("ids", [("seed-7", "7"), ("a1", "a[1]"), ("7-1", "7")], ids=str)
@@ -580,7 +595,7 @@ def test_a_run_goes_on_with_nothing_of_another_whose_id_looks_like_its_own(opene
         made.say(0, {"n": 1000 if id_ == ids[0] else 1})
         made.finish()
         made.close()
-    mine = [Log(path) for path in transaction_log.folders(tmp_path / "wandb", ids[1])]
+    mine = [Log(path) for path in transaction_log.folders(tmp_path / "wandb", "p", ids[1])]
     assert [(row["_step"], row["n_total"]) for log in mine for row in log.rows] == [(0, 1)]
 
 
