@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import pickle
 import re
 import threading
@@ -90,7 +91,7 @@ class Handle:
 
     def __init__(self, address: Address, prefix: str, started: Started):
         self._address, self._prefix, self._speaks_for = address, prefix, ""
-        self._owned: owner.Owned | None = None  # in the process that has made the run
+        self._made: owner.Owned | None = None  # see `_owned`
         self._ledgers: Ledgers = {}  # of a finished run, by prefix; shared with its views
         self._finishing = threading.RLock()  # shared with them, too
         self._begun, self.config, self.project, self._pipeline = started
@@ -101,7 +102,7 @@ class Handle:
 
     def __getstate__(self) -> dict[str, Any]:
         self._outbox.hand_on()
-        here = dict(_owned=None, _ledgers={}, _finishing=None, _outbox=None)
+        here = dict(_made=None, _ledgers={}, _finishing=None, _outbox=None)
         return self.__dict__ | here | dict(_speaks_for=self._outbox.process.speaker)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -112,6 +113,11 @@ class Handle:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # one that never started; the interpreter's end
             self._outbox.let_go()
+
+    @property
+    def _owned(self) -> owner.Owned | None:
+        """What the process has that has made the run. A fork of it has a copy, as others have."""
+        return self._made if self._made and self._made.pid == os.getpid() else None
 
     def log(self, metrics: Mapping[str, Any], step: int, commit: bool = False, *, label: str = "") -> None:
         """Logs metrics of one worker for one step. Takes microseconds: it appends them to a file of this process.
@@ -275,7 +281,7 @@ class WandbRun(Handle):
         _check(project, pipeline, workers, prefix, share, init)
         owned = share._owned if share else owner.start_actor(pipeline, init | dict(project=project, name=name))
         super().__init__(owned.letter.address, prefix, owned.join(prefix, pipeline.reduction, workers))
-        self._owned, self._is_view = owned, bool(share)
+        self._made, self._is_view = owned, bool(share)
         if share:
             self._ledgers, self._finishing = share._ledgers, share._finishing
         else:
@@ -321,10 +327,6 @@ class WandbRun(Handle):
         gone = None
         try:
             ledgers = self._call("finish", exit_code, failure)
-        except RunFinishedError:
-            if self._ledgers:  # a signal handler has finished it meanwhile
-                return
-            raise run_is_finished(self.name) from None
         except ActorGoneError as error:
             if not self._owned:
                 raise RuntimeError(f"run {self.name!r} can only be finished by its owner: {line(error)}") from None
@@ -332,14 +334,15 @@ class WandbRun(Handle):
             self._outbox.exit = exit_code, failure
             self._outbox.say_exit()
             ledgers = owner.finish_without_actor(self._owned, error, self._begun)
+        except RunFinishedError:
+            if self._ledgers:  # a signal handler has finished it meanwhile
+                return
+            exits.unfinished.remove(self)
+            raise run_is_finished(self.name) from None
         self._ledgers.update(ledgers)
         exits.unfinished.remove(self)
-        if self._owned:
-            if not gone:
-                # Behind that, because a signal handler may finish the run at any moment. The option is not at the
-                # method, because this module could not be imported then where Ray Client is, which `_check` refuses.
-                self._owned.actor.leave.options(max_task_retries=0).remote()
-            owner.forget(self._address)
+        if self._owned and not gone:
+            self._owned.leave()  # behind that, because a signal handler may finish the run at any moment
 
 
 def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, init: Mapping[str, Any]) -> None:

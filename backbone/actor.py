@@ -32,6 +32,8 @@ class PipelineActor:
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline to the run, which the first one starts."""
         with self._host.lock:
+            if self._host.run and self._host.run.state.is_finished:
+                raise RunFinishedError("the run is finished")
             if self._host.run is None:
                 try:
                     self._host.begin()

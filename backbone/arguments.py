@@ -16,6 +16,7 @@ from .ledger import line
 LONGEST, LONGEST_TAG = 128, 64  # characters that the server takes
 SAME = {"run_id": "id", "root_dir": "dir", "run_name": "name", "run_group": "group", "run_job_type": "job_type"}
 SAME |= {"run_tags": "tags", "run_notes": "notes"}  # settings -> arguments
+SAME |= {name: name for name in ("entity", "mode", "resume")}
 
 
 def said(init: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Host:
                 if not run.state.is_finished:
                     if prefix is None:
                         run.state.note(end=(exit_code, failure))  # for whoever has to go on from here
-                    catch_up(run, self._relays, self._read, deadline, closing=prefix is None)
+                    deadline = catch_up(run, self._relays, self._read, deadline, closing=prefix is None)
                     run.end([each for each in run.pipelines if prefix in (None, each.prefix)], deadline)
                 if prefix is not None:
                     return {prefix: account(run.state, run.pipeline(prefix))}
@@ -165,8 +165,12 @@ class Host:
         self._end()
 
 
-def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadline: float, closing: bool) -> None:
-    """Reads all that has been logged by now; nothing more is taken if the run is `closing`."""
+def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadline: float, closing: bool) -> float:
+    """Reads all that has been logged by now; nothing more is taken if the run is `closing`.
+
+    deadline: which is put off as long as something comes from a run that is `closing`. Returns what it is then.
+    """
+    patience = deadline - time.monotonic()
     if closing:
         run.reader.close()
         if ray_answers():
@@ -179,6 +183,7 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
     while waiting & {HOME, *relays.places}:
         for place, reading in read(True):
             if closing:
+                deadline = deadline if reading.is_empty else max(deadline, time.monotonic() + patience)
                 done = reading.is_empty if place == HOME else reading.is_last
             else:  # others may log on and on
                 done = reading.is_empty or (place in heard and not reading.is_cut)
@@ -191,5 +196,6 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
         if time.monotonic() > deadline:
             if closing:
                 run.state.unheard("what was logged last: it could not be read in time")
-            return
+            break
         time.sleep(0.005)
+    return deadline

@@ -9,7 +9,8 @@ import pickle
 from . import records
 from .page import OTHER, Position, lost_by_pipeline
 from .pipeline import Pipeline, Report
-from .reading import Reading, Record
+from .reading import Reading
+from .records import Record
 from .said import Said
 from .state import State
 

@@ -124,13 +124,15 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
         reports = {prefix: {number: row[0] for number, row in found.items()} for prefix, found in rows.items()}
         said = {prefix: dataclasses.asdict(each) | {"row_reports": reports[prefix]} for prefix, each in ledgers.items()}
         if paths := state.facts.get("paths"):
-            Path(paths[-1], FILE).write_text(json.dumps(said, default=str))
+            written = Path(paths[-1], f"{FILE}.tmp")
+            written.write_text(json.dumps(said, default=str))
+            written.rename(Path(paths[-1], FILE))
 
 
 def count(folder: Path) -> Ledgers:
     """The ledgers of a finished run, with the rows that are in its folders now. The folders may have moved together.
 
-    Raises OSError where there is no ledger.
+    Raises OSError where there is no ledger, and ValueError where it can't be read.
     """
     from .transaction_log import numbers
 
@@ -156,9 +158,9 @@ def main(folders: list[str]) -> int:
     for folder in folders:
         try:
             ledgers = count(Path(folder).resolve())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             status = 1
-            print(f"{folder}: no ledger of a finished run: {error.strerror}", file=sys.stderr)
+            print(f"{folder}: no ledger of a finished run: {line(error)}", file=sys.stderr)
             continue
         for ledger in ledgers.values():
             print(ledger)

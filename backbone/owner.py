@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pickle
@@ -53,26 +54,35 @@ class Owned:
     letter: Letter
     stop: Callable[[], None]  # what "Stop run" does
     undo: contextlib.ExitStack  # of the start
+    pid: int = dataclasses.field(default_factory=os.getpid)
     prefixes: list[str] = dataclasses.field(default_factory=list)  # of the pipelines that have joined
 
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline to the run, which the first one starts. Raises what the start raises, in one line."""
-        joining = self.actor.join.remote(prefix, reduction, workers)
+        call = functools.partial(calls.call, self.letter.address, self.actor)
         try:
-            started = calls.result(joining, self.actor)
-        except KeyboardInterrupt:  # let it get ready, and record it as failed
-            calls.result(joining, self.actor)
-            finish = self.actor.finish.remote(1, "KeyboardInterrupt", prefix if self.prefixes else None)
-            calls.result(finish, self.actor)
-            raise
+            started = call("join", prefix, reduction, workers)
         except Exception as error:
             if not self.prefixes:
                 self.undo.close()
             hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
             kind = RuntimeError if isinstance(error, calls.ActorGoneError) else type(error)
             raise kind(f"W&B run {self.letter.address.name!r} can't start: {line(error)}{hint}") from None
+        except BaseException as error:  # Ctrl-C, or what a signal handler raises: let it get ready, and end as that
+            with contextlib.suppress(Exception):
+                call("join", prefix, reduction, workers)
+                call("finish", *exits.how_it_ends(error), prefix if self.prefixes else None)
+            if not self.prefixes:
+                self.leave()
+            raise
         self.prefixes.append(prefix)
         return started
+
+    def leave(self) -> None:
+        """Nothing of the run is needed any more: its ledgers have arrived."""
+        # The option is not at the method, because common.py could not be imported then where Ray Client is.
+        self.actor.leave.options(max_task_retries=0).remote()
+        forget(self.letter.address)
 
     def watch(self) -> None:
         """In a thread: calls `stop` once, when somebody presses "Stop run" on the run's page; keeps the outbox there.
@@ -172,24 +182,25 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
 
     begun: how the run began, for the ledgers if that fails.
     """
-    letter, folder = run.letter, run.letter.address.folder
+    letter, folder, said = run.letter, run.letter.address.folder, b""
     if ray_internals.which_ray() and ray_internals.ray_answers():
         ray_internals.delete(letter.address.key("open"))  # behind that nobody logs for the first time elsewhere
-        places = [key.decode().rpartition("/")[2] for key in ray_internals.keys(letter.address.key("place"))]
-        write_private(folder / PLACES, pickle.dumps(places))
+        places = ray_internals.keys(letter.address.key("place"))
+        with contextlib.suppress(OSError):  # the folder is gone
+            write_private(folder / PLACES, pickle.dumps([key.decode().rpartition("/")[2] for key in places]))
+        for place in places:
+            ray_internals.delete(place)
     finishing = recover.start(folder)
-    settings, said = letter.init["settings"], b""
+    settings = letter.init["settings"]
     upload = float(settings.get("finish_timeout", letter.environ.get("WANDB_FINISH_TIMEOUT", 60)))
     seconds = 30 + upload if upload else None
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):  # then it goes on
         _, said = finishing.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        finishing.kill()
-        finishing.communicate()
     if (folder / recover.LEDGERS).exists():
-        return recover.read_ledgers(folder)
-    problem = said.decode(errors="replace").strip().rpartition("\n")[2] or f"that took more than {seconds} s"
+        ledgers = recover.read_ledgers(folder)
+        forget(letter.address)
+        return ledgers
+    process.forget(letter.address)  # the folder stays, so that somebody can try again
+    problem = said.decode(errors="replace").strip().rpartition("\n")[2] or f"that takes more than {seconds} s"
     told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
-    return {
-        prefix: dataclasses.replace(begun, prefix=prefix, unheard=["all"], warnings=told) for prefix in run.prefixes
-    }
+    return {each: dataclasses.replace(begun, prefix=each, unheard=["all"], warnings=told) for each in run.prefixes}

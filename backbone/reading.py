@@ -17,20 +17,7 @@ from typing import ClassVar, NamedTuple
 from . import outbox, page, records
 from .files import CLOSED_FOLDER, OUTBOXES
 from .page import Position
-from .records import HEAD
-
-
-class Record(NamedTuple):
-    """Something that has happened in an outbox. kind: see records.py."""
-
-    time: float  # monotonic
-    outbox: str
-    kind: int
-    pipeline: int
-    step: int
-    wall_time: float
-    content: bytes
-    end: Position
+from .records import HEAD, Record
 
 
 class Reading(NamedTuple):

@@ -7,9 +7,10 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from .files import disk_is_full
+from .page import Position
 
 # The head of a record: length of its content, kind, number of the pipeline, step, and when it was made (monotonic clock
 # and wall clock).
@@ -27,6 +28,19 @@ BEGUN, LOST, ENDED, VANISHED = 100, 101, 102, 103
 
 SEGMENT = 1 << 20  # bytes, after which the next one begins
 LARGEST = 900 << 20  # bytes of a record's content, or of a row: SQLite takes 1 GB at most
+
+
+class Record(NamedTuple):
+    """Something that has happened in an outbox, as it is read."""
+
+    time: float  # monotonic
+    outbox: str
+    kind: int
+    pipeline: int
+    step: int
+    wall_time: float
+    content: bytes
+    end: Position
 
 
 def record(kind: int, content: bytes, now: float, pipeline: int = 0, step: int = 0) -> bytes:

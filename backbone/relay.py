@@ -131,12 +131,11 @@ class Relays:
 
     def go_on(self, name: str) -> None:
         """What a relay has brought is safe, and it may bring more."""
-        if (place := self.places.get(name)) and place.relay:
+        if (place := self.places.get(name)) and place.relay and not place.call:
             place.call, place.asked_at = place.relay.read.remote(), time.monotonic()
 
     def brought(self) -> list[tuple[str, Reading]]:
         """What relays have brought by now."""
-        self.start()
         readings = []
         for name, place in self._answered(self.places.items()):
             call, place.call = place.call, None
@@ -152,6 +151,7 @@ class Relays:
                     self._found.pop(name, None)  # somebody may log there again: the next look finds that
             except ray.exceptions.RayError as error:
                 self._fail(name, error)
+        self.start()  # here, so that a place that has to be read again is never missing
         return readings
 
     def _answered(self, places: Iterable[tuple[str, Place]]) -> list[tuple[str, Place]]:

@@ -131,6 +131,8 @@ class Run:
         for pipeline in self.pipelines:
             self._rows += pipeline.rows()
             pipeline.save()
+        for row in self._rows:
+            self.inbox.said.forget(row.metrics)
         self.state.note(clock=self.inbox.clock)
         self.state.commit()
         for _, reading in [held for held in self._held if held[0] == HOME]:

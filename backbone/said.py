@@ -7,7 +7,7 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,12 @@ class Said:
         self._lines.clear()
         if self._state.facts.get("said"):
             self._state.note(said=[])
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """A row has these keys: what was said before of the summary of one is not to be told again."""
+        known = self._state.facts.get("summary", {})
+        if not known.keys().isdisjoint(keys):
+            self._state.note(summary={key: value for key, value in known.items() if key not in keys})
 
     def again(self) -> None:
         """What is known is to be told again, to a run that goes on in a new folder."""

@@ -16,7 +16,8 @@ from backbone.files import OUTBOXES, Address, state_path, this_machine
 from backbone.ledger import Ledger
 from backbone.page import Position
 from backbone.pipeline import Pipeline
-from backbone.reading import Reading, Record
+from backbone.reading import Reading
+from backbone.records import Record
 from backbone.reduction import Reduction
 from backbone.run import Run
 from backbone.state import Row, State

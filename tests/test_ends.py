@@ -276,6 +276,23 @@ def test_a_fork_of_the_driver_logs_too(run):
     assert (ledger.reports, tokens(ledger), ledger.ok) == (101, 101, True)
 
 
+def test_a_fork_of_the_driver_does_not_own_its_runs(run):
+    made = run()
+    made.log({"tokens": 1}, 0)
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException):
+            with made:
+                made.log({"tokens": 1}, 1)
+            with pytest.raises(RuntimeError, match="can only be finished by its owner"):
+                made.finish()
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    made.log({"tokens": 1}, 2)
+    ledger = made.finish()
+    assert (ledger.reports, tokens(ledger), ledger.ok) == (3, 3, True)
+
+
 def test_a_handle_that_the_function_captured_logs_and_starts_no_ray(run):
     """Ray drops the function, and the handle with it, when it has left the process: a call would start another Ray."""
     made, sessions = run(workers=200), session().parent

@@ -311,3 +311,21 @@ def test_a_stop_function_of_the_users_is_called_once_in_the_driver_also_after_th
     assert made.finish(1).ok
     assert [ledger.restarts for ledger in asked] == [1]
     assert server.runs[made.id]["exit_code"] == exits.INTERRUPTED
+
+
+def test_what_a_signal_handler_raises_while_a_run_starts_ends_the_run_as_the_process(drive, tmp_path):
+    done = drive("""
+import glob, threading
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def terminate():
+    while not glob.glob("wandb/offline-run-*"):  # where its actor is in the middle of the start
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=terminate).start()
+WandbRun("p", mode="offline")
+print("it has started")
+""")
+    assert (done.returncode, done.stdout) == (143, ""), done.stderr
+    [log] = each_log(tmp_path)
+    assert log.exit_code == 143
+    assert not list(tmp_path.glob("wandb/.*state*"))

@@ -85,7 +85,7 @@ def test_after_a_sigkill_of_the_driver_all_is_on_disk_and_nothing_is_left_runnin
 
 def test_a_demo_goes_on_whoever_of_its_processes_dies(start, tmp_path):
     """A pipeline actor, the other one's wandb-core and a worker: no step is missing or different; it says who died."""
-    process = start("demo1", "--steps", "150", "--step-seconds", "0.02", "--mode", "offline")
+    process = start("demo1", "--steps", "300", "--step-seconds", "0.02", "--mode", "offline")
     wait_for(lambda: len(folders(tmp_path)) == 2)
     wait_for(lambda: steps_on_disk(tmp_path, "training") and steps_on_disk(tmp_path, "inference"))
     [actor] = below(process.pid, "ray::TrainingPipelineActor")
@@ -108,7 +108,7 @@ def test_a_demo_goes_on_whoever_of_its_processes_dies(start, tmp_path):
             said = {key: value for key, value in row.items() if key[0] != "_"}
             assert rows.setdefault(row["_step"], said) == said
         assert sorted(rows) == list(range(len(rows)))
-        assert {row["step"] for row in rows.values()} == set(range(150))
+        assert {row["step"] for row in rows.values()} == set(range(300))
         total = "tokens" if name == "training" else "rollouts"
         assert rows[len(rows) - 1][f"{total}_total"] == sum(row[total] for row in rows.values())
     assert not list(tmp_path.glob("wandb/.*state*"))

@@ -29,8 +29,8 @@ from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
 from backbone.outbox import Outbox, Room
 from backbone.page import OTHER, Position, is_alive, lost_by_pipeline
-from backbone.reading import Reader, Record
-from backbone.records import BEGUN, ENDED, LOST, REPORT, SAID, VANISHED, WHO
+from backbone.reading import Reader
+from backbone.records import BEGUN, ENDED, LOST, REPORT, SAID, VANISHED, WHO, Record
 
 import pytest
 from conftest import wait_for

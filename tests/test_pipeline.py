@@ -23,10 +23,12 @@ from types import SimpleNamespace
 
 from backbone import ledger, page, process, values
 from backbone import run as run_room
+from backbone.host import catch_up
 from backbone.inbox import GONE, HOME
 from backbone.reading import Reader, Reading
 from backbone.records import COMMIT, ENDED, EXIT, EXPECT, GOODBYE, LOST, REPORT, VANISHED
 from backbone.reduction import Reduction
+from backbone.relay import Relays
 from backbone.state import Row
 from common import TrainingPipelineActor
 
@@ -520,6 +522,21 @@ def test_a_state_that_is_opened_again_goes_on_as_if_nothing_had_happened(workers
         assert broken.in_no_row() == 0
         for made in (straight, broken):
             made.close()
+
+
+def test_at_the_end_all_is_read_as_long_as_there_is_something_however_long_that_takes(kept, monkeypatch):
+    monkeypatch.setattr(Reader, "LIMIT", 1)
+    made = kept()
+    worker = Logging(made)
+    for step in range(200):
+        worker.log(step, {"text": "x" * 5_000})
+    relays = Relays(made.address, made.inbox.positions, made.inbox.place_is_gone)
+    began = time.monotonic()
+    deadline = catch_up(made.run, relays, lambda look: made.run.read((), look), began + 0.05, closing=True)
+    assert deadline > began + 0.5  # so long it has taken
+    assert made.run.pipeline("").counts["reports"] == 200
+    assert "unheard" not in made.state.facts
+    worker.end()
 
 
 def test_rows_stay_in_the_state_and_those_that_wandb_lacks_are_found(kept):

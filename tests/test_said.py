@@ -100,6 +100,19 @@ def test_an_alert_goes_out_again_after_its_wait_duration(opened, tmp_path):
     assert [title for title, _ in alerts(each_log(tmp_path))] == ["t", "t", "another", "another"]
 
 
+def test_what_a_row_has_in_the_summary_is_not_taken_back_by_a_restart(opened, tmp_path):
+    first = opened()
+    first.join()
+    first.tell("summary", best=1, other=2)
+    first.say(0, {"best": 7})
+    first.abandon()
+    second = opened()
+    second.finish()
+    summary = Log(folders(tmp_path)[-1]).summary
+    assert summary["other"] == 2
+    assert summary.get("best", 7) == 7
+
+
 def test_what_can_not_be_said_is_refused_at_the_caller(run):
     made = run()
     with pytest.raises(ValueError, match="level must be INFO, WARN or ERROR, not 'LOUD'"):
@@ -271,10 +284,13 @@ def test_the_ledger_is_in_the_runs_folder_and_summary_and_can_be_counted_anew(op
     assert done.returncode == 1
     assert sum(int(line.split(", ")[1].split()[0]) for line in done.stdout.splitlines() if " lost" in line) > 0
 
-    (folder / "ledger.json").unlink()
-    done = recount()
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "no ledger of a finished run" in done.stderr
+    (folder / "ledger.json").write_text('{"a/": {')
+    for _ in range(2):
+        done = recount()
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "no ledger of a finished run: " in done.stderr
+        assert done.stderr.count("\n") == 1
+        (folder / "ledger.json").unlink(missing_ok=True)
 
 
 def test_a_handler_for_all_lines_waits_for_nobody_in_the_middle_of_log():

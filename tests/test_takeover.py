@@ -14,6 +14,7 @@ from pathlib import Path
 from backbone import ledger, transaction_log
 from backbone import recover as recovering
 from backbone.files import Address, Letter, state_path, write_letter
+from backbone.page import is_alive
 from backbone.run import Run
 from backbone.state import State
 from backbone.steps import Steps
@@ -342,10 +343,35 @@ def test_a_run_whose_actor_is_lost_in_the_middle_of_finish_ends_as_its_owner_has
     assert Log(ledger.path).exit_code == 0
 
 
+def test_a_run_that_a_copy_has_finished_stays_its_owner_s_until_that_finishes_it_too(run):
+    @ray.remote(num_cpus=0)
+    def finish(copy: WandbRun) -> None:
+        copy.finish()
+
+    made, seen_from_elsewhere = run(id="first"), ray.remote(num_cpus=0)(is_alive)
+    made.log({"a": 1.0}, 0)
+    ray.get(finish.remote(made))
+    other = run(id="second")
+    other.log({"a": 1.0}, 0)
+    # Else its actor thinks that its owner is gone, and cleans up.
+    assert ray.get(seen_from_elsewhere.remote(made._address.folder, made._outbox.process.name))
+    assert (made.finish().rows, other.finish().rows) == (1, 1)
+
+
+def test_a_run_whose_private_folder_is_gone_with_its_actor_is_no_reason_to_stop(run):
+    made = run()
+    ray.kill(made._owned.actor)
+    wait_for(lambda: not is_there(made))
+    shutil.rmtree(made._address.folder)
+    ledger = made.finish()
+    assert (ledger.ok, ledger.unheard) == (False, ["all"])
+
+
 def test_a_view_whose_run_has_lost_its_actor_is_no_reason_to_stop(run):
     made = run(prefix="training/")
     view = WandbRun("p", share=made, prefix="inference/")
     ray.kill(made._owned.actor)
+    wait_for(lambda: not is_there(made))
     assert not view.finish().ok
     assert made.finish().lost == 0
 

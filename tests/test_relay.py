@@ -1,0 +1,114 @@
+"""What relays bring, on the node of this process. Those of other nodes: see test_cluster.py."""
+
+import multiprocessing
+import os
+import uuid
+
+from backbone import process, ray_internals, relay
+from backbone.files import OUTBOXES, Address, this_machine
+from backbone.records import REPORT
+from backbone.relay import Relays
+
+import pytest
+from conftest import wait_for
+from ray.runtime_context import get_runtime_context
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def place(tmp_path, ray_here, monkeypatch):
+    """Where somebody logs: the run's address, and the place's key in Ray's key-value store."""
+    monkeypatch.setattr(relay.Relay.__ray_metadata__.modified_class, "IDLE", 0.5)
+    folder, node = tmp_path / "private", get_runtime_context().get_node_id()
+    (folder / OUTBOXES).mkdir(mode=0o700, parents=True)
+    folder.chmod(0o700)
+    address = Address("n", uuid.uuid4().hex, folder, this_machine(), "", node)
+    ray_internals.put(address.key("open"), b"")
+    return address, address.key("place", f"{node} digest")
+
+
+class Task:
+    """An idle process of Ray's, as a fork of this one."""
+
+    def __init__(self, address: Address):
+        self._pipe, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=self._go, args=(address, theirs), daemon=True)
+        self.process.start()
+
+    def _go(self, address: Address, pipe) -> None:
+        process.Process.in_task = True
+        box = process.outbox(address)
+        while True:
+            box.put(REPORT, 0, pipe.recv(), b"")
+            pipe.send(None)
+
+    def log(self, number: int) -> None:
+        self._pipe.send(number)
+        self._pipe.recv()
+
+
+class Bringing:
+    """Takes what relays bring, as the pipeline actor does."""
+
+    def __init__(self, address: Address):
+        self.records, self.gone = [], []
+        self.relays = Relays(address, lambda place: self._positions(), lambda *gone: self.gone.append(gone))
+
+    def _positions(self) -> dict:
+        return {record.outbox: record.end for record in self.records}
+
+    def bring(self) -> list[int]:
+        """The numbers that have come by now."""
+        for name, reading in self.relays.brought():
+            self.records += reading.records
+            self.relays.go_on(name)
+        return [record.step for record in self.records if record.kind == REPORT]
+
+    def finish(self) -> list[int]:
+        self.relays.close()
+        wait_for(lambda: (self.bring(), not self.relays.places)[1], every=0.01)
+        return self.bring()
+
+
+def test_what_is_logged_while_a_relay_goes_is_read_at_the_end(place):
+    """The run is being finished when the word comes that it has gone."""
+    (address, key), task = place, Task(place[0])
+    ray_internals.put(key, os.fsencode(address.folder))
+    made = Bringing(address)
+    made.relays.look()
+    task.log(0)
+    wait_for(lambda: made.bring() == [0], every=0.01)
+    wait_for(lambda: ray_internals.get(key) is None)  # nobody has asked it for an answer since
+    task.log(1)
+    ray_internals.put(key, os.fsencode(address.folder))  # as whoever logs there does
+    assert made.finish() == [0, 1]
+    assert made.gone == []
+    assert ray_internals.get(key) is None
+    assert not address.folder.exists()
+    task.process.kill()
+
+
+def test_where_a_relay_has_gone_the_run_s_end_is_told_and_nothing_is_left(place):
+    (address, key), task = place, Task(place[0])
+    ray_internals.put(key, os.fsencode(address.folder))
+    made = Bringing(address)
+    made.relays.look()
+    task.log(0)
+    wait_for(lambda: (made.bring(), not made.relays.places)[1], every=0.01)
+    assert made.finish() == [0]
+    assert (made.gone, address.folder.exists()) == ([], False)
+    task.process.kill()
+    task.process.join()
+
+
+def test_a_place_that_is_gone_is_named_unless_a_relay_had_read_all_of_it(place):
+    address, key = place
+    for known in (False, True):
+        ray_internals.put(key, os.fsencode(address.folder / "gone"))
+        made = Bringing(address)
+        made.relays.look()
+        if not known:
+            ray_internals.delete(key)
+        wait_for(lambda made=made: (made.bring(), not made.relays.places)[1], every=0.01)
+        assert [name.partition(" ")[2] for name, _ in made.gone] == ["digest"] * known
