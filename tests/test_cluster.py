@@ -259,22 +259,67 @@ show(run.finish())
 
 
 def test_a_relay_goes_when_nobody_logs_and_comes_back_when_somebody_does(cluster, begin, tmp_path):
-    """Nodes must get free for the autoscaler, while an idle worker stays."""
+    """Nodes must get free for the autoscaler, while an idle process of Ray's stays."""
     driver = begin("""
 run = WandbRun("p", mode="offline", pipeline=Hasty)
-worker = Worker.options(**there).remote()
+
+@ray.remote
+def task(run, first):
+    for step in range(first, first + 100):
+        run.log({"tokens": 1}, step)
+
+@ray.remote
+def late(run):
+    try:
+        run.log({"tokens": 1}, 10**6)
+    except RuntimeError as error:
+        return type(error).__name__
+
 for first in (0, 100):
-    ray.get(worker.log.remote(run, 100, first))
+    ray.get(task.options(**there).remote(run, first))
     say()
     input()
-ray.get(Worker.options(**there).remote().log.remote(run, 100, 200))
 show(run.finish())
+say(ray.get([late.options(**there).remote(run) for _ in range(3)]))
 """)
     for _ in range(2):
         told(driver)
         wait_for(cluster.second.relays)
         wait_for(lambda: not cluster.second.relays())
         go_on(driver)
+    assert told(driver) == [200, 200, 0, True, []]
+    assert told(driver) == ["RunFinishedError"] * 3
+    assert tokens(tmp_path) == 200
+    wait_for(lambda: not cluster.second.private_folders())
+
+
+def test_workers_of_one_node_may_have_temporary_folders_of_their_own_and_a_fork_may_be_silent(cluster, begin, tmp_path):
+    """While the relay stays: no other could tell the run of the fork."""
+    driver = begin("""
+class Forking(Worker.__ray_metadata__.modified_class):
+    def log(self, run, steps, first=0):
+        super().log(run, 1, first)
+        if not os.fork():
+            super().log(run, 1, first + 1)
+            time.sleep(4)
+            super().log(run, steps - 2, first + 2)
+            os._exit(0)
+        os.wait()
+
+run = WandbRun("p", mode="offline", pipeline=Hasty)
+own = dict(env_vars=dict(TMPDIR=os.path.join(os.environ["TMPDIR"], "of-its-own")))
+os.makedirs(own["env_vars"]["TMPDIR"], exist_ok=True)
+
+@ray.remote
+def make(folder):
+    os.makedirs(folder, exist_ok=True)
+
+ray.get(make.options(**there).remote(own["env_vars"]["TMPDIR"]))
+workers = [Worker.options(**there).remote(), Worker.options(**there, runtime_env=own).remote()]
+workers.append(ray.remote(Forking).options(**there).remote())
+ray.get([worker.log.remote(run, 100, 100 * i) for i, worker in enumerate(workers)])
+show(run.finish())
+""")
     assert told(driver) == [300, 300, 0, True, []]
     assert tokens(tmp_path) == 300
 
