@@ -129,7 +129,7 @@ class Handle:
         data type, or a figure or data frame, which becomes one; nested mappings become paths. `reduce_reports` says
         what becomes of them. A later change of an array doesn't change what was logged. Of a table with
         `log_mode="INCREMENTAL"` only rows are sent that were not logged before under this key; as in W&B, such a
-        table is for one run.
+        table is for one run, and here for one pipeline of it.
         step: the pipeline's own, a whole number from 0. A worker may report it in several calls. The metrics may have
         it as well, as `step`.
         commit: nothing more comes from this worker for this step. Otherwise its next step says so.

@@ -72,7 +72,7 @@ class Inbox:
             if record.kind == records.BEGUN:
                 about = json.loads(record.content)
                 self.boxes[place, record.outbox] = Box(about["name"], about["parent"], about["name"])
-            elif box and not box.ended:
+            elif box:
                 self._take_record(box, record)
         for name, end in {record.outbox: record.end for record in reading.records}.items():
             if box := self.boxes.get((place, name)):
@@ -103,7 +103,7 @@ class Inbox:
             self._close(box)
             if box.process == self._owner:
                 self._state.note(owner_end=box.exit or GONE)
-        elif record.kind == records.VANISHED:
+        elif record.kind == records.VANISHED and not box.ended:
             self._state.unheard(f"{box.process}: somebody has removed its outbox, or there was no room for one")
             self._close(box)
         elif record.kind == records.LOST:

@@ -72,12 +72,6 @@ class Files:
         self.segments.close()
 
 
-def leave_note(folder: Path, process: str) -> None:
-    """Says that a process has found no room for an outbox. A link needs neither room nor a free file descriptor."""
-    with contextlib.suppress(OSError):
-        os.symlink(process, f"{folder}/{uuid.uuid4().hex}.lost")
-
-
 class Outbox:
     """What a process has for one run. All copies of the handle in the process share it."""
 
@@ -199,10 +193,8 @@ class Outbox:
             raise run_is_finished(self.address.name)
         with self._lock:
             if self._files is None and time.monotonic() >= self._next_look:
-                folder = None
                 try:
-                    folder = self.process.find_folder(self.address)
-                    files = Files(folder, self.process, self._lost)
+                    files = Files(self.process.find_folder(self.address), self.process, self._lost)
                     if (files.folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
                         files.close()
                         raise run_is_finished(self.address.name)
@@ -211,8 +203,9 @@ class Outbox:
                     raise_from_outside(error)
                     with contextlib.suppress(OSError):
                         folder = self.process.find_folder(self.address)  # raises if the run is finished
-                    if folder and not self._lost:
-                        leave_note(folder, self.process.name)
+                        if not self._lost:
+                            # It has no room for an outbox. A link needs neither room nor a free file descriptor.
+                            os.symlink(self.process.name, folder / f"{uuid.uuid4().hex}.lost")
                     self._next_look = time.monotonic() + 1
             return self._files is not None
 

@@ -293,6 +293,7 @@ say(ray.get([late.options(**there).remote(run) for _ in range(3)]))
     wait_for(lambda: not cluster.second.private_folders())
 
 
+@pytest.mark.slow
 def test_workers_of_one_node_may_have_temporary_folders_of_their_own_and_a_fork_may_be_silent(cluster, begin, tmp_path):
     """While the relay stays: no other could tell the run of the fork."""
     driver = begin("""
@@ -353,6 +354,7 @@ show(run.finish())
     assert tokens(tmp_path) == 16_000
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_answer_is_named_and_finish_does_not_wait_for_ever(cluster, begin, tmp_path):
     driver = begin("""
 run = WandbRun("p", mode="offline", pipeline=Impatient)
@@ -375,6 +377,7 @@ show(run.finish())
     assert tokens(tmp_path) == 200
 
 
+@pytest.mark.slow
 def test_a_node_that_the_actor_has_not_heard_of_before_it_was_killed_for_good_is_named(begin):
     driver = begin("""
 run = WandbRun("p", mode="offline")

@@ -2,7 +2,12 @@
 
 import multiprocessing
 import os
+import shutil
+import signal
+import tempfile
+import time
 import uuid
+from pathlib import Path
 
 from backbone import process, ray_internals, relay
 from backbone.files import OUTBOXES, Address, this_machine
@@ -11,6 +16,7 @@ from backbone.relay import Relays
 
 import pytest
 from conftest import wait_for
+from ray._private import state
 from ray.runtime_context import get_runtime_context
 
 FORK = multiprocessing.get_context("fork")
@@ -100,6 +106,69 @@ def test_where_a_relay_has_gone_the_run_s_end_is_told_and_nothing_is_left(place)
     assert (made.gone, address.folder.exists()) == ([], False)
     task.process.kill()
     task.process.join()
+
+
+def test_a_place_whose_relay_does_not_answer_is_named_and_not_waited_for_for_ever(place):
+    (address, key), task = place, Task(place[0])
+    ray_internals.put(key, os.fsencode(address.folder))
+    made = Bringing(address)
+    made.relays.look()
+    task.log(0)
+    wait_for(lambda: made.bring() == [0], every=0.01)
+    [there] = made.relays.places.values()
+    pid = state.actors(there.relay._actor_id.hex())["Pid"]
+    os.kill(pid, signal.SIGSTOP)
+    task.log(1)
+    made.relays.close()
+    began = time.monotonic()
+    while made.relays.places and time.monotonic() < began + 60:
+        made.bring()
+        for name in made.relays.silent(2):
+            made.relays.give_up(name, "it did not answer")
+    assert made.gone == [(key.decode().rpartition("/")[2], "it did not answer")]
+    os.kill(pid, signal.SIGKILL)
+    task.process.kill()
+
+
+@pytest.fixture
+def elsewhere(place, tmp_path, monkeypatch):
+    """elsewhere("second"): where a process with this temporary folder logs to the run of another node."""
+    address, made = place[0]._replace(machine="another", node="another"), []
+
+    def elsewhere(temporary: str, node: str = "") -> Path:
+        (tmp_path / temporary).mkdir(exist_ok=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / temporary))
+        here = process.RayProcess()
+        here.node = node or here.node
+        made.append(here.find_folder(address).parent)
+        return made[-1]
+
+    yield elsewhere
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def places(address: Address) -> dict[str, Path]:
+    prefix = address.key("place")
+    return {key.decode(): Path(os.fsdecode(ray_internals.get(key))) for key in ray_internals.keys(prefix)}
+
+
+def test_each_folder_in_which_somebody_logs_on_a_node_is_a_place(place, elsewhere):
+    folders = [elsewhere("first"), elsewhere("first"), elsewhere("second")]
+    assert sorted(places(place[0]).values()) == sorted({*folders})
+    assert len({*folders}) == 2
+
+
+def test_where_two_nodes_of_ray_share_a_folder_one_of_them_reads_it_as_long_as_it_lives(place, elsewhere):
+    mine = get_runtime_context().get_node_id()
+    folder = elsewhere("shared")
+    assert elsewhere("shared", node="f" * 56) == folder
+    [key] = places(place[0])
+    assert f"/{mine} " in key
+    (folder / "node").unlink()
+    (folder / "node").symlink_to("e" * 56)  # a node that is dead
+    elsewhere("shared")
+    assert os.readlink(folder / "node") == mine
 
 
 def test_a_place_that_is_gone_is_named_unless_a_relay_had_read_all_of_it(place):

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from backbone import ledger, transaction_log
+from backbone import ledger, ray_internals, transaction_log
 from backbone import recover as recovering
 from backbone.files import Address, Letter, state_path, write_letter
 from backbone.page import is_alive
@@ -356,6 +356,17 @@ def test_a_run_that_a_copy_has_finished_stays_its_owner_s_until_that_finishes_it
     # Else its actor thinks that its owner is gone, and cleans up.
     assert ray.get(seen_from_elsewhere.remote(made._address.folder, made._outbox.process.name))
     assert (made.finish().rows, other.finish().rows) == (1, 1)
+
+
+def test_a_place_of_which_the_actor_had_not_heard_before_it_was_killed_for_good_is_named(run):
+    made = run()
+    key = made._address.key("place", "abcdef0123 digest")
+    ray.kill(made._owned.actor)
+    wait_for(lambda: not is_there(made))
+    ray_internals.put(key, b"/nowhere")
+    ledger = made.finish()
+    assert (ledger.ok, ledger.unheard) == (False, ["node abcdef: what was logged there at last"])
+    assert ray_internals.get(key) is None
 
 
 def test_a_run_whose_private_folder_is_gone_with_its_actor_is_no_reason_to_stop(run):
