@@ -62,16 +62,14 @@ def made_of(value: Any) -> Any:
 # Files
 
 
-def parts(value: Any) -> tuple[type, dict[str, Any], bytes | None] | None:
-    """Class, state and file of a W&B data type, for `assembled`; None for what can be sent as it is.
+def parts(value: Any) -> tuple[type, dict[str, Any], bytes] | None:
+    """Class, state and file of a `wandb.Image`, `wandb.Html` or the like, for `assembled`; None if it has no file.
 
     A temporary file of wandb's is removed with the object: wandb would keep it until the process ends.
     """
-    if not is_data_type(value):
-        return None
-    path = getattr(value, "_path", None)
+    path = getattr(value, "_path", None) if is_data_type(value) else None
     if not isinstance(path, str) or "://" in path:
-        return (type(value), unbound(value), None) if any(vars(value).get(tie) for tie in _TIES) else None
+        return None
     content = Path(path).read_bytes()
     if vars(value).get("_is_tmp") and not hasattr(value, "_goes_with_it") and _is_temporary(path):
         value._goes_with_it = True
@@ -81,6 +79,10 @@ def parts(value: Any) -> tuple[type, dict[str, Any], bytes | None] | None:
 
 # What ties an object to a run that it was logged to, or to an artifact that it is in. Neither can be sent.
 _TIES = ("_run", "_artifact_source", "_artifact_target", "_run_target_for_increments")
+
+
+def is_bound(value: Any) -> bool:
+    return is_data_type(value) and any(vars(value).get(tie) for tie in _TIES)
 
 
 def unbound(value: Any) -> dict[str, Any]:
@@ -93,14 +95,11 @@ def _remove(path: str, pid: int) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def assembled(kind: type, state: dict[str, Any], content: bytes | None) -> Any:
+def assembled(kind: type, state: dict[str, Any], content: bytes) -> Any:
     """Such an object again, in another process. wandb moves its file into a run's folder as if it had made it."""
     from wandb.sdk.data_types._private import MEDIA_TMP
 
     value = kind.__new__(kind)
-    if content is None:
-        value.__dict__.update(state)
-        return value
     os.makedirs(MEDIA_TMP.name, exist_ok=True)  # some systems clean their temporary folder
     descriptor, path = tempfile.mkstemp(Path(state["_path"]).name, dir=MEDIA_TMP.name)
     with os.fdopen(descriptor, "wb") as file:

@@ -187,11 +187,12 @@ def _one_of_each(values: list | tuple) -> list:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts the bytes of media beside them, which otherwise are a path in a temporary folder of one process."""
+    """Sends media with their bytes, else a path in a temporary folder, and without a run that they are bound to."""
 
     def reducer_override(self, value: Any) -> Any:
-        parts = media.parts(value)
-        return NotImplemented if parts is None else (media.assembled, parts)
+        if (parts := media.parts(value)) is not None:
+            return media.assembled, parts
+        return (object.__new__, (type(value),), media.unbound(value)) if media.is_bound(value) else NotImplemented
 
 
 def pack(report: Mapping[str, Any], what: str = "metric") -> bytes:

@@ -15,6 +15,7 @@ from backbone.records import REPORT
 from backbone.relay import Relays
 
 import pytest
+import ray
 from conftest import wait_for
 from ray._private import state
 from ray.runtime_context import get_runtime_context
@@ -25,7 +26,9 @@ FORK = multiprocessing.get_context("fork")
 @pytest.fixture
 def place(tmp_path, ray_here, monkeypatch):
     """Where somebody logs: the run's address, and the place's key in Ray's key-value store."""
-    monkeypatch.setattr(relay.Relay.__ray_metadata__.modified_class, "IDLE", 0.5)
+    monkeypatch.setattr(
+        relay.Relay.__ray_metadata__.modified_class, "IDLE", 1.5
+    )  # a process looks once a second whether it is read
     folder, node = tmp_path / "private", get_runtime_context().get_node_id()
     (folder / OUTBOXES).mkdir(mode=0o700, parents=True)
     folder.chmod(0o700)
@@ -169,6 +172,43 @@ def test_where_two_nodes_of_ray_share_a_folder_one_of_them_reads_it_as_long_as_i
     (folder / "node").symlink_to("e" * 56)  # a node that is dead
     elsewhere("shared")
     assert os.readlink(folder / "node") == mine
+
+
+def test_a_relay_goes_when_only_an_idle_process_is_left_and_comes_back_when_that_logs(place, elsewhere):
+    """Nodes must get free for the autoscaler. Whoever logs after the end is told, each time."""
+
+    @ray.remote(num_cpus=0)
+    def log(address: Address, number: int) -> str:
+        box = process.outbox(address)
+        try:
+            box.put(REPORT, 0, number, b"")
+        except RuntimeError as error:
+            return type(error).__name__
+        return f"{os.getpid()}"
+
+    address, made = place[0]._replace(machine="another", node="another"), None
+    made = Bringing(address)
+    pids = set()
+    for number in range(3):
+        pids.add(ray.get(log.remote(address, number)))
+        wait_for(lambda: (made.relays.look(), made.bring())[1] == [*range(number + 1)], every=0.05)  # noqa: B023
+        wait_for(lambda: (made.bring(), not made.relays.places)[1], every=0.05)
+        time.sleep(1.1)  # a process looks once a second whether anybody reads
+    assert len(pids) == 1
+    assert places(address) == {}
+    assert made.finish() == [0, 1, 2]
+    assert ray.get([log.remote(address, 3) for _ in range(3)]) == ["RunFinishedError"] * 3
+    assert made.gone == []
+    assert not [*Path(tempfile.gettempdir()).glob(f"wandb-run-{address.nonce}*")]
+
+
+def test_a_node_that_dies_is_named(place):
+    address, key = place[0], place[0].key("place", f"{'ab' * 28} digest")
+    ray_internals.put(key, os.fsencode(address.folder))
+    made = Bringing(address)
+    made.relays.look()
+    wait_for(lambda: (made.bring(), not made.relays.places)[1], every=0.01)
+    assert [name for name, _ in made.gone] == [f"{'ab' * 28} digest"]
 
 
 def test_a_place_that_is_gone_is_named_unless_a_relay_had_read_all_of_it(place):
