@@ -263,7 +263,8 @@ class WandbRun(Handle):
 
     Attributes: `id`, `name`, `project`, `mode`, `config`, `url` (None if not online), `path` (the run's folder, None if
     disabled). Raises ValueError or TypeError for arguments that can't work, OSError for a folder that can't be written
-    or an id in use, and RuntimeError if the run can't start.
+    or an id in use, RunFinishedError for a view of a run that a copy has finished, and RuntimeError if the run can't
+    start.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import CLOSED_FOLDER, Address
-from .ledger import run_is_finished
+from .ledger import RunFinishedError, run_is_finished
 from .page import CLOSED, NOBODY_READS, OTHER, Page
 from .records import COMMIT, EXIT, GOODBYE, REPORT, WHO, Room, Segments, raise_from_outside, record
 from .values import encodable
@@ -37,14 +37,16 @@ class Files:
 
     def __init__(self, folder: Path, process: Process, lost: Mapping[int, int]):
         name = uuid.uuid4().hex
-        own.add(name)
         self.folder, self.process, self.room = folder, process, Room()
         self.who = ("", "")  # name and label of the worker that has logged last
         self.segments = Segments(lambda number: f"{folder}/{name}.{number}")
         try:
-            # A relay must stay for it, except for that of an idle process: Ray keeps those for more tasks.
+            own.add(name)
+            # The relay that reads it must stay, because it notices deaths, and who has no Ray could not call it back.
+            # It need not for the processes that Ray keeps idle, for more tasks.
             self.page = Page(folder / f"{name}.page", process.name, process.parent, lost, stays=not process.in_task)
         except BaseException:
+            own.discard(name)
             self.segments.remove()
             raise
 
@@ -93,6 +95,8 @@ class Outbox:
 
         Raises RunFinishedError, RuntimeError where the run can't be reached from this process, and what `record` does.
         """
+        if self.is_finished:
+            raise run_is_finished(self.address.name)
         size, files = len(content), self._files  # which another thread may replace
         if files is None:
             room = self.open()
@@ -107,7 +111,8 @@ class Outbox:
             # After the record: a relay that goes says so, and then reads once more, so one of them sees the other.
             if now >= self._next_look:
                 self.look(now, pipeline)
-        if (files := self._files) and files.is_closed:
+        if self.is_finished or ((files := self._files) and files.is_closed):
+            self.is_finished = True  # so that this was the last record
             raise run_is_finished(self.address.name)
         return bool(is_written)
 
@@ -133,13 +138,23 @@ class Outbox:
                 self.open()
                 self._lose(pipeline, lost)
             elif files.page.state == NOBODY_READS:
-                try:
-                    self.process.find_folder(self.address)
-                except OSError as error:  # the disk is full
-                    raise_from_outside(error)
+                self._find_folder()
+
+    def _find_folder(self) -> Path | None:
+        """Tells the run of it where that is necessary. Nothing where that is not possible now. Raises as `put` does."""
+        try:
+            return self.process.find_folder(self.address)
+        except RunFinishedError:
+            self.is_finished = self.process.ray is not None  # else its parent may tell the run of it later
+            raise
+        except OSError as error:  # the disk is full, or the folder has just been removed
+            raise_from_outside(error)
+            return None
 
     def _lose(self, pipeline: int, reports: int) -> None:
-        if reports and not self._lost:
+        if not reports:
+            return
+        if not self._lost:
             why = "no room on the disk, or nobody reads them"
             logger.warning("run %s: reports are lost, training goes on: %s", self.address.name, why)
         self._lost[pipeline] = self._lost.get(pipeline, 0) + reports
@@ -166,9 +181,11 @@ class Outbox:
 
     def hand_on(self) -> None:
         """Before a copy of the handle goes to another process, which may have no Ray to tell the run where it is."""
-        with contextlib.suppress(RuntimeError):  # it is finished
+        with contextlib.suppress(RuntimeError), self._lock:  # it is finished
             if self.process.ray and not self.address.is_here and self.open():
                 self._files.page.ask_to_stay()
+                if self._files.page.state == NOBODY_READS:
+                    self._find_folder()
 
     def let_go(self) -> None:
         """A copy of the handle is gone. When it was the last one, a task will log nothing more."""
@@ -193,21 +210,33 @@ class Outbox:
             raise run_is_finished(self.address.name)
         with self._lock:
             if self._files is None and time.monotonic() >= self._next_look:
-                try:
-                    files = Files(self.process.find_folder(self.address), self.process, self._lost)
-                    if (files.folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
-                        files.close()
-                        raise run_is_finished(self.address.name)
-                    self._files = files
-                except OSError as error:  # the disk is full, or the folder has just been removed
-                    raise_from_outside(error)
-                    with contextlib.suppress(OSError):
-                        folder = self.process.find_folder(self.address)  # raises if the run is finished
-                        if not self._lost:
-                            # It has no room for an outbox. A link needs neither room nor a free file descriptor.
-                            os.symlink(self.process.name, folder / f"{uuid.uuid4().hex}.lost")
+                self._files = self._new_files()
+                if self._files is None:
                     self._next_look = time.monotonic() + 1
             return self._files is not None
+
+    def _new_files(self) -> Files | None:
+        """None where there is no room for them, or their folder has just been removed."""
+        if not (folder := self._find_folder()):
+            return None
+        try:
+            files = Files(folder, self.process, self._lost)
+        except OSError as error:
+            raise_from_outside(error)
+            if self._find_folder() and not self._lost:
+                self._leave_note(folder)
+            return None
+        if (folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
+            files.close()
+            raise run_is_finished(self.address.name)
+        return files
+
+    def _leave_note(self, folder: Path) -> None:
+        """Says that this process has no room for an outbox. A link needs neither room nor a free file descriptor."""
+        try:
+            os.symlink(self.process.name, folder / f"{uuid.uuid4().hex}.lost")
+        except OSError as error:
+            raise_from_outside(error)
 
     def begin_in_fork(self, process: Process) -> None:
         """In a fork of the process that had it: the fork is another one, with an outbox of its own."""

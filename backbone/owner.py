@@ -72,8 +72,8 @@ class Owned:
             with contextlib.suppress(Exception):
                 call("join", prefix, reduction, workers)
                 call("finish", *exits.how_it_ends(error), prefix if self.prefixes else None)
-            if not self.prefixes:
-                self.leave()
+                if not self.prefixes:
+                    self.leave()
             raise
         self.prefixes.append(prefix)
         return started

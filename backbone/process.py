@@ -14,7 +14,7 @@ from pathlib import Path
 from ray.runtime_context import get_runtime_context  # `ray.get_runtime_context` starts a Ray where there is none
 
 from . import nodes, ray_internals
-from .files import CLOSED_FOLDER, OUTBOXES, Address, digest, make_private_folder, this_machine, this_view
+from .files import CLOSED_FOLDER, OUTBOXES, Address, digest, fcntl, make_private_folder, this_machine, this_view
 from .ledger import RunFinishedError, run_is_finished
 from .outbox import Outbox
 from .ray_internals import which_ray
@@ -119,13 +119,17 @@ class RayProcess(Process):
 
     def _reader_of(self, folder: Path) -> str:
         """The node whose relay reads a folder: where several nodes of Ray are on one machine, one of them does."""
-        link = folder / "node"
-        with contextlib.suppress(OSError):
-            if os.readlink(link) != self.node and not nodes.is_alive(os.readlink(link)):
+        link, lock = folder / "node", os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not link.is_symlink():
+                link.symlink_to(self.node)
+            elif os.readlink(link) != self.node and not nodes.is_alive(os.readlink(link)):
                 link.unlink()
-        with contextlib.suppress(FileExistsError):
-            link.symlink_to(self.node)
-        return os.readlink(link)
+                link.symlink_to(self.node)
+            return os.readlink(link)
+        finally:
+            os.close(lock)
 
     def _check_open(self, address: Address) -> None:
         if ray_internals.get(address.key("open")) is None:
@@ -158,6 +162,11 @@ def forget(address: Address) -> None:
         box.close(finished=True)
 
 
+def _before_fork() -> None:
+    for box in [*_outboxes.values()]:
+        box.hand_on()
+
+
 def _after_fork() -> None:
     global _name
     _name = _new_name()
@@ -172,5 +181,5 @@ def _at_exit() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 atexit.register(_at_exit)

@@ -48,7 +48,7 @@ class Reader:
         self._first = {name: position.segment for name, position in positions.items()}  # segments that are there
         self._lost: dict[str, bytes] = {}  # by outbox
         self._dying: set[str] = set()  # their process has ended
-        self.stays: set[str] = set()  # of processes that can't tell the run of this place, or have such children
+        self.stays: set[str] = set()  # whose relay must stay, see `outbox.Files`
         self._changed, self._next_look, self._next_touch = 0, 0.0, 0.0
 
     def read(self, look: bool = False) -> Reading:
@@ -58,7 +58,7 @@ class Reader:
         if looks:
             self._look(found)
             self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
-        found, is_cut = self._read_boxes(found)
+        found, behind = self._read_boxes(found)
         if not looks and any(record.kind == records.WHO for record in found):
             # It may take the place of one that has just died, whose end must come first: look, and read again.
             self._boxes = before
@@ -66,12 +66,11 @@ class Reader:
         self._boxes |= {record.outbox: record.end for record in found}
         last = {record.outbox: record.time for record in found}
         # An end comes right behind the last record: later, the successor's first report would come before it.
-        through = [name for name in self._dying if not self._has_news(name)]
-        found += [self._event(records.ENDED, name, last.get(name, 0.0)) for name in through]
-        return Reading(sorted(found, key=lambda record: record.time), is_cut)
+        found += [self._event(records.ENDED, name, last.get(name, 0.0)) for name in self._dying - behind]
+        return Reading(sorted(found, key=lambda record: record.time), is_cut=bool(behind))
 
-    def _read_boxes(self, found: list[Record]) -> tuple[list[Record], bool]:
-        """These records, and the new ones of all outboxes, as many as one reading may have; whether there are more.
+    def _read_boxes(self, found: list[Record]) -> tuple[list[Record], set[str]]:
+        """These records, and the new ones of all outboxes, as many as one reading may have; which of them have more.
 
         Where an outbox is cut off, nothing later is handed on from the others: else reports of one step would come in
         two readings, with another attempt at that step between them.
@@ -79,12 +78,15 @@ class Reader:
         has_news = {name: self._has_news(name) for name in self._boxes}
         found += [self._event(records.VANISHED, name) for name, has in has_news.items() if has is None]
         news = [name for name, has in has_news.items() if has]
-        share, horizon = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf
+        share, horizon, behind = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf, set[str]()
         for name in news:
             new, is_cut = self._read_box(name, share)
-            horizon = min(horizon, new[-1].time) if is_cut else horizon
+            if is_cut:
+                horizon = min(horizon, new[-1].time)
+                behind.add(name)
             found += new
-        return [record for record in found if record.time <= horizon], horizon < math.inf
+        behind |= {record.outbox for record in found if record.time > horizon}
+        return [record for record in found if record.time <= horizon], behind
 
     def _event(self, kind: int, name: str, at: float = 0.0, content: bytes = b"") -> Record:
         return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])  # without a time, before all records
@@ -225,4 +227,4 @@ def _touch(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for path in (folder, *folder.rglob("*")):
             with contextlib.suppress(OSError):
-                os.utime(path)
+                os.utime(path, follow_symlinks=False)

@@ -59,7 +59,7 @@ class Relay:
             ray_internals.delete(self._key)
             self._reader.set_state(page.NOBODY_READS)
             self._last = self._reader.read(look=True)
-        if self._last.is_empty:
+        if self._last.is_empty and (self._closed or not self._reader.stays):
             if self._closed:
                 ray_internals.delete(self._key)
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -149,6 +149,8 @@ class Relays:
                 if reading.has_left:
                     self._left[name] = place.key, place.folder
                     self._found.pop(name, None)  # somebody may log there again: the next look finds that
+                    if self._closed:
+                        self._at_close[name] = self._left[name]
             except ray.exceptions.RayError as error:
                 self._fail(name, error)
         self.start()  # here, so that a place that has to be read again is never missing
@@ -173,8 +175,11 @@ class Relays:
         place = self.places.pop(name)
         self._done.add(name)
         with contextlib.suppress(Exception):  # of a GCS that restarts
-            if ray_internals.ray_answers() and ray_internals.get(place.key) is None:
-                return
+            if ray_internals.ray_answers():
+                if ray_internals.get(place.key) is None:
+                    return
+                if self._closed:
+                    ray_internals.delete(place.key)
         self._gone(name, why)
 
     def silent(self, seconds: float) -> list[str]:
@@ -189,14 +194,14 @@ class Relays:
 
     def close(self) -> None:
         """Nothing more is taken anywhere. What they still bring ends with a reading that `is_last`."""
-        ray_internals.delete(self._address.key("open"))
         self._closed = True
-        # Behind that: whoever logs for the first time notes its place, then looks for that key. So one sees the other.
-        # Where a relay has left there is nothing to read, but a folder to remove, and somebody may still want to log.
-        self._at_close = self._left | self._ask()
         for place in self.places.values():
             if place.relay:
                 place.relay.close.remote()
+        ray_internals.delete(self._address.key("open"))
+        # Behind that: whoever logs for the first time notes its place, then looks for that key. So one sees the other.
+        # Where a relay has left there is nothing to read, but a folder to remove, and somebody may still want to log.
+        self._at_close = self._left | self._ask()
         self.start()
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +95,13 @@ class Said:
         if self._state.facts.get("said"):
             self._state.note(said=[])
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """A row has these keys: what was said before of the summary of one is not to be told again."""
+    def forget(self, keys: Collection[str]) -> None:
+        """A row has these keys: what was told before of the summary of one is not to be told again."""
         known = self._state.facts.get("summary", {})
         if not known.keys().isdisjoint(keys):
-            self._state.note(summary={key: value for key, value in known.items() if key not in keys})
+            waiting = {key for kind, value in self._state.facts.get("said", ()) if kind == "summary" for key in value}
+            kept = {key: value for key, value in known.items() if key in waiting or key not in keys}
+            self._state.note(summary=kept)
 
     def again(self) -> None:
         """What is known is to be told again, to a run that goes on in a new folder."""

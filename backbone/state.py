@@ -109,7 +109,7 @@ class State:
 
     def unheard(self, what: str) -> None:
         """There may be reports that nobody can read."""
-        self.note(unheard=[*self.facts.get("unheard", ()), what])
+        self.note(unheard=[*dict.fromkeys([*self.facts.get("unheard", ()), what])])
         self.warn(f"unheard {what}", f"reports may be missing of {what}")
 
     @property

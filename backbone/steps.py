@@ -49,7 +49,7 @@ class OpenStep:
     busy: int = 0  # how many of these workers are not done with it
     heard: float = 0.0
     death: float = math.inf  # the first death among its workers, as `Worker.end`
-    tasks: dict[str, str] = dataclasses.field(default_factory=dict)  # of those that have reported it: its last attempt
+    tasks: dict[str, str] = dataclasses.field(default_factory=dict)  # task -> the attempt that has reported it last
     partial: bool = False  # in the end: fewer workers have reported it than make a step complete
 
     def add(self, worker: Worker, report: int, now: float) -> None:

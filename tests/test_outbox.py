@@ -641,6 +641,45 @@ def test_the_end_of_a_process_comes_right_behind_its_last_record_also_where_othe
     assert all(record.outbox != reading.records[end].outbox for record in reading.records[end + 1 :])
 
 
+@pytest.mark.parametrize("what", ["half a record", "an empty segment"])
+def test_a_process_has_ended_also_where_it_left_something_that_nobody_can_read(address, child, monkeypatch, what):
+    worker = child(put_some, 3)
+    worker.told()
+    worker.kill()
+    [segment] = (address.folder / OUTBOXES).glob("*.0")
+    if what == "half a record":  # as where it was killed in the middle of a write
+        with segment.open("ab") as file:
+            file.write(records.record(REPORT, b"x" * 100, 0.0)[:80])
+    else:  # as where the disk was full
+        monkeypatch.setattr("backbone.records.SEGMENT", segment.stat().st_size)
+        segment.with_suffix(".1").touch()
+    found = read(Reader(address.folder, {}), has_ended)
+    assert numbers(found) == [0, 1, 2]
+    assert [*(address.folder / OUTBOXES).iterdir()] == []
+
+
+def test_who_does_not_listen_that_the_run_is_finished_logs_nothing_more(address, child):
+    """Else whoever reads to the end would never be through."""
+
+    def work(pipe, box: Outbox) -> None:
+        put(box, 0)
+        pipe.send(None)
+        pipe.recv()
+        for number in range(1, 100):
+            with contextlib.suppress(RunFinishedError):
+                put(box, number)
+        pipe.send(None)
+        pipe.poll(None)
+
+    worker, reader = child(work), Reader(address.folder, {})
+    worker.told()
+    read(reader)
+    reader.close()
+    worker.pipe.send("go on")
+    worker.told()
+    assert numbers(read(reader)) in ([], [1])
+
+
 # What is removed or closed
 
 

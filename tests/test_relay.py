@@ -26,9 +26,7 @@ FORK = multiprocessing.get_context("fork")
 @pytest.fixture
 def place(tmp_path, ray_here, monkeypatch):
     """Where somebody logs: the run's address, and the place's key in Ray's key-value store."""
-    monkeypatch.setattr(
-        relay.Relay.__ray_metadata__.modified_class, "IDLE", 1.5
-    )  # a process looks once a second whether it is read
+    monkeypatch.setattr(relay.Relay.__ray_metadata__.modified_class, "IDLE", 0.5)
     folder, node = tmp_path / "private", get_runtime_context().get_node_id()
     (folder / OUTBOXES).mkdir(mode=0o700, parents=True)
     folder.chmod(0o700)
