@@ -7,71 +7,22 @@ no callback and nothing to flush. Who reads the files is in reading.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import pickle
 import threading
 import time
-import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import CLOSED_FOLDER, Address
 from .ledger import RunFinishedError, run_is_finished
-from .page import CLOSED, NOBODY_READS, OTHER, Page
-from .records import COMMIT, EXIT, GOODBYE, REPORT, WHO, Room, Segments, raise_from_outside, record
-from .values import encodable
+from .page import NOBODY_READS, OTHER, leave_note
+from .records import COMMIT, EXIT, GOODBYE, REPORT, Files, raise_from_outside, record
 
 if TYPE_CHECKING:  # it knows of Ray
     from .process import Process
 
 logger = logging.getLogger("wandb_run")
-
-own: set[str] = set()  # names of this process's outboxes
-
-
-class Files:
-    """The files of an outbox, as long as they are open."""
-
-    def __init__(self, folder: Path, process: Process, lost: Mapping[int, int]):
-        name = uuid.uuid4().hex
-        self.folder, self.process, self.room = folder, process, Room()
-        self.who = ("", "")  # name and label of the worker that has logged last
-        self.segments = Segments(lambda number: f"{folder}/{name}.{number}")
-        try:
-            own.add(name)
-            # The relay that reads it must stay, because it notices deaths, and who has no Ray could not call it back.
-            # It need not for the processes that Ray keeps idle, for more tasks.
-            self.page = Page(folder / f"{name}.page", process.name, process.parent, lost, stays=not process.in_task)
-        except BaseException:
-            own.discard(name)
-            self.segments.remove()
-            raise
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the reader takes nothing more."""
-        return self.page.map[0] == CLOSED
-
-    def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
-        """Whether the record could be written."""
-        if (who := (self.process.who(), label)) != self.who:
-            about = json.dumps(dict(name=who[0], label=encodable(label), task=self.process.task)).encode()
-            if not self.segments.append(record(WHO, about, now), 0):
-                return False
-            self.who = who  # not before: an interrupt would leave reports that are taken for somebody else's
-        return self.segments.append(record(kind, content, now, pipeline, step), 1)
-
-    @property
-    def are_removed(self) -> bool:
-        """Whether one of them is."""
-        return self.page.is_removed or self.segments.are_removed
-
-    def close(self) -> None:
-        self.page.close()
-        self.segments.close()
 
 
 class Outbox:
@@ -224,19 +175,12 @@ class Outbox:
         except OSError as error:
             raise_from_outside(error)
             if self._find_folder() and not self._lost:
-                self._leave_note(folder)
+                leave_note(folder, self.process.name)
             return None
         if (folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
             files.close()
             raise run_is_finished(self.address.name)
         return files
-
-    def _leave_note(self, folder: Path) -> None:
-        """Says that this process has no room for an outbox. A link needs neither room nor a free file descriptor."""
-        try:
-            os.symlink(self.process.name, folder / f"{uuid.uuid4().hex}.lost")
-        except OSError as error:
-            raise_from_outside(error)
 
     def begin_in_fork(self, process: Process) -> None:
         """In a fork of the process that had it: the fork is another one, with an outbox of its own."""

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import struct
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,15 @@ class Page:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def leave_note(folder: Path, process: str) -> None:
+    """Says that a process has no room for an outbox. A link needs neither room nor a free file descriptor."""
+    try:
+        os.symlink(process, folder / f"{uuid.uuid4().hex}.lost")
+    except OSError as error:
+        if error.errno is None:  # a signal handler's TimeoutError
+            raise
 
 
 class Seen(NamedTuple):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from . import outbox, page, records
+from . import page, records
 from .files import CLOSED_FOLDER, OUTBOXES
 from .page import Position
 from .records import HEAD, Record
@@ -48,7 +48,7 @@ class Reader:
         self._first = {name: position.segment for name, position in positions.items()}  # segments that are there
         self._lost: dict[str, bytes] = {}  # by outbox
         self._dying: set[str] = set()  # their process has ended
-        self.stays: set[str] = set()  # whose relay must stay, see `outbox.Files`
+        self.stays: set[str] = set()  # whose relay must stay, see `records.Files`
         self._changed, self._next_look, self._next_touch = 0, 0.0, 0.0
 
     def read(self, look: bool = False) -> Reading:
@@ -139,7 +139,9 @@ class Reader:
     def _names(self, end: str = ".page") -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             pages = [entry.name[:-5] for entry in os.scandir(self._folder) if entry.name.endswith(end)]
-            return [name for name in pages if name not in outbox.own]  # to open and close one's own would free its lock
+            return [
+                name for name in pages if name not in records.own
+            ]  # to open and close one's own would free its lock
         return []
 
     def _look(self, found: list[Record]) -> None:

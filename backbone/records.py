@@ -1,17 +1,24 @@
-"""What an outbox consists of: records, one behind the other, in segments to which one process only appends."""
+"""What an outbox consists of: records, one behind the other, in segments to which one process only appends; a page."""
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from .files import disk_is_full
-from .page import Position
+from .page import CLOSED, Page, Position
+from .values import encodable
 
+if TYPE_CHECKING:  # it knows of Ray
+    from .process import Process
+
+own: set[str] = set()  # names of this process's outboxes
 # The head of a record: length of its content, kind, number of the pipeline, step, and when it was made (monotonic clock
 # and wall clock).
 HEAD = struct.Struct("<IBB2xqdd")
@@ -168,6 +175,48 @@ class Room:
         elif now > self._deadline:
             self._stuck = read
         return None
+
+
+class Files:
+    """The files of an outbox, as long as they are open."""
+
+    def __init__(self, folder: Path, process: Process, lost: Mapping[int, int]):
+        name = uuid.uuid4().hex
+        self.folder, self.process, self.room = folder, process, Room()
+        self.who = ("", "")  # name and label of the worker that has logged last
+        self.segments = Segments(lambda number: f"{folder}/{name}.{number}")
+        try:
+            own.add(name)
+            # The relay that reads it must stay, because it notices deaths, and who has no Ray could not call it back.
+            # It need not for the processes that Ray keeps idle, for more tasks.
+            self.page = Page(folder / f"{name}.page", process.name, process.parent, lost, stays=not process.in_task)
+        except BaseException:
+            own.discard(name)
+            self.segments.remove()
+            raise
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the reader takes nothing more."""
+        return self.page.map[0] == CLOSED
+
+    def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
+        """Whether the record could be written."""
+        if (who := (self.process.who(), label)) != self.who:
+            about = json.dumps(dict(name=who[0], label=encodable(label), task=self.process.task)).encode()
+            if not self.segments.append(record(WHO, about, now), 0):
+                return False
+            self.who = who  # not before: an interrupt would leave reports that are taken for somebody else's
+        return self.segments.append(record(kind, content, now, pipeline, step), 1)
+
+    @property
+    def are_removed(self) -> bool:
+        """Whether one of them is."""
+        return self.page.is_removed or self.segments.are_removed
+
+    def close(self) -> None:
+        self.page.close()
+        self.segments.close()
 
 
 def raise_from_outside(error: OSError) -> None:

@@ -20,7 +20,7 @@ class Logger:
         self.run.log(metrics, step=step)
 
     def finish(self) -> None:
-        self.run.finish()
+        wandb.teardown()  # finishes the run, and returns when all is written
 
 
 @ray.remote(num_cpus=0)

@@ -28,10 +28,10 @@ from pathlib import Path
 from backbone import outbox, page, process, records
 from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
-from backbone.outbox import Outbox, Room
+from backbone.outbox import Outbox
 from backbone.page import OTHER, Position, is_alive, lost_by_pipeline
 from backbone.reading import Reader
-from backbone.records import BEGUN, ENDED, LOST, REPORT, SAID, VANISHED, WHO, Record
+from backbone.records import BEGUN, ENDED, LOST, REPORT, SAID, VANISHED, WHO, Record, Room
 
 import pytest
 from conftest import wait_for
