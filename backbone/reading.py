@@ -78,15 +78,14 @@ class Reader:
         has_news = {name: self._has_news(name) for name in self._boxes}
         found += [self._event(records.VANISHED, name) for name, has in has_news.items() if has is None]
         news = [name for name, has in has_news.items() if has]
-        share, horizon, behind = max(1 << 12, self.LIMIT // max(1, len(news))), math.inf, set[str]()
+        share, cut = max(1 << 12, self.LIMIT // max(1, len(news))), dict[str, float]()  # at what time
         for name in news:
             new, is_cut = self._read_box(name, share)
-            if is_cut:
-                horizon = min(horizon, new[-1].time)
-                behind.add(name)
+            cut |= {name: new[-1].time} if is_cut else {}
             found += new
-        behind |= {record.outbox for record in found if record.time > horizon}
-        return [record for record in found if record.time <= horizon], behind
+        horizon = min(cut.values(), default=math.inf)
+        late = {record.outbox for record in found if record.time > horizon}
+        return [record for record in found if record.time <= horizon], late | cut.keys()
 
     def _event(self, kind: int, name: str, at: float = 0.0, content: bytes = b"") -> Record:
         return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])  # without a time, before all records
@@ -137,11 +136,10 @@ class Reader:
         return any(name not in self._boxes for name in self._names())
 
     def _names(self, end: str = ".page") -> list[str]:
+        """Not those of this process: to open and close a page of one's own would free its lock."""
         with contextlib.suppress(FileNotFoundError):
-            pages = [entry.name[:-5] for entry in os.scandir(self._folder) if entry.name.endswith(end)]
-            return [
-                name for name in pages if name not in records.own
-            ]  # to open and close one's own would free its lock
+            found = [entry.name[:-5] for entry in os.scandir(self._folder) if entry.name.endswith(end)]
+            return [name for name in found if name not in records.own]
         return []
 
     def _look(self, found: list[Record]) -> None:
