@@ -6,11 +6,12 @@ A *report* is one call of `log`. A worker's process appends its reports to files
 actor* reads the outboxes of its node; on other nodes a *relay* does, and brings it what is there. A *row* is what W&B
 has of a step: all reports of it, reduced to one.
 
-It begins in `WandbRun.log`, in common.py. To follow a report from there, read these, in this order:
+It begins in `Handle.log`, in common.py: a `WandbRun` is a handle. To follow a report from there, read these, in this
+order:
 
 values.py      what may be logged, and how it is packed
 process.py     who logs in this process, and where its outboxes are; files.py has the folders
-records.py     how a report is written; page.py says who writes, and whether that process lives
+records.py     how a report is written, and into which files; page.py says who writes, and whether that process lives
 outbox.py      takes a report in the worker's process: all of the above together
 reading.py     finds the outboxes of a node, and reads what is new in them
 inbox.py       knows who has logged it, and hands it to its pipeline
@@ -39,7 +40,7 @@ it, exits.py says how the process ends.
 What else workers log: said.py has alerts, config, summary and log lines. staging.py brings an artifact's files to the
 run's folder, artifacts.py logs them. media.py knows W&B's data types.
 
-What these share: ledger.py is the account. nodes.py records CPUs and GPUs. What is not public is in ray_internals.py,
+What these share: ledger.py is the account. nodes.py knows the nodes. What is not public is in ray_internals.py,
 wandb_internals.py and transaction_log.py.
 """
 

@@ -159,6 +159,7 @@ for step in range(500): run.log({{"a": 1.0}}, step)
     assert log.exit_code == 0
 
 
+@pytest.mark.slow
 def test_threads_and_processes_share_a_handle(ray_here, run):
     @ray_here.remote
     class Worker:

@@ -190,7 +190,8 @@ with run(mode="online", pipeline=Telltale) as made:
     assert "run_group" not in log.run
 
 
-@pytest.mark.parametrize("mode", ["offline", pytest.param("online", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "online"])
 def test_where_wandb_offline_was_typed_nothing_is_sent(drive, tmp_path, environment, server, mode):
     netrc = Path(environment["HOME"], ".netrc")
     netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")

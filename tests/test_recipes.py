@@ -104,6 +104,7 @@ def test_evaluation_beside_training_has_an_axis_of_its_own_in_the_same_run(recip
     assert axes["eval/accuracy"] == "eval/step"
 
 
+@pytest.mark.slow
 def test_percentiles_are_those_of_all_samples(recipe):
     [log] = recipe("samples_and_percentiles")
     rngs = [np.random.default_rng(engine) for engine in range(4)]
@@ -115,6 +116,7 @@ def test_percentiles_are_those_of_all_samples(recipe):
         assert row["latency_ms/histogram._type"] == "histogram"
 
 
+@pytest.mark.slow
 def test_rewards_are_there_by_source_and_together(recipe):
     [log] = recipe("per_source")
     assert len(log.rows) == 5
@@ -190,12 +192,14 @@ def test_serving_alone_is_one_run_that_names_what_it_serves(recipe):
     assert "checkpoint:step-10" in str(log.config["checkpoint"])
 
 
+@pytest.mark.slow
 def test_the_slowest_worker_is_named(recipe):
     [log] = recipe("slowest_worker")
     found = {(row["time/step_s/worst"], row["time/step_s/max"], round(row["time/step_s"], 2)) for row in log.rows}
     assert found == {("rank 3", 1.2, 1.05)}
 
 
+@pytest.mark.slow
 def test_an_alert_that_all_ranks_send_goes_out_once(recipe):
     [log] = recipe("alerts")
     assert [(alert["title"], alert["level"]) for alert in log.of("alert")] == [("reward collapsed", "WARN")]
@@ -212,6 +216,7 @@ def said(log: Log) -> str:
     return "".join(output["line"] for output in log.of("output_logger"))
 
 
+@pytest.mark.slow
 def test_what_workers_say_is_in_the_runs_logs_with_their_labels(recipe):
     [log] = recipe("logs")
     for rank in range(2):
@@ -229,6 +234,7 @@ def test_the_traceback_of_what_ends_the_with_block_is_in_the_runs_logs(recipe, m
     assert "a batch without tokens on rank" in said(log)
 
 
+@pytest.mark.slow
 def test_the_timeline_is_an_artifact_that_has_the_tasks_of_all_workers(recipe):
     [log] = recipe("timeline")
     [artifact] = log.of("artifact")
