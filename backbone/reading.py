@@ -138,7 +138,7 @@ class Reader:
     def _names(self, end: str = ".page") -> list[str]:
         """Not those of this process: to open and close a page of one's own would free its lock."""
         with contextlib.suppress(FileNotFoundError):
-            found = [entry.name[:-5] for entry in os.scandir(self._folder) if entry.name.endswith(end)]
+            found = [name[:-5] for name in os.listdir(self._folder) if name.endswith(end)]
             return [name for name in found if name not in records.own]
         return []
 
