@@ -140,9 +140,10 @@ class Handle:
         """
         kind, step = records.COMMIT if commit else records.REPORT, values.as_step(step)
         values.check_label(label)
-        report = values.as_report(metrics, step)
-        if self._outbox.put(kind, self._pipeline, step, values.pack(report), label):
-            values.is_logged(report)
+        report, growing = values.pack_report(values.as_report(metrics, step))
+        if self._outbox.put(kind, self._pipeline, step, report, label):
+            for table in growing:
+                table.note()
 
     def alert(
         self,

@@ -40,7 +40,7 @@ class Position(NamedTuple):
 
 
 class Page:
-    """The page of an outbox of this process, which sees there what the reader writes: `map` are its bytes."""
+    """The page of an outbox of this process, which sees there what the reader writes."""
 
     def __init__(self, path: Path, process: str, parent: str, lost: Mapping[int, int], stays: bool):
         hidden = path.with_name(f".{path.stem}")
@@ -52,7 +52,7 @@ class Page:
         try:
             if os.write(self._file, content.ljust(SIZE)) != SIZE:  # to read a gap in it would be a SIGBUS
                 raise OSError(errno.ENOSPC, "no room for a page")
-            self.map = mmap.mmap(self._file, SIZE, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self._file, SIZE, access=mmap.ACCESS_READ)
             fcntl.lockf(self._file, fcntl.LOCK_EX)  # before others see it, or a reader could take this process for dead
             hidden.rename(path)
         except BaseException:
@@ -62,12 +62,12 @@ class Page:
 
     @property
     def state(self) -> int:
-        return self.map[0]
+        return self._map[0]
 
     @property
     def read(self) -> tuple[int, int]:
         """Records and bytes that have been read."""
-        return READ.unpack_from(self.map)[3:]
+        return READ.unpack_from(self._map)[3:]
 
     @property
     def is_removed(self) -> bool:

@@ -1,4 +1,4 @@
-"""What an outbox consists of: records, one behind the other, in segments to which one process only appends; a page."""
+"""What an outbox consists of: a page, and segments of records to which one process only appends."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ class Files:
     @property
     def is_closed(self) -> bool:
         """Whether the reader takes nothing more."""
-        return self.page.map[0] == CLOSED
+        return self.page.state == CLOSED
 
     def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
         """Whether the record could be written."""

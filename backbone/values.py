@@ -197,20 +197,14 @@ class _Pickler(pickle.Pickler):
 
 def pack(report: Mapping[str, Any], what: str = "metric") -> bytes:
     """A report or a row as bytes, media included. Raises TypeError that names the key of what can't be sent."""
-    if _has_no_media(report):
-        return pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
-    return _dumps(report, what)
+    return pack_report(report, what)[0]
 
 
-def _has_no_media(report: Mapping[str, Any]) -> bool:
-    return "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values()))
-
-
-def is_logged(report: Mapping[str, Any]) -> None:
-    """Notes of the growing tables in a report, which rows have been logged by now."""
-    for value in () if _has_no_media(report) else report.values():
-        if isinstance(value, media.Increment):
-            value.note()
+def pack_report(report: Mapping[str, Any], what: str = "metric") -> tuple[bytes, list[media.Increment]]:
+    """The same, and the growing tables in it, which must `note` when it has been logged."""
+    if "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values())):
+        return pickle.dumps(report, pickle.HIGHEST_PROTOCOL), []
+    return _dumps(report, what), [value for value in report.values() if isinstance(value, media.Increment)]
 
 
 def _dumps(report: Mapping[str, Any], what: str) -> bytes:

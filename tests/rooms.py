@@ -50,9 +50,10 @@ def who(process: str, name: str, label: str = "", task: str | None = None) -> Ev
 
 def report(process: str, step: int, metrics: dict, commit: bool = True, pipeline: int = 0, at: float = 0.0) -> Event:
     """at: wall clock."""
-    kind, made = records.COMMIT if commit else records.REPORT, values.as_report(metrics, step)
-    content = values.pack(made)
-    values.is_logged(made)
+    kind = records.COMMIT if commit else records.REPORT
+    content, growing = values.pack_report(values.as_report(metrics, step))
+    for table in growing:
+        table.note()
     return Event(process, kind, content, step, pipeline, at)
 
 

@@ -78,13 +78,19 @@ class Bringing:
         return self.bring()
 
 
-def test_what_is_logged_while_a_relay_goes_is_read_at_the_end(place):
-    """The run is being finished when the word comes that it has gone."""
-    (address, key), task = place, Task(place[0])
+def bringing_what(task: Task, address: Address, key: bytes) -> Bringing:
+    """What a task has logged there is on its way."""
     ray_internals.put(key, os.fsencode(address.folder))
     made = Bringing(address)
     made.relays.look()
     task.log(0)
+    return made
+
+
+def test_what_is_logged_while_a_relay_goes_is_read_at_the_end(place):
+    """The run is being finished when the word comes that it has gone."""
+    (address, key), task = place, Task(place[0])
+    made = bringing_what(task, address, key)
     wait_for(lambda: made.bring() == [0], every=0.01)
     wait_for(lambda: ray_internals.get(key) is None)  # nobody has asked it for an answer since
     task.log(1)
@@ -98,10 +104,7 @@ def test_what_is_logged_while_a_relay_goes_is_read_at_the_end(place):
 
 def test_where_a_relay_has_gone_the_run_s_end_is_told_and_nothing_is_left(place):
     (address, key), task = place, Task(place[0])
-    ray_internals.put(key, os.fsencode(address.folder))
-    made = Bringing(address)
-    made.relays.look()
-    task.log(0)
+    made = bringing_what(task, address, key)
     wait_for(lambda: (made.bring(), not made.relays.places)[1], every=0.01)
     assert made.finish() == [0]
     assert (made.gone, address.folder.exists()) == ([], False)
@@ -111,10 +114,7 @@ def test_where_a_relay_has_gone_the_run_s_end_is_told_and_nothing_is_left(place)
 
 def test_a_place_whose_relay_does_not_answer_is_named_and_not_waited_for_for_ever(place):
     (address, key), task = place, Task(place[0])
-    ray_internals.put(key, os.fsencode(address.folder))
-    made = Bringing(address)
-    made.relays.look()
-    task.log(0)
+    made = bringing_what(task, address, key)
     wait_for(lambda: made.bring() == [0], every=0.01)
     [there] = made.relays.places.values()
     pid = state.actors(there.relay._actor_id.hex())["Pid"]

@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from backbone import values
-from backbone.values import as_step, is_logged, pack, unpack
+from backbone.values import as_step, pack, pack_report, unpack
 
 import ml_dtypes
 import numpy as np
@@ -644,10 +644,10 @@ def growing(mode: str = "INCREMENTAL") -> wandb.Table:
 
 def sent(table: wandb.Table, key: str = "rollouts", is_written: bool = True, **others) -> list | None:
     """The rewards that a report with this table brings to the actor; None without a table."""
-    made = as_report({key: table, **others})
-    report = unpack(pack(made))
-    if is_written:
-        is_logged(made)
+    packed, growing = pack_report(as_report({key: table, **others}))
+    report = unpack(packed)
+    for each in growing if is_written else ():
+        each.note()
     return [reward for (reward,) in report[key].data] if key in report else None
 
 
@@ -705,8 +705,8 @@ def test_rows_that_are_added_while_a_report_is_packed_come_with_the_next():
     table.add_data(0)
     report = as_report({"rollouts": table})
     table.add_data(1)
-    packed = pack(report)
-    is_logged(report)
+    packed, [increment] = pack_report(report)
+    increment.note()
     assert [unpack(packed)["rollouts"].data, sent(table)] == [[[0]], [1]]
 
 
