@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backbone import arguments, calls, exits, owner, process, ray_internals, records, said, staging, values
 from backbone.actor import PipelineActor, pipeline_actor
@@ -38,9 +38,6 @@ from backbone.run import Started
 import numpy as np
 import ray
 from ray.util import client
-
-if TYPE_CHECKING:  # importing it takes a second, and workers don't need it
-    import wandb
 
 __all__ = ["InferencePipelineActor", "TrainingPipelineActor", "WandbRun"]
 __all__ += ["generate_evaluation_metrics", "generate_inference_metrics", "generate_training_metrics"]
@@ -145,18 +142,12 @@ class Handle:
             for table in growing:
                 table.note()
 
-    def alert(
-        self,
-        title: str,
-        text: str = "",
-        level: str | wandb.AlertLevel = "INFO",
-        wait_duration: float | timedelta = 60.0,
-    ) -> None:
+    def alert(self, title: str, text: str = "", level: Any = "INFO", wait_duration: float | timedelta = 60.0) -> None:
         """Sends W&B's alert, by mail or Slack as the user's settings say.
 
-        level: INFO, WARN or ERROR. wait_duration: time in which no other one of this title goes out, however many
-        workers send it, in seconds if it is a number. Raises ValueError for another level or a duration that can't be,
-        TypeError for no duration, and RunFinishedError after `finish`.
+        level: INFO, WARN or ERROR, or a `wandb.AlertLevel`. wait_duration: time in which no other one of this title
+        goes out, however many workers send it, in seconds if it is a number. Raises ValueError for another level or a
+        duration that can't be, TypeError for no duration, and RunFinishedError after `finish`.
         """
         self._say("alert", said.alert(title, text, level, wait_duration))
 
@@ -222,8 +213,7 @@ class Handle:
 
         Raises ValueError for what is no number of workers, and RunFinishedError after `finish`.
         """
-        if isinstance(workers, bool) or not isinstance(workers, int) or not 0 <= workers < 2**31:
-            raise ValueError(f"workers must be an integer from 0, not {workers!r}")
+        arguments.check_workers(workers, least=0)
         self._outbox.put(records.EXPECT, self._pipeline, max(1, workers), b"")
 
     def progress(self) -> tuple[Ledger, dict[str, Any]]:
@@ -237,12 +227,10 @@ class Handle:
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
+        if self._ledgers:
+            raise run_is_finished(self.name)
         try:
-            if self._ledgers:
-                raise RunFinishedError
             return self._call(method, *arguments)
-        except RunFinishedError:
-            raise run_is_finished(self.name) from None
         except ActorGoneError as error:
             _warn_once(f"W&B run {self.name}: {method} failed, training goes on: {line(error)}")
 
@@ -340,7 +328,7 @@ class WandbRun(Handle):
             if self._ledgers:  # a signal handler has finished it meanwhile
                 return
             exits.unfinished.remove(self)
-            raise run_is_finished(self.name) from None
+            raise
         self._ledgers.update(ledgers)
         exits.unfinished.remove(self)
         if self._owned and not gone:
@@ -359,8 +347,7 @@ def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, i
         raise TypeError(f"pipeline must be a class decorated with @pipeline_actor, not {pipeline!r}")
     if not isinstance(project, str) or not project:
         raise ValueError(f"project must be a name, not {project!r}")
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers must be a positive integer, not {workers!r}")
+    arguments.check_workers(workers, least=1)
     if not isinstance(prefix, str) or not re.fullmatch(r"([^_/*][^/*]*/)*", prefix):
         raise ValueError(f"prefix must be a path that ends with '/', such as 'training/', not {prefix!r}")
     if share is None:
@@ -444,8 +431,7 @@ def generate_inference_metrics(step: int, rng: np.random.Generator, rank: int = 
     truncated = wanted > 1024  # before there is an answer
     success = (rng.random(32) < chance) & ~truncated
     reward = np.clip(np.where(success, 0.9, 0.08) + rng.normal(0, 0.06, 32), 0, 1)
-    load = rng.uniform(0.85, 1.15)
-    length = np.minimum(wanted, 1024).astype(int)
+    load, length = rng.uniform(0.85, 1.15), np.minimum(wanted, 1024).astype(int)
     return {
         "reward": reward,
         "reward/gsm8k": reward[:16],

@@ -49,28 +49,13 @@ def ray_session(args: Args) -> Iterator[None]:
 
     Ends the program with status 130 after Ctrl-C, 143 after SIGTERM and 1 after an exception, told in one line.
     """
-    signals, ending = list[int](), False
-
-    def interrupt(signum: int, _: FrameType | None) -> None:
-        if signals:  # the second time, at once
-            os._exit(128 + signum)
-        signals.append(signum)
-        if not ending:
-            raise KeyboardInterrupt(signum)
-
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch_signals() -> None:
-        for signum in before:
-            signal.signal(signum, interrupt)
-
-    status, failure = 0, None
+    status, failure, signals = 0, None, _Signals()
     steps, where = f"{args.steps} steps of training and of inference", args.address or "this machine"
     print(f"Experiment {args.experiment}: {steps}, Ray on {where}", flush=True)
     try:
-        catch_signals()
+        signals.catch()
         ray.init(**_ray_at(args.address), log_to_driver=False, logging_level=logging.ERROR)
-        catch_signals()  # Ray has set its own
+        signals.catch()  # Ray has set its own
         yield
     except KeyboardInterrupt as error:
         status, failure = _exit_code(error), "KeyboardInterrupt"
@@ -80,19 +65,39 @@ def ray_session(args: Args) -> Iterator[None]:
         failure = f"{type(error).__name__}: {line(error)}"
         print(f"{failure}{hint}", file=sys.stderr)
     finally:
-        ending = True
+        signals.interrupt = False
         exits.unfinished.finish(status if status == PREEMPTED else int(status != 0), failure)
-        status = 128 + signals[0] if signals else status
         if ray.is_initialized() and not ray_answers():  # its shutdown would take long, and say much
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status or 1)
+            os._exit(signals.status or status or 1)
         ray.shutdown()
-        status = 128 + signals[0] if signals else status
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    if status:
+        signals.give_back()
+    if status := signals.status or status:
         sys.exit(status)
+
+
+class _Signals:
+    """SIGINT and SIGTERM: the first one is a KeyboardInterrupt, if it may `interrupt`, the second one ends all."""
+
+    def __init__(self) -> None:
+        self.status, self.interrupt = 0, True  # exit status of a program that such a signal ends
+        self._before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(self) -> None:
+        for signum in self._before:
+            signal.signal(signum, self._take)
+
+    def give_back(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _take(self, signum: int, _: FrameType | None) -> None:
+        if self.status:
+            os._exit(128 + signum)
+        self.status = 128 + signum
+        if self.interrupt:
+            raise KeyboardInterrupt(signum)
 
 
 def _exit_code(error: KeyboardInterrupt) -> int:

@@ -61,6 +61,11 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
     return init | dict(dir=os.path.abspath(os.path.expanduser(init["dir"])))
 
 
+def check_workers(workers: Any, least: int) -> None:
+    if isinstance(workers, bool) or not isinstance(workers, int) or not least <= workers < 2**31:
+        raise ValueError(f"workers must be an integer from {least}, not {workers!r}")
+
+
 def _check_names(names: Mapping[str, Any]) -> None:
     for key in ("name", "group", "job_type"):
         name = names.get(key)

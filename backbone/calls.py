@@ -35,7 +35,10 @@ def call(address: Address, actor: ray.actor.ActorHandle | None, method: str, *ar
         if ray_internals.get(address.key("open")) is None:
             raise run_is_finished(address.name) from None
         raise ActorGoneError("it was killed, or is in another Ray") from None
-    return result(getattr(actor, method).remote(*arguments), actor)
+    try:
+        return result(getattr(actor, method).remote(*arguments), actor)
+    except RunFinishedError:
+        raise run_is_finished(address.name) from None
 
 
 def result(ref: ray.ObjectRef, actor: ray.actor.ActorHandle) -> Any:

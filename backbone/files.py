@@ -33,10 +33,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-OUTBOXES, CLOSED_FOLDER = (
-    "outboxes",
-    "closed",
-)  # folder of a run's outboxes in a private folder, and its name in the end
+OUTBOXES, CLOSED_FOLDER = "outboxes", "closed"  # folder of a run's outboxes, and its name in the end
 
 
 class Address(NamedTuple):
@@ -99,8 +96,7 @@ def is_private_folder(path: Path) -> bool:
         found = path.lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
-    owned = found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700
-    return stat.S_ISDIR(found.st_mode) and owned
+    return stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o700 and found.st_uid == os.getuid()
 
 
 def make_runs_folder(path: str | Path) -> None:
@@ -206,9 +202,8 @@ def read_letter(folder: Path) -> Letter:
     path = folder / "letter"
     if not is_private(path):
         raise OSError(f"{path} is no private file of this user")
-    content = path.read_bytes()
     try:
-        return pickle.loads(content)
+        return pickle.loads(path.read_bytes())
     except Exception as error:  # an earlier version of this code has written it
         raise OSError(f"{path} can't be read: {line(error)}") from None
 

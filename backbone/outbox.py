@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from .files import CLOSED_FOLDER, Address
 from .ledger import RunFinishedError, run_is_finished
-from .page import NOBODY_READS, OTHER, leave_note
-from .records import COMMIT, EXIT, GOODBYE, REPORT, Files, raise_from_outside, record
+from .page import NOBODY_READS, OTHER, raise_from_outside
+from .records import COMMIT, EXIT, GOODBYE, REPORT, Files, record
 
 if TYPE_CHECKING:  # it knows of Ray
     from .process import Process
 
 logger = logging.getLogger("wandb_run")
+LOSING = "reports are lost, training goes on: no room on the disk, or nobody reads them"
 
 
 class Outbox:
@@ -49,11 +50,8 @@ class Outbox:
         if self.is_finished:
             raise run_is_finished(self.address.name)
         size, files = len(content), self._files  # which another thread may replace
-        if files is None:
-            room = self.open()
-        else:
-            fits = files.segments.records < files.room.records and files.segments.bytes + size <= files.room.bytes
-            room = fits or self._wait(size)
+        fits = files and files.segments.records < files.room.records and files.segments.bytes + size <= files.room.bytes
+        room = fits or (self._wait(size) if files else self.open())
         with self._lock:
             now, files = time.monotonic(), self._files
             is_written = room and files and files.write(kind, pipeline, step, content, now, label)
@@ -70,7 +68,7 @@ class Outbox:
     def _wait(self, size: int) -> bool:
         """Waits for the reader; whether there is room for so many bytes then."""
         while (files := self._files) and not files.is_closed:
-            if (room := files.room.look(files.page.read, files.segments, size, files.folder)) is not None:
+            if (room := files.room.look(files.page.read, files.segments.written, size, files.folder)) is not None:
                 return room
             self.look(time.monotonic())
             time.sleep(0.002)
@@ -83,11 +81,11 @@ class Outbox:
                 return
             self._next_look = now + 1
             if files.are_removed:  # somebody has cleaned the temporary folder
-                lost = max(0, files.segments.records - files.page.read[0])
+                lost = files.segments.records - files.page.read[0]
                 self.close()
-                self._lost = {}
                 self.open()
-                self._lose(pipeline, lost)
+                if lost > 0:
+                    self._lose(pipeline, lost)
             elif files.page.state == NOBODY_READS:
                 self._find_folder()
 
@@ -103,11 +101,8 @@ class Outbox:
             return None
 
     def _lose(self, pipeline: int, reports: int) -> None:
-        if not reports:
-            return
         if not self._lost:
-            why = "no room on the disk, or nobody reads them"
-            logger.warning("run %s: reports are lost, training goes on: %s", self.address.name, why)
+            logger.warning("run %s: %s", self.address.name, LOSING)
         self._lost[pipeline] = self._lost.get(pipeline, 0) + reports
         if self._files:
             self._files.page.note_lost(pipeline, self._lost[pipeline])
@@ -115,20 +110,15 @@ class Outbox:
     def flush(self, timeout: float) -> bool:
         """Waits until all records have left this node; whether they have within so many seconds."""
         deadline = time.monotonic() + timeout
-        while self._has_more_than_is_read():
-            if (now := time.monotonic()) > deadline:
-                return False
+        while not (has_left := self._has_left()) and (now := time.monotonic()) < deadline:
             self.look(now)
             time.sleep(0.01)
-        return True
+        return has_left
 
-    def _has_more_than_is_read(self) -> bool:
-        """On another node than the run's."""
+    def _has_left(self) -> bool:
         with self._lock:
-            if not (files := self._files) or files.is_closed or files.folder.parent == Path(self.address.folder):
-                return False
-            files.segments.settle()
-            return files.page.read[1] < files.segments.bytes
+            files = self._files
+            return not files or files.is_closed or files.folder.parent == Path(self.address.folder) or files.is_read
 
     def hand_on(self) -> None:
         """Before a copy of the handle goes to another process, which may have no Ray to tell the run where it is."""
@@ -160,35 +150,29 @@ class Outbox:
         if self.is_finished:
             raise run_is_finished(self.address.name)
         with self._lock:
-            if self._files is None and time.monotonic() >= self._next_look:
+            if self._files is None and (now := time.monotonic()) >= self._next_look:
                 self._files = self._new_files()
-                if self._files is None:
-                    self._next_look = time.monotonic() + 1
+                self._next_look = 0.0 if self._files else now + 1
             return self._files is not None
 
     def _new_files(self) -> Files | None:
         """None where there is no room for them, or their folder has just been removed."""
-        if not (folder := self._find_folder()):
-            return None
-        try:
-            files = Files(folder, self.process, self._lost)
-        except OSError as error:
-            raise_from_outside(error)
-            if self._find_folder() and not self._lost:
-                leave_note(folder, self.process.name)
-            return None
-        if (folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
+        folder = self._find_folder()
+        files = Files.made(folder, self.process, self._lost) if folder else None
+        if not files:
+            self._find_folder()  # raises where the run has just been finished
+        elif (folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more
             files.close()
             raise run_is_finished(self.address.name)
         return files
 
     def begin_in_fork(self, process: Process) -> None:
         """In a fork of the process that had it: the fork is another one, with an outbox of its own."""
-        self.process, self._lost, self._lock = process, {}, threading.RLock()
+        self.process, self._lock = process, threading.RLock()
         self.close()
 
     def close(self, finished: bool = False) -> None:
         with self._lock:
             if self._files:
                 self._files.close()
-            self._files, self.is_finished, self._next_look = None, finished, 0.0
+            self._files, self._lost, self.is_finished, self._next_look = None, {}, finished, 0.0

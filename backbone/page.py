@@ -11,12 +11,13 @@ import json
 import mmap
 import os
 import struct
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from .files import fcntl
+from .files import disk_is_full, fcntl
 
 PIPELINES = 256  # of a run at most: a record has one byte for the number
 OTHER = PIPELINES  # stands where a pipeline's number does, for what was said besides reports
@@ -83,13 +84,53 @@ class Page:
         os.close(self._file)
 
 
+class Room:
+    """How far a process may write: where much is unread, `put` waits for the reader.
+
+    A reader that does not get on for `PATIENCE` seconds is taken for stuck. From then on nobody waits for it, and only
+    `BACKLOG` is a limit, until it gets on again.
+    """
+
+    LIMIT, LIMIT_BYTES = 4096, 32 << 20  # unread records and bytes with which `put` waits
+    PATIENCE: ClassVar = 5.0
+    BACKLOG: ClassVar = 1 << 30  # unread bytes
+
+    def __init__(self) -> None:
+        self.records, self.bytes = self.LIMIT, self.LIMIT_BYTES  # up to here nobody has to look
+        self._read, self._deadline = (-1, -1), 0.0  # how far the reader is, and until when it is waited for there
+        self._stuck: tuple[int, int] | None = None  # where it was taken for stuck
+
+    def look(self, read: tuple[int, int], written: tuple[int, int], size: int, folder: Path) -> bool | None:
+        """Whether so many bytes may be written; None: not now, but the reader may get on.
+
+        read, written: records and bytes.
+        """
+        unread, now = written[1] - read[1], time.monotonic()
+        fits = not unread or unread + size <= self.LIMIT_BYTES  # one that is larger may be written alone
+        if fits and written[0] - read[0] < self.LIMIT:
+            self.records, self.bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
+            return True
+        if read == self._stuck:
+            return unread + size <= self.BACKLOG and not disk_is_full(folder)
+        if read != self._read:
+            self._read, self._deadline = read, now + self.PATIENCE
+        elif now > self._deadline:
+            self._stuck = read
+        return None
+
+
 def leave_note(folder: Path, process: str) -> None:
     """Says that a process has no room for an outbox. A link needs neither room nor a free file descriptor."""
     try:
         os.symlink(process, folder / f"{uuid.uuid4().hex}.lost")
     except OSError as error:
-        if error.errno is None:  # a signal handler's TimeoutError
-            raise
+        raise_from_outside(error)
+
+
+def raise_from_outside(error: OSError) -> None:
+    """Raises what is none of the system's: a signal handler's TimeoutError is an OSError, too."""
+    if error.errno is None:
+        raise error
 
 
 class Seen(NamedTuple):

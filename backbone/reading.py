@@ -17,7 +17,8 @@ from typing import ClassVar, NamedTuple
 from . import page, records
 from .files import CLOSED_FOLDER, OUTBOXES
 from .page import Position
-from .records import HEAD, Record
+from .records import Record
+from .tail import OutboxTail
 
 
 class Reading(NamedTuple):
@@ -44,82 +45,51 @@ class Reader:
     def __init__(self, private: Path, positions: dict[str, Position]):
         self._private, self._state = private, page.IS_READ
         self._folder = private / (CLOSED_FOLDER if (private / CLOSED_FOLDER).exists() else OUTBOXES)
-        self._boxes = dict(positions)
-        self._first = {name: position.segment for name, position in positions.items()}  # segments that are there
-        self._lost: dict[str, bytes] = {}  # by outbox
-        self._dying: set[str] = set()  # their process has ended
-        self.stays: set[str] = set()  # whose relay must stay, see `records.Files`
+        self._tails = {name: OutboxTail(self._folder, name, position) for name, position in positions.items()}
+        self._dying: set[str] = set()  # whose process has ended
         self._changed, self._next_look, self._next_touch = 0, 0.0, 0.0
 
     def read(self, look: bool = False) -> Reading:
         """What has come since the last reading. look: at each page, which is done now and then anyway."""
-        before, found = dict(self._boxes), list[Record]()
+        found = list[Record]()
         looks = look or self._has_new_pages() or time.monotonic() >= self._next_look
         if looks:
             self._look(found)
-            self._next_look = time.monotonic() + max(0.1, len(self._boxes) / 1000)
-        found, behind = self._read_boxes(found)
+            self._next_look = time.monotonic() + max(0.1, len(self._tails) / 1000)
+        found, behind = self._read_tails(found)
         if not looks and any(record.kind == records.WHO for record in found):
             # It may take the place of one that has just died, whose end must come first: look, and read again.
-            self._boxes = before
             return self.read(look=True)
-        self._boxes |= {record.outbox: record.end for record in found}
-        last = {record.outbox: record.time for record in found}
+        last = {record.outbox: record for record in found}
+        for name, record in last.items():
+            self._tails[name].position = record.end
         # An end comes right behind the last record: later, the successor's first report would come before it.
-        found += [self._event(records.ENDED, name, last.get(name, 0.0)) for name in self._dying - behind]
+        for name in self._dying - behind:
+            found.append(self._tails[name].event(records.ENDED, last[name].time if name in last else 0.0))
         return Reading(sorted(found, key=lambda record: record.time), is_cut=bool(behind))
 
-    def _read_boxes(self, found: list[Record]) -> tuple[list[Record], set[str]]:
+    def _read_tails(self, found: list[Record]) -> tuple[list[Record], set[str]]:
         """These records, and the new ones of all outboxes, as many as one reading may have; which of them have more.
 
         Where an outbox is cut off, nothing later is handed on from the others: else reports of one step would come in
         two readings, with another attempt at that step between them.
         """
-        has_news = {name: self._has_news(name) for name in self._boxes}
-        found += [self._event(records.VANISHED, name) for name, has in has_news.items() if has is None]
-        news = [name for name, has in has_news.items() if has]
+        has_news = [(tail, tail.has_news()) for tail in self._tails.values()]
+        found += [tail.event(records.VANISHED) for tail, has in has_news if has is None]
+        news = [tail for tail, has in has_news if has]
         share, cut = max(1 << 12, self.LIMIT // max(1, len(news))), dict[str, float]()  # at what time
-        for name in news:
-            new, is_cut = self._read_box(name, share)
-            cut |= {name: new[-1].time} if is_cut else {}
+        for tail in news:
+            new, is_cut = tail.read(share)
+            cut |= {tail.name: new[-1].time} if is_cut else {}
             found += new
         horizon = min(cut.values(), default=math.inf)
         late = {record.outbox for record in found if record.time > horizon}
         return [record for record in found if record.time <= horizon], late | cut.keys()
 
-    def _event(self, kind: int, name: str, at: float = 0.0, content: bytes = b"") -> Record:
-        return Record(at, name, kind, 0, 0, 0.0, content, self._boxes[name])  # without a time, before all records
-
-    def _has_news(self, name: str) -> bool | None:
-        """None where somebody has removed it."""
-        segment, offset, *_ = self._boxes[name]
-        try:
-            size = os.stat(self._path(name, segment)).st_size
-        except FileNotFoundError:
-            return None
-        return size > offset or (size >= records.SEGMENT and os.path.exists(self._path(name, segment + 1)))
-
-    def _read_box(self, name: str, share: int) -> tuple[list[Record], bool]:
-        """The next records of an outbox, as many as its share of bytes allows, or one; whether there are more."""
-        found: list[Record] = []
-        segment, offset, count, total = self._boxes[name]
-        latest = 0.0
-        while True:
-            # To be seen before this segment is read to its end.
-            has_next = offset + share >= records.SEGMENT and os.path.exists(self._path(name, segment + 1))
-            content, is_cut = _content(self._path(name, segment), offset, share)
-            share -= len(content)
-            for length, (_, kind, pipeline, step, at, wall_time), body in records.parse(content):
-                offset, total, latest = offset + length, total + length, max(latest, at)
-                count += kind in records.COUNTED
-                end = Position(segment, offset, count, total)
-                found.append(Record(latest, name, kind, pipeline, step, wall_time, body, end))
-            if is_cut or not has_next or share <= 0:
-                return found, bool(found) and (is_cut or has_next)
-            segment, offset = segment + 1, 0
-
-    def _path(self, name: str, end: str | int) -> str:
-        return f"{self._folder}/{name}.{end}"
+    @property
+    def stays(self) -> bool:
+        """Whether the relay that reads here must stay."""
+        return any(tail.stays for tail in self._tails.values())
 
     # Pages
 
@@ -133,7 +103,7 @@ class Reader:
             return False
         # The time that a folder has is coarse, so it is looked at again a little later.
         self._changed = changed if time.time_ns() - changed > 100_000_000 else 0
-        return any(name not in self._boxes for name in self._names())
+        return any(name not in self._tails for name in self._names())
 
     def _names(self, end: str = ".page") -> list[str]:
         """Not those of this process: to open and close a page of one's own would free its lock."""
@@ -145,50 +115,43 @@ class Reader:
     def _look(self, found: list[Record]) -> None:
         """At each page: whether it is new, what was lost, and whether the process lives."""
         for name in self._names():
-            seen = page.see(self._path(name, "page"), self._state)
-            if seen and name not in self._boxes:  # where a state was lost, it has been read to some place before
-                self._boxes[name] = seen.position
-                found.append(self._event(records.BEGUN, name, content=seen.about))
-            if seen and seen.lost != self._lost.get(name, page.NOTHING_LOST):
-                self._lost[name] = seen.lost
-                found.append(self._event(records.LOST, name, content=seen.lost))
-            if seen and seen.stays:
-                self.stays.add(name)
-            if seen and not seen.is_alive:
+            if not (seen := page.see(f"{self._folder}/{name}.page", self._state)):
+                continue
+            if name not in self._tails:  # where a state was lost, it has been read to some place before
+                self._begin(name, seen.position, seen.about, found)
+            tail = self._tails[name]
+            if seen.lost != tail.lost:
+                tail.lost = seen.lost
+                found.append(tail.event(records.LOST, content=seen.lost))
+            tail.stays = seen.stays
+            if not seen.is_alive:
                 self._dying.add(name)
         for name in self._names(".lost"):  # of a process that had no room for an outbox: it is as if it had had one
-            if name not in self._boxes:
-                self._boxes[name] = Position()
-                about = json.dumps(dict(name=os.readlink(self._path(name, "lost")), parent="")).encode()
-                found.append(self._event(records.BEGUN, name, content=about))
+            if name not in self._tails:
+                process = os.readlink(f"{self._folder}/{name}.lost")
+                self._begin(name, Position(), json.dumps(dict(name=process, parent="")).encode(), found)
         if time.monotonic() > self._next_touch:  # some systems clean their temporary folder of what is old
             self._next_touch = time.monotonic() + 3600
             _touch(self._private)
+
+    def _begin(self, name: str, position: Position, about: bytes, found: list[Record]) -> None:
+        tail = self._tails[name] = OutboxTail(self._folder, name, position)
+        found.append(tail.event(records.BEGUN, content=about))
 
     def set_state(self, state: int) -> None:
         """Tells all who log here."""
         self._state = state
         for name in self._names():
-            page.see(self._path(name, "page"), state)
+            page.see(f"{self._folder}/{name}.page", state)
 
     def commit(self, reading: Reading) -> None:
-        """Notes how far has been read, and removes what is of no further use."""
+        """What it has is safe."""
         ended = {record.outbox for record in reading.records if record.kind in (records.ENDED, records.VANISHED)}
         for name, end in {record.outbox: record.end for record in reading.records}.items():
-            last = end.segment + (name in ended)
-            for segment in range(self._first.get(name, 0), last):
-                _remove(self._path(name, segment))
-            self._first[name] = last
-            page.note_read(self._path(name, "page"), self._state, end)
-            if name not in ended:
-                continue
-            for file in (self._path(name, "page"), self._path(name, "lost")):
-                with contextlib.suppress(OSError):
-                    os.unlink(file)  # not cut: its process may have it mapped
-            for known in (self._boxes, self._first, self._lost):
-                known.pop(name, None)
-            self._dying.discard(name)
-            self.stays.discard(name)
+            self._tails[name].commit(end, self._state, name in ended)
+        for name in ended:
+            del self._tails[name]
+        self._dying -= ended
 
     @property
     def is_closed(self) -> bool:
@@ -202,25 +165,9 @@ class Reader:
                 (self._private / OUTBOXES).mkdir(exist_ok=True)  # if somebody has removed it
                 (self._private / OUTBOXES).rename(self._private / CLOSED_FOLDER)
         self._folder, self._changed, self._next_look = self._private / CLOSED_FOLDER, 0, 0.0
+        for tail in self._tails.values():
+            tail.folder = self._folder
         self.set_state(page.CLOSED)  # for those that have begun in between
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.truncate(path, 0)  # a fork of the process may have it open
-        os.unlink(path)
-
-
-def _content(path: str, offset: int, share: int) -> tuple[bytes, bool]:
-    """What a segment has from `offset` on, as much as the share allows, or one record; whether there is more of it."""
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size - offset
-        content = os.pread(file.fileno(), min(size, share), offset)
-        if HEAD.size <= len(content) < size:
-            first = HEAD.size + HEAD.unpack_from(content)[0]
-            if len(content) < first <= size:  # it is larger than the share
-                content = os.pread(file.fileno(), first, offset)
-        return content, len(content) < size
 
 
 def _touch(folder: Path) -> None:

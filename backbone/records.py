@@ -9,10 +9,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .files import disk_is_full
-from .page import CLOSED, Page, Position
+from .page import CLOSED, Page, Position, Room, leave_note, raise_from_outside
 from .values import encodable
 
 if TYPE_CHECKING:  # it knows of Ray
@@ -91,6 +90,11 @@ class Segments:
         if before:
             os.close(before[1])
 
+    @property
+    def written(self) -> tuple[int, int]:
+        """Records and bytes."""
+        return self.records, self.bytes
+
     def append(self, record: bytes, counts: int) -> bool:
         """Writes a record whole or not at all; whether it could be written. counts: 1 for what is counted, else 0."""
         try:
@@ -142,41 +146,6 @@ class Segments:
         os.unlink(self._path(0))
 
 
-class Room:
-    """How far a process may write: where much is unread, `put` waits for the reader.
-
-    A reader that does not get on for `PATIENCE` seconds is taken for stuck. From then on nobody waits for it, and only
-    `BACKLOG` is a limit, until it gets on again.
-    """
-
-    LIMIT, LIMIT_BYTES = 4096, 32 << 20  # unread records and bytes with which `put` waits
-    PATIENCE: ClassVar = 5.0
-    BACKLOG: ClassVar = 1 << 30  # unread bytes
-
-    def __init__(self) -> None:
-        self.records, self.bytes = self.LIMIT, self.LIMIT_BYTES  # up to here nobody has to look
-        self._read, self._deadline = (-1, -1), 0.0  # how far the reader is, and until when it is waited for there
-        self._stuck: tuple[int, int] | None = None  # where it was taken for stuck
-
-    def look(self, read: tuple[int, int], segments: Segments, size: int, folder: Path) -> bool | None:
-        """Whether so many bytes may be written; None: not now, but the reader may get on.
-
-        read: records and bytes that have been read.
-        """
-        unread, now = segments.bytes - read[1], time.monotonic()
-        fits = not unread or unread + size <= self.LIMIT_BYTES  # one that is larger may be written alone
-        if fits and segments.records - read[0] < self.LIMIT:
-            self.records, self.bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
-            return True
-        if read == self._stuck:
-            return unread + size <= self.BACKLOG and not disk_is_full(folder)
-        if read != self._read:
-            self._read, self._deadline = read, now + self.PATIENCE
-        elif now > self._deadline:
-            self._stuck = read
-        return None
-
-
 class Files:
     """The files of an outbox, as long as they are open."""
 
@@ -195,10 +164,27 @@ class Files:
             self.segments.remove()
             raise
 
+    @classmethod
+    def made(cls, folder: Path, process: Process, lost: Mapping[int, int]) -> Files | None:
+        """None where there is no room for them, of which a link in the folder tells the reader."""
+        try:
+            return cls(folder, process, lost)
+        except OSError as error:
+            raise_from_outside(error)
+            if folder.exists() and not lost:
+                leave_note(folder, process.name)
+            return None
+
     @property
     def is_closed(self) -> bool:
         """Whether the reader takes nothing more."""
         return self.page.state == CLOSED
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the reader has all that was written."""
+        self.segments.settle()
+        return self.page.read[1] >= self.segments.bytes
 
     def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
         """Whether the record could be written."""
@@ -217,9 +203,3 @@ class Files:
     def close(self) -> None:
         self.page.close()
         self.segments.close()
-
-
-def raise_from_outside(error: OSError) -> None:
-    """Raises what is none of the system's: a signal handler's TimeoutError is an OSError, too."""
-    if error.errno is None:
-        raise error

@@ -179,11 +179,7 @@ def _statistic(name: str, pooled: np.ndarray) -> float:
 
 
 def _histogram(pooled: np.ndarray) -> Any:
-    """Of the finite samples, because it takes no others.
-
-    It has one bin where numpy finds no room for more, between samples that differ in the last bit, or that span more
-    than a double holds.
-    """
+    """Of the finite samples. It has one bin where numpy can't make more: of neighbouring doubles, or of huge ones."""
     import wandb
 
     finite = pooled[np.isfinite(pooled)]

@@ -174,10 +174,7 @@ class Run:
                 time.sleep(0.1)
 
     def finish(self, exit_code: int, failure: str | None, deadline: float) -> Ledgers:
-        """Finishes it with W&B, when its pipelines have ended.
-
-        Must be called without the lock, which the artifacts need. Raises ServiceDiedError if wandb-core is dead.
-        """
+        """Finishes it with W&B. Whoever calls this has no lock. Raises ServiceDiedError if wandb-core is dead."""
         self.artifacts.finish(deadline)
         with self._lock:
             if not self.state.is_finished:

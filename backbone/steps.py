@@ -36,7 +36,6 @@ class Worker:
     heard: float = 0.0  # when it last reported, in seconds of the pipeline's clock
     end: int = 0  # where its end comes among births and ends; 0 as long as it lives
     end_time: float = 0.0
-    death: float = math.inf  # the same as `end`, if it did not end by itself
     steps: set[int] = dataclasses.field(default_factory=set)  # open ones that it has reported
 
 
@@ -54,20 +53,18 @@ class OpenStep:
 
     def add(self, worker: Worker, report: int, now: float) -> None:
         if worker.name not in self.reports:
-            self.reports[worker.name] = []
             self.speakers.add(worker.speaks_for)
             self.busy += 1
             if worker.task:
                 self.tasks[worker.task] = worker.name
-        self.reports[worker.name].append(report)
+        self.reports.setdefault(worker.name, []).append(report)
         self.heard = now
 
 
 class Steps:
     """The open steps of a pipeline and where its workers stand. Times are in seconds of one clock.
 
-    workers: so many make a step complete. Whoever calls the methods takes what has come to be: `rows`, each a step and
-    what was reported of it, and `warnings`, each a kind and a sentence. All of it can be pickled.
+    workers: so many make a step complete. All of this can be pickled.
     """
 
     MINUTE = 60.0
@@ -76,8 +73,8 @@ class Steps:
 
     def __init__(self, workers: int):
         self.workers = workers
-        self.rows: list[tuple[int, OpenStep]] = []
-        self.warnings: list[tuple[str, str]] = []
+        self.rows: list[tuple[int, OpenStep]] = []  # steps that are over; whoever calls the methods takes them
+        self.warnings: list[tuple[str, str]] = []  # each a kind and a sentence; so are these
         self.open: dict[int, OpenStep] = {}  # oldest first
         self.known: dict[str, Worker] = {}  # the living, and those of the ended that still matter
         self._ended: dict[str, Worker] = {}  # the last that have ended; without tasks and children
@@ -90,32 +87,28 @@ class Steps:
         if not (worker := self.known.get(name)):
             self._order += 1
             worker = self.known[name] = Worker(name, parent or name, task, self._order)
-        stood, open_step = worker.busy_with, self.open.get(step)
+        stood = worker.busy_with
         if worker.end:  # a task has another handle, or somebody had removed the outbox of a process that lives
-            worker.end, worker.death = 0, math.inf
+            worker.end = 0
             self._ended.pop(name, None)
-        if open_step and (
-            (name in open_step.reports and stood != step)
-            or open_step.death < worker.born
-            or open_step.tasks.get(task, name) != name
-        ):
-            self._close(step)  # rule 2
+        if open_step := self.open.get(step):
+            was_done = name in open_step.reports and stood != step
+            if was_done or open_step.death < worker.born or open_step.tasks.get(task, name) != name:
+                self._close(step)  # rule 2
         before = self._newest if worker.step < 0 else worker.step
         if step < before and not task:
             back = f"steps went back from {before} to {step}: each attempt gets rows of its own"
             self.warnings.append(("went back", back))
         if stood != step:
-            self._done(stood, name)
+            self._done(worker)
         worker.regular |= worker.step not in (-1, step)
         worker.step, worker.busy_with, worker.heard = step, step, now
         worker.steps.add(step)
         self.open.setdefault(step, OpenStep()).add(worker, report, now)
         self._waiting += 1
         if commit:
-            self._done(step, name)
-            worker.busy_with = None
-        for each in {stood, step}:
-            self._close_if_complete(each, now)
+            self._done(worker)
+        self._close_complete({stood, step}, now)
         while self._waiting > self.MAX_WAITING:
             self._close(next(iter(self.open)))  # rule 4
 
@@ -124,63 +117,60 @@ class Steps:
         worker = self.known.get(name)
         if not worker or worker.end:
             return
-        self._done(worker.busy_with, name)
+        self._done(worker)
         self._order += 1
-        worker.end, worker.end_time, worker.busy_with = self._order, now, None
-        worker.death = self._order if died and worker.speaks_for == name else math.inf
+        worker.end, worker.end_time = self._order, now
+        death = self._order if died and worker.speaks_for == name else math.inf
         if not worker.task and worker.speaks_for == name:
             self._ended[name] = worker
         if len(self._ended) > 100 + 2 * self.workers:
             self._forget(self._ended.pop(next(iter(self._ended))))
-        for step in [*worker.steps]:
-            self.open[step].death = min(self.open[step].death, worker.death)
-            self._close_if_complete(step, now)
+        for step in worker.steps:
+            self.open[step].death = min(self.open[step].death, death)
+        self._close_complete([*worker.steps], now)
         self._forget(worker)
 
     def expect(self, workers: int, now: float) -> None:
         self.workers = workers
         for name in [*self._ended]:
             self._forget(self._ended.pop(name))
-        for step in [*self.open]:
-            self._close_if_complete(step, now)
+        self._close_complete([*self.open], now)
 
     def tick(self, now: float) -> None:
         """To be called about once a second: rule 3, and rule 1 where somebody's ten seconds are over."""
         self._warn_of_many(len(living(self.known, regular=True)))
-        for step in [*self.open]:
-            self._close_if_complete(step, now)
+        self._close_complete([*self.open], now)
         slow = max(self.MINUTE, 10 * self._usual)
         heard = [worker for worker in self.known.values() if not worker.end and now - worker.heard < slow]
-        heard.sort(key=lambda worker: worker.step)
         for step, open_step in [*self.open.items()]:
+            behind = (each for each in heard if each.step < step and each.name not in open_step.reports)
             if len(open_step.speakers) >= self.workers:
                 if now - open_step.heard >= self.MINUTE:
                     self._close(step)
-            elif now - open_step.heard >= slow:
-                lowest = next((worker for worker in heard if worker.name not in open_step.reports), None)
-                if not lowest or lowest.step >= step:
-                    self.warnings.append(("few workers", _few(step, open_step, self)))
-                    self._close(step)
+            elif now - open_step.heard >= slow and not any(behind):
+                self.warnings.append(("few workers", _few(step, open_step, self)))
+                self._close(step)
 
     def finish(self) -> None:
         for step in sorted(self.open):
             self._close(step)  # rule 4
 
-    def _done(self, step: int | None, name: str) -> None:
-        if (open_step := self.open.get(step)) and name in open_step.reports:
+    def _done(self, worker: Worker) -> None:
+        if (open_step := self.open.get(worker.busy_with)) and worker.name in open_step.reports:
             open_step.busy -= 1
+        worker.busy_with = None
 
-    def _close_if_complete(self, step: int | None, now: float) -> None:
+    def _close_complete(self, steps: list[int] | set[int | None], now: float) -> None:
         """Rule 1, and how often a step is complete."""
-        open_step = self.open.get(step)
-        if not open_step or open_step.busy:
-            return
-        missing = self.workers - len(open_step.speakers)
-        if missing <= 0 or (missing <= len(self._ended) and missing <= self._excused(open_step, now)):
-            since = 0.0 if math.isnan(self._last) else now - self._last
-            self._usual, self._last = 0.8 * self._usual + 0.2 * since, now
-            self._newest = max(self._newest, step)
-            self._close(step)
+        for step in steps:
+            if not (open_step := self.open.get(step)) or open_step.busy:
+                continue
+            missing = self.workers - len(open_step.speakers)
+            if missing <= 0 or (missing <= len(self._ended) and missing <= self._excused(open_step, now)):
+                since = 0.0 if math.isnan(self._last) else now - self._last
+                self._usual, self._last = 0.8 * self._usual + 0.2 * since, now
+                self._newest = max(self._newest, step)
+                self._close(step)
 
     def _close(self, step: int) -> None:
         open_step = self.open.pop(step)
@@ -204,8 +194,8 @@ class Steps:
         """
         if open_step.tasks:
             return 0
-        living_here = (self.known[name] for name in open_step.reports if not self.known[name].end)
-        first_birth = min((worker.born for worker in living_here), default=math.inf)
+        births = (self.known[name].born for name in open_step.reports if not self.known[name].end)
+        first_birth = min(births, default=math.inf)
         ended = [each for name, each in self._ended.items() if each.end > first_birth and name not in open_step.reports]
         gone = sum(now - each.end_time >= self.GRACE for each in ended)
         return min(gone, self.workers - len(living(self.known)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickle
 import sys
@@ -22,11 +21,12 @@ _FLOATS, _NUMBERS, _TEXTS = {float}, {float, int, bool}, {str}
 def as_step(step: Any) -> int:
     """A step as it was given to `log`: a whole number of any kind. Raises TypeError or ValueError for what is none."""
     if type(step) is not int:
-        array = number = None
-        with contextlib.suppress(Exception):  # what is no number, or infinite
+        try:
             array = _as_array(step)
-            number = int(array) if array.dtype.kind in "iuf" and not array.ndim else None
-        if number is None or number != array:
+            number = int(array) if array.dtype.kind in "iuf" and not array.ndim and int(array) == array else None
+        except Exception:  # what is no number, or infinite
+            number = None
+        if number is None:
             raise TypeError(f"step must be a whole number, not {shown(step)}")
         step = number
     if not 0 <= step < 2**63:
@@ -38,16 +38,12 @@ def as_step(step: Any) -> int:
 def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
     """What is sent for `metrics`: nested mappings as paths, without None, tensors and the like as numbers or arrays.
 
-    step: which the metrics may have as well, as `step`; it is left out. Raises TypeError or ValueError that name the
-    key.
+    step: which the metrics may have as well, as `step`; it is left out. Raises TypeError or ValueError naming the key.
     """
     if type(metrics) is not dict and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics must be a mapping from key to value, not {shown(metrics)}")
-    if (
-        _FLOATS.issuperset(map(type, metrics.values()))
-        and _KNOWN_KEYS.issuperset(metrics)
-        and _TEXTS.issuperset(map(type, metrics))
-    ):  # as most reports are: this is quicker
+    are_known = _KNOWN_KEYS.issuperset(metrics) and _TEXTS.issuperset(map(type, metrics))
+    if are_known and _FLOATS.issuperset(map(type, metrics.values())):  # as most reports are: this is quicker
         return dict(metrics)
     report: dict[str, Any] = {}
     for key, value in metrics.items():

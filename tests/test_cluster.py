@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import DEMOS, ROOT, Log, folders, no_account, read_rows, short_folder, wait_for
+from conftest import DEMOS, MODULES, ROOT, Log, folders, no_account, read_rows, short_folder, wait_for
 from processes import below
 from wandb_server import KEY, Server
 
@@ -37,8 +37,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from backbone import relay
 from common import PipelineActor, WandbRun, pipeline_actor
 import ray
-both = [{str(ROOT / "common.py")!r}, {str(ROOT / "backbone")!r}]
-ray.init(sys.argv[1], log_to_driver=False, logging_level="error", runtime_env=dict(py_modules=both))
+ray.init(sys.argv[1], log_to_driver=False, logging_level="error")
 there = dict(num_cpus=0, resources={{sys.argv[2]: 0.01}})
 here = dict(num_cpus=0, resources={{"node:__internal_head__": 0.01}})
 
@@ -127,7 +126,7 @@ class Nodes:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Nodes]:
     """In processes of its own, because a process has one token."""
-    environment = no_account(tmp_path_factory.mktemp("home"))
+    environment = no_account(tmp_path_factory.mktemp("home")) | {"PYTHONPATH": MODULES}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     with short_folder() as folder:
         environment |= {"RAY_TMPDIR": folder, "TMPDIR": folder}
@@ -326,6 +325,7 @@ show(run.finish())
     assert tokens(tmp_path) == 300
 
 
+@pytest.mark.slow
 def test_whoever_kills_a_relay_costs_no_report(cluster, begin, tmp_path):
     """While workers log, and when the run is being finished."""
     driver = begin("""

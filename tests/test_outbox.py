@@ -29,9 +29,9 @@ from backbone import outbox, page, process, records
 from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
 from backbone.outbox import Outbox
-from backbone.page import OTHER, Position, is_alive, lost_by_pipeline
+from backbone.page import OTHER, Position, Room, is_alive, lost_by_pipeline
 from backbone.reading import Reader
-from backbone.records import BEGUN, ENDED, LOST, REPORT, SAID, VANISHED, WHO, Record, Room
+from backbone.records import BEGUN, ENDED, LOST, REPORT, SAID, VANISHED, WHO, Record
 
 import pytest
 from conftest import wait_for
@@ -590,7 +590,7 @@ def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_ba
     monkeypatch.setattr(Room, "PATIENCE", 0.0)
     monkeypatch.setattr(Room, "BACKLOG", 5_000)
     # Nearly: a backlog must not fill it.
-    monkeypatch.setattr("backbone.records.disk_is_full", lambda path: disk_is_full)
+    monkeypatch.setattr("backbone.page.disk_is_full", lambda path: disk_is_full)
 
     def work(pipe, box: Outbox) -> None:
         told, waited = warnings(), []

@@ -112,13 +112,44 @@ def test_where_a_relay_has_gone_the_run_s_end_is_told_and_nothing_is_left(place)
     task.process.join()
 
 
+def relay_process(made: Bringing) -> int:
+    [there] = made.relays.places.values()
+    wait_for(lambda: (made.bring(), there.relay)[1], every=0)
+    return wait_for(lambda: state.actors(there.relay._actor_id.hex())["Pid"], every=0)
+
+
+def test_whoever_kills_a_relay_costs_no_report(place):
+    """While somebody logs, and when the run is being finished."""
+    (address, key), task = place, Task(place[0])
+    made = bringing_what(task, address, key)
+    for number in range(1, 2000):
+        pid = relay_process(made) if number in (200, 1000) else None
+        task.log(number)
+        if pid:
+            time.sleep(0.1)
+            os.kill(pid, signal.SIGSTOP)  # so that it is not told that what it has brought is safe
+        made.bring()
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+    os.kill(pid := relay_process(made), signal.SIGSTOP)
+    task.log(2000)
+    made.relays.close()
+    for _ in range(20):
+        made.bring()
+        time.sleep(0.01)
+    assert made.relays.places
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: (made.bring(), not made.relays.places)[1], every=0.01)
+    assert made.bring() == [*range(2001)]  # each once, and in order
+    assert made.gone == []
+    task.process.kill()
+
+
 def test_a_place_whose_relay_does_not_answer_is_named_and_not_waited_for_for_ever(place):
     (address, key), task = place, Task(place[0])
     made = bringing_what(task, address, key)
     wait_for(lambda: made.bring() == [0], every=0.01)
-    [there] = made.relays.places.values()
-    pid = state.actors(there.relay._actor_id.hex())["Pid"]
-    os.kill(pid, signal.SIGSTOP)
+    os.kill(pid := relay_process(made), signal.SIGSTOP)
     task.log(1)
     made.relays.close()
     began = time.monotonic()

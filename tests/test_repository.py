@@ -79,9 +79,9 @@ def functions(tree: ast.AST, kind: type | tuple[type, ...]) -> dict[str, int]:
 def test_a_file_is_one_idea_and_a_function_one_screen():
     for path in [*ROOMS, ROOT / "common.py", ROOT / "session.py"]:
         tree = ast.parse(path.read_text())
-        assert path not in ROOMS or len(path.read_text().splitlines()) <= 230, path
-        assert path not in ROOMS or max(functions(tree, ast.ClassDef).values(), default=0) <= 170, path
-        assert max(functions(tree, (ast.FunctionDef, ast.AsyncFunctionDef)).values(), default=0) <= 50, path
+        assert path not in ROOMS or len(path.read_text().splitlines()) <= 220, path
+        assert path not in ROOMS or max(functions(tree, ast.ClassDef).values(), default=0) <= 150, path
+        assert max(functions(tree, (ast.FunctionDef, ast.AsyncFunctionDef)).values(), default=0) <= 40, path
 
 
 def calls(path: Path) -> set[str]:
@@ -149,6 +149,7 @@ WITHOUT_RAY = [
     "page",
     "outbox",
     "reading",
+    "tail",
     "inbox",
     "steps",
     "reduction",

@@ -298,7 +298,7 @@ def test_media_and_tables_that_were_not_there_are_logged_again(opened, tmp_path)
 
 
 PROGRAM = f"""
-import json, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import json, sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 import wandb
 from backbone.reduction import Reduction
@@ -393,20 +393,21 @@ def online(server: Server) -> dict[str, str]:
 def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server, disk_every):
     """Not the disk's, which may be behind or ahead of them: each row is on the server once, with its media."""
     variables = online(server) | {"WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": disk_every}
-    metrics = "lambda step: dict(n=1, **({'page': wandb.Html(str(step))} if step % 50 == 0 else {}))"
-    process = writing(tmp_path, 6000, dict(mode="online"), metrics, variables)
+    page = "{'page': wandb.Html(str(step))} if step % 50 == 0 else {}"
+    metrics = f"lambda step: time.sleep(0.003) or dict(n=1, **({page}))"
+    process = writing(tmp_path, 1200, dict(mode="online"), metrics, variables)
     wait_for(lambda: process.stdout.readline() and "run" in server.runs and len(server.rows("run")) > 10, every=0)
     process.kill()
     process.communicate()
     had = len(server.rows("run"))
-    last = writing(tmp_path, 6000, dict(mode="online"), metrics, variables)
+    last = writing(tmp_path, 1200, dict(mode="online"), metrics, variables)
     stdout, stderr = last.communicate(timeout=120)
-    assert json.loads(stdout.splitlines()[-1]) == [6000, 6000, 0, 1, []], stderr[-800:]
-    assert 10 < had < 6000
+    assert json.loads(stdout.splitlines()[-1]) == [1200, 1200, 0, 1, []], stderr[-800:]
+    assert 10 < had < 1200
     rows = server.rows("run")
-    assert numbers(rows) == list(range(6000))
-    assert [row["step"] for row in rows] == list(range(6000))
-    assert [row["step"] for row in rows if "page" in row] == list(range(0, 6000, 50))
+    assert numbers(rows) == list(range(1200))
+    assert [row["step"] for row in rows] == list(range(1200))
+    assert [row["step"] for row in rows if "page" in row] == list(range(0, 1200, 50))
 
 
 @pytest.mark.slow
