@@ -113,10 +113,10 @@ def hidden(log: Log) -> set[str]:
     return {m["name"] for m in log.of("metric") if m.get("options", {}).get("hidden")}
 
 
-def check_whole(log: Log, rows: int = STEPS, experiment: str = "exp") -> None:
+def check_whole(log: Log, rows: int = STEPS) -> None:
     assert len(log.rows) == rows
     assert log.exit_code == 0
-    assert log.config["experiment"] == experiment
+    assert log.config["experiment"] == "exp"
     assert log.config["seed"] == 42
 
 
@@ -192,19 +192,15 @@ def test_demo2_gives_each_kind_of_job_a_project_with_comparable_keys(ran):
     check_inference_rows(inference.rows)
 
 
-@pytest.mark.slow  # test_online.py has it, too
 def test_demo3_gives_each_pipeline_a_path_in_one_project(ran):
-    check_demo3(logs(ran("demo3")[1]), "exp")
-
-
-def check_demo3(found: dict[str, Log], experiment: str) -> None:
-    training, inference = found[f"training-{experiment}"], found[f"inference-{experiment}"]
+    found = logs(ran("demo3")[1])
+    training, inference = found["training-exp"], found["inference-exp"]
     assert training.keys == under("training/", TRAINING_KEYS)
     assert inference.keys == under("inference/", INFERENCE_KEYS)
     assert axes(training) == {"training/*": "training/step"}
     assert axes(inference) == {"inference/*": "inference/step"}
     for log in found.values():
-        check_whole(log, experiment=experiment)
+        check_whole(log)
         assert log.run["project"] == "rl-experiment"
     check_training_rows(training.rows, "training/")
     check_inference_rows(inference.rows, "inference/")

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import STEPS, Log, folders, logs, read_rows, short_folder, wait_for
+from conftest import ONE_EACH, Log, folders, read_rows, short_folder, wait_for
 from processes import below, pipeline_process
-from test_demos import check_demo3
 from wandb_server import KEY, Server
 
 
@@ -31,7 +30,7 @@ def printed(stdout: str, what: str) -> str:
 
 
 @pytest.mark.parametrize("where", ["environment", pytest.param("netrc", marks=pytest.mark.slow)])
-def test_a_login_makes_demo3_run_online_and_its_key_is_written_nowhere(start, tmp_path, environment, server, where):
+def test_a_login_makes_a_demo_run_online_and_its_key_is_written_nowhere(start, tmp_path, environment, server, where):
     with short_folder() as scratch:
         variables = server.environment | {"TMPDIR": scratch, "RAY_TMPDIR": scratch}
         if where == "netrc":
@@ -39,7 +38,7 @@ def test_a_login_makes_demo3_run_online_and_its_key_is_written_nowhere(start, tm
             netrc = Path(environment["HOME"], ".netrc")
             netrc.write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
             netrc.chmod(0o600)
-        process, arguments = start("demo3", "--steps", str(STEPS), **variables), set()
+        process, arguments = start("demo1", "--steps", "20", *ONE_EACH, **variables), set()
         while process.poll() is None:
             for pid in below(process.pid, ""):
                 with contextlib.suppress(OSError):
@@ -50,10 +49,9 @@ def test_a_login_makes_demo3_run_online_and_its_key_is_written_nowhere(start, tm
         assert "http://127.0.0.1" in stdout
         assert "Upload" not in stdout
         for pipeline in ("training", "inference"):
-            run, rows = server.runs[f"demo3-{pipeline}-x"], server.rows(f"demo3-{pipeline}-x")
+            run = server.runs[f"demo1-{pipeline}-x"]
             assert (run["name"], run["exit_code"]) == (f"{pipeline}-x", 0)
-            assert [row[f"{pipeline}/step"] for row in rows] == list(range(STEPS))
-        check_demo3(logs(tmp_path), "x")
+            assert steps(server.rows(f"demo1-{pipeline}-x")) == list(range(20))
         assert any("PipelineActor" in line for line in arguments)
         assert not [line for line in arguments if KEY in line]
         places = [path for folder in (scratch, tmp_path) for path in Path(folder).rglob("*")]
