@@ -109,9 +109,8 @@ def test_tasks_that_are_a_process_each_lose_nothing_and_leave_nothing_behind(run
     assert not made._address.folder.exists()
 
 
-@pytest.mark.parametrize(
-    "kept", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("argument", "cycle", "self")), "exit_actor"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["argument", "cycle", "self", "exit_actor"])
 def test_actors_that_go_right_after_they_logged_lose_nothing(run, kept):
     made = run()
     worker = ray.remote(Worker).remote(made if kept == "self" else None)
@@ -167,6 +166,7 @@ def test_a_task_that_is_cancelled_in_the_middle_of_log_loses_nothing_and_the_nex
     assert (ledger.lost, ledger.ok) == (0, True)
 
 
+@pytest.mark.slow
 def test_time_outs_out_of_a_signal_handler_of_a_task_lose_nothing(run):
     """As verifiers of rewards have them."""
 
@@ -293,6 +293,7 @@ def test_a_fork_of_the_driver_does_not_own_its_runs(run):
     assert (ledger.reports, tokens(ledger), ledger.ok) == (3, 3, True)
 
 
+@pytest.mark.slow
 def test_a_handle_that_the_function_captured_logs_and_starts_no_ray(run):
     """Ray drops the function, and the handle with it, when it has left the process: a call would start another Ray."""
     made, sessions = run(workers=200), session().parent
@@ -372,6 +373,7 @@ def test_async_actors_log_on_their_event_loop_and_may_have_runs_of_their_own(run
     assert (own.reports, own.rows, own.ok) == (1, 1, True)
 
 
+@pytest.mark.slow
 def test_the_collector_may_find_a_handle_in_any_thread(run):
     """A handle in a cycle is dropped while Ray's own threads run Python."""
 
@@ -408,6 +410,7 @@ def test_threads_of_a_task_are_the_task(run):
     assert (row["tokens"], row["workers"]) == (6, 2)
 
 
+@pytest.mark.slow
 def test_a_handle_passed_anew_or_copied_does_not_make_a_worker(run):
     @dataclasses.dataclass
     class Config:

@@ -261,6 +261,7 @@ def test_a_demo_has_a_live_bar_for_each_pipeline_on_a_terminal(run, monkeypatch)
     bars.close()
 
 
+@pytest.mark.slow
 def test_a_hook_that_somebody_has_replaced_is_put_in_place_for_the_next_run(run, monkeypatch):
     with run():
         pass

@@ -37,7 +37,7 @@ from processes import below, check_ledger, ledger, reports_in_rows, steps_on_dis
     ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
 def test_after_an_interrupt_every_report_is_in_a_row_and_the_runs_have_failed(busy, tmp_path, number, status):
-    process = busy()
+    process = busy(*ONE_EACH)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == status
@@ -346,6 +346,7 @@ def test_a_copy_may_finish_the_run_and_the_ledger_is_the_same(ray_here, run):
     assert made.finish() == report
 
 
+@pytest.mark.slow
 def test_two_may_finish_a_run_at_once(run):
     made = run()
     made.log({"a": 1.0}, 0)
@@ -440,6 +441,7 @@ def test_an_id_can_not_be_used_twice_at_once(run):
     assert made.finish().rows == 1
 
 
+@pytest.mark.slow
 def test_one_run_can_carry_two_pipelines(run):
     training = run(prefix="training/", workers=2)
     inference = WandbRun("p", pipeline=InferencePipelineActor, share=training)
@@ -519,6 +521,7 @@ def test_a_full_disk_is_told_once_holds_nobody_up_for_long_and_the_ledger_says_w
     assert not list(disk.glob("wandb/.*state*"))
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_under_its_id(run):
     for life in range(2):
         made = run(id="again", resume="allow", pipeline=TrainingPipelineActor)
@@ -532,6 +535,7 @@ def test_a_run_is_resumed_under_its_id(run):
     assert [row["tokens_total"] for row in rows] == list(range(5, 101, 5))
 
 
+@pytest.mark.slow
 def test_artifact_files_are_below_the_run_and_survive_the_loss_of_their_source(run, tmp_path):
     source = tmp_path / "weights.bin"
     source.write_bytes(b"weights")

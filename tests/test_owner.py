@@ -94,6 +94,7 @@ def test_finish_waits_as_long_as_the_environment_says_for_the_rows_where_there_a
     assert time.monotonic() - began >= 4
 
 
+@pytest.mark.slow
 def test_a_finish_timeout_of_0_is_no_limit(run, server, monkeypatch):
     for name, value in (server.environment | {"WANDB_FINISH_TIMEOUT": "0"}).items():
         monkeypatch.setenv(name, value)
@@ -126,6 +127,7 @@ def test_a_wrong_key_is_told_in_one_line(run, server, monkeypatch, tmp_path):
     assert not [*tmp_path.glob("wandb/.*.state")]
 
 
+@pytest.mark.slow
 def test_an_id_in_the_environment_is_for_one_run(run, monkeypatch, caplog):
     """The first that has no id of its own, and another one when the environment has another id."""
     monkeypatch.setenv("WANDB_RUN_ID", "a")
@@ -282,6 +284,7 @@ print(run.finish().rows)
 # What is recorded
 
 
+@pytest.mark.slow
 def test_config_may_change_on_resume_and_hold_the_users_own_objects(run):
     class Loss(enum.Enum):  # no other process can import it
         MSE = 1
@@ -293,6 +296,7 @@ def test_config_may_change_on_resume_and_hold_the_users_own_objects(run):
     assert [log.config["lr"] for log in each_log(Path.cwd())] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_users_repository_is_recorded_wherever_the_runs_are(run, tmp_path, monkeypatch):
     def repository(name: str) -> str:
         git = ["git", "-C", str(tmp_path / name), "-c", "user.name=u", "-c", "user.email=u@v"]
@@ -310,7 +314,8 @@ def test_the_users_repository_is_recorded_wherever_the_runs_are(run, tmp_path, m
     assert (recorded["commit"], recorded["remote_url"]) == (commit, "https://git.invalid/mine.git")
 
 
-@pytest.mark.parametrize("console", [pytest.param("off", marks=pytest.mark.slow), "wrap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("console", ["off", "wrap"])
 def test_the_logs_of_a_run_hold_its_warnings_and_with_console_wrap_what_the_actor_prints(run, console):
     @pipeline_actor
     class Loud(PipelineActor):
@@ -328,6 +333,7 @@ def test_the_logs_of_a_run_hold_its_warnings_and_with_console_wrap_what_the_acto
     assert ("an actor's own line" in json.dumps(log.of("output_raw"))) == (console == "wrap")
 
 
+@pytest.mark.slow
 def test_a_key_of_the_environment_is_not_in_the_memory_of_rays_control_plane(run, monkeypatch):
     key = "k3y" + "0123456789abcdef" * 3
     monkeypatch.setenv("WANDB_API_KEY", key)  # behind the start of Ray, whose processes would else inherit it
@@ -349,6 +355,7 @@ def regions(pid: int):
                 yield memory.read(int(end, 16) - int(start, 16))
 
 
+@pytest.mark.slow
 def test_each_of_the_runs_that_are_left_is_finished_as_far_as_it_can_be(run, caplog):
     broken, sound = run(name="broken"), run(name="sound")
     sound.log({"a": 1.0}, 0)

@@ -55,6 +55,7 @@ def test_each_recipe_is_run_by_a_test():
     }
 
 
+@pytest.mark.slow
 def test_by_hand_loses_what_it_says_that_it_loses(recipe, tmp_path):
     [log] = recipe("by_hand")
     assert [row["_step"] for row in log.rows] == list(range(10))  # of 20 reports

@@ -123,6 +123,13 @@ def test_what_can_not_be_said_is_refused_at_the_caller(run):
         made.update_config("no mapping")
     with pytest.raises((TypeError, ValueError), match="summary="):
         made.update_summary("no mapping")
+    for label in (3, 0, None, ("node", 3), b"x"):
+        with pytest.raises(TypeError, match="label must be a string, not "):
+            made.log({"a": 1.0}, 0, label=label)
+        with pytest.raises(TypeError, match="label must be a string, not "):
+            made.logging_handler(label)
+    with pytest.raises(TypeError, match="failure must be a string, not ValueError"):
+        made.finish(1, failure=ValueError("x"))
     assert made.finish().ok
 
 
@@ -160,6 +167,7 @@ def pipeline_with(how: Reduction) -> ray.actor.ActorClass:
     return pipeline_actor(Training)
 
 
+@pytest.mark.slow
 def test_the_largest_is_named_by_label_or_else_by_its_process(run, tmp_path):
     reduction = Reduction(worst=("time/*",), statistics={"time/samples": ("mean",)})
 
@@ -350,19 +358,3 @@ def test_text_that_can_not_be_encoded_is_written_out(run, tmp_path):
     assert (log.exit_code, log.summary["failure"]) == (1, "ValueError: half of a \\ud83d")
     assert {row["t/worst"] for row in log.rows} == {"half of a \\ud83d"}
     assert [title for title, _ in alerts([log])] == ["half of a \\ud83d"]
-
-
-@pytest.mark.parametrize("label", [3, 0, None, ("node", 3), b"x"])
-def test_a_label_that_is_no_string_is_refused(run, label):
-    made = run()
-    for log in (lambda: made.log({"a": 1.0}, 0, label=label), lambda: made.logging_handler(label)):
-        with pytest.raises(TypeError, match="label must be a string, not "):
-            log()
-    assert made.finish().ok
-
-
-def test_a_failure_that_is_no_string_is_refused(run):
-    made = run()
-    with pytest.raises(TypeError, match="failure must be a string, not ValueError"):
-        made.finish(1, failure=ValueError("x"))
-    assert made.finish().ok

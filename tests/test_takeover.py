@@ -146,6 +146,7 @@ def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, env
     wait_for(lambda: not list(scratch.glob("wandb-run-*")))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_left_behind_is_taken_up_by_the_next_of_its_id(run, tmp_path, environment):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -343,6 +344,7 @@ def test_a_run_whose_actor_is_lost_in_the_middle_of_finish_ends_as_its_owner_has
     assert Log(ledger.path).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_a_copy_has_finished_stays_its_owner_s_until_that_finishes_it_too(run):
     @ray.remote(num_cpus=0)
     def finish(copy: WandbRun) -> None:
@@ -378,6 +380,7 @@ def test_a_run_whose_private_folder_is_gone_with_its_actor_is_no_reason_to_stop(
     assert (ledger.ok, ledger.unheard) == (False, ["all"])
 
 
+@pytest.mark.slow
 def test_a_view_whose_run_has_lost_its_actor_is_no_reason_to_stop(run):
     made = run(prefix="training/")
     view = WandbRun("p", share=made, prefix="inference/")
@@ -463,6 +466,7 @@ def test_where_somebody_cleans_the_temporary_folder_training_goes_on_and_the_led
     assert "is gone, and made anew" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_id_of_the_environment_is_free_again_when_a_run_could_not_start_with_it(run, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_RUN_ID", "claimed")
     with pytest.raises((OSError, RuntimeError)):
@@ -476,6 +480,7 @@ def test_an_id_of_the_environment_is_free_again_when_a_run_could_not_start_with_
 # Several pipelines
 
 
+@pytest.mark.slow
 def test_many_pipelines_share_a_run_and_each_may_close_its_steps(run):
     @ray.remote(num_cpus=0)
     def log_one(made: WandbRun) -> None:
@@ -502,6 +507,7 @@ def test_many_pipelines_share_a_run_and_each_may_close_its_steps(run):
         ray.get(log_one.remote(others[-1]))
 
 
+@pytest.mark.slow
 def test_rows_of_three_threads_and_calls_in_between_are_all_there(run):
     first = run(prefix="p0/")
     pipelines = [first, *(WandbRun("p", share=first, prefix=f"p{i}/") for i in (1, 2))]

@@ -92,6 +92,7 @@ def test_what_not_all_runs_of_a_project_are_stands_at_the_run(made):
     assert "── inference-exp (job type inference, axis inference/step)\n" in print_tree(made("demo3")).stdout
 
 
+@pytest.mark.slow
 def test_a_run_with_two_folders_is_there_once(made):
     folder = made("demo1")
     assert print_tree(folder, folder).stdout == print_tree(folder / "wandb").stdout
