@@ -108,7 +108,7 @@ class Steps:
         self._waiting += 1
         if commit:
             self._done(worker)
-        self._close_complete({stood, step}, now)
+        self._close_complete([stood, step], now)
         while self._waiting > self.MAX_WAITING:
             self._close(next(iter(self.open)))  # rule 4
 
@@ -127,7 +127,7 @@ class Steps:
             self._forget(self._ended.pop(next(iter(self._ended))))
         for step in worker.steps:
             self.open[step].death = min(self.open[step].death, death)
-        self._close_complete([*worker.steps], now)
+        self._close_complete(sorted(worker.steps), now)
         self._forget(worker)
 
     def expect(self, workers: int, now: float) -> None:
@@ -160,7 +160,7 @@ class Steps:
             open_step.busy -= 1
         worker.busy_with = None
 
-    def _close_complete(self, steps: list[int] | set[int | None], now: float) -> None:
+    def _close_complete(self, steps: list[int] | list[int | None], now: float) -> None:
         """Rule 1, and how often a step is complete."""
         for step in steps:
             if not (open_step := self.open.get(step)) or open_step.busy:

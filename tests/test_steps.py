@@ -201,6 +201,14 @@ def test_a_committed_step_is_a_row_at_once():
     assert made.rows == [(0, {"actor a": [0], "actor b": [1, 2]})]
 
 
+def test_two_steps_that_one_report_completes_become_rows_in_their_order():
+    for step in range(100):
+        pipeline = Pipeline(workers=1)
+        pipeline.say("a", step)
+        pipeline.say("a", step + 1, commit=True)
+        assert [row for row, _ in pipeline.steps.rows] == [step, step + 1]
+
+
 def test_a_worker_that_reports_a_step_it_had_committed_makes_another_attempt():
     made = Pipeline(2)
     made.say("actor a", 0, commit=True)
