@@ -82,7 +82,7 @@ class RayProcess(Process):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ray, self.node, self._task = which_ray(), get_runtime_context().get_node_id(), None
+        self.ray, self.node, self._attempt = which_ray(), get_runtime_context().get_node_id(), (None, 0)
         self._is_driver, actor = ray_internals.in_driver(), ray_internals.actor_kind()
         self.in_task = not self._is_driver and not actor
         self.task = self.name if self.in_task else ""
@@ -97,11 +97,10 @@ class RayProcess(Process):
 
     def note_task(self) -> None:
         if self.in_task and threading.current_thread() is threading.main_thread():  # other threads have no task's id
-            task = get_runtime_context().get_task_id()
-            if task != self._task:
-                attempt = ray_internals.current_attempt()
+            task, attempt = get_runtime_context().get_task_id(), ray_internals.current_attempt()
+            if (task, attempt) != self._attempt:  # a retry may come in the same process, and has the same id
                 self.last = f"task {task[:16]} {attempt} on {socket.gethostname()}" if task else self.name
-                self.task, self._task = task[:16] if task else self.name, task
+                self.task, self._attempt = task[:16] if task else self.name, (task, attempt)
 
     def _find_elsewhere(self, address: Address) -> Path:
         self._check_open(address)

@@ -217,6 +217,21 @@ def test_a_task_and_its_retry_share_no_row(run, tmp_path):
     assert (ledger.lost, ledger.ok) == (0, True)
 
 
+def test_a_task_and_its_retry_in_the_same_process_share_no_row(run, tmp_path):
+    """Its function has the handle, so no attempt lets it go."""
+    made, told = run(workers=1), tmp_path / "failed"
+
+    @ray.remote(max_retries=1, retry_exceptions=True)
+    def work() -> None:
+        made.log({"tokens": 1}, 5)
+        if not told.exists():
+            told.touch()
+            raise RuntimeError("again")
+
+    ray.get(work.remote())
+    assert [row["tokens"] for row in Log(made.finish().path).rows] == [1, 1]
+
+
 @pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.slow), "busy"])
 def test_a_process_that_does_not_answer_at_the_end_has_logged_what_it_has_logged(run, how, tmp_path):
     made, worker = run(), ray.remote(Worker).remote()
