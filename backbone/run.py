@@ -5,6 +5,7 @@ Without Ray, so that whoever finds what a dead actor has left goes on by the sam
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import sqlite3
 import threading
@@ -146,7 +147,8 @@ class Run:
             self.artifacts.go_on()
         if self.state.facts.get("mode") == "disabled":
             self.state.arrived(row.number for row in rows)
-        self.state.commit()  # which increments of tables W&B has, and what it has refused
+        with contextlib.suppress(sqlite3.OperationalError):  # the readings are safe: it is made up for with the next
+            self.state.commit()  # which increments of tables W&B has, and what it has refused
 
     # The end
 

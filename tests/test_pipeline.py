@@ -767,6 +767,27 @@ def test_while_the_disk_is_full_nothing_new_is_read_and_nothing_is_lost(kept, fu
     assert (steps(made), made.in_no_row()) == ([0, 1, 2, 3], 0)
 
 
+def test_a_disk_that_gets_full_when_the_rows_are_with_w_b_is_no_fault(kept, monkeypatch):
+    made = kept()
+    made.state.note(mode="disabled")  # in which something is noted behind the rows
+    worker = Logging(made)
+    worker.log(0, {"a": 0.0})
+    worker.end()
+    commit, results = made.state.commit, iter([None, sqlite3.OperationalError("database or disk is full")])
+
+    def commit_or_raise() -> None:
+        if made.state.is_pending and (error := next(results, None)):
+            raise error
+        commit()
+
+    monkeypatch.setattr(made.state, "commit", commit_or_raise)
+    for _ in range(3):
+        with contextlib.suppress(sqlite3.Error):
+            made.run.read(look=True)
+    assert next(results, None) is None
+    assert (made.run.pipeline("").counts["reports"], made.in_no_row(), made.state.waiting()) == (1, 0, [])
+
+
 # What SQLite has freed, it can use again: the other two ways are needed where the disk takes nothing at all.
 by_the_kernel = pytest.mark.parametrize("full", [no_longer_files, no_space], indirect=True, ids=ways)
 
