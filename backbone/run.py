@@ -103,8 +103,7 @@ class Run:
         ticks = self.inbox.clock - self._ticked >= 1 and not any(reading.is_cut for _, reading in self._held)
         if ticks:
             self._tick()
-        has_news = not all(reading.is_empty for _, reading in self._held)
-        if has_news or self.state.is_pending or any(each.steps.rows or each.steps.warnings for each in self.pipelines):
+        if self.state.is_pending or any(each.steps.rows or each.steps.warnings for each in self.pipelines):
             self._save()
         elif ticks:
             self.state.note(clock=self.inbox.clock)
