@@ -54,16 +54,16 @@ class Relay:
 
     def _leave(self) -> Reading:
         """Goes, unless somebody has logged meanwhile. Whoever logs from now on tells the run of this place again."""
-        if not self._closed:
-            (self._folder / "known").unlink(missing_ok=True)
+        if self._closed:
             ray_internals.delete(self._key)
-            self._reader.set_state(page.NOBODY_READS)
-            self._last = self._reader.read(look=True)
-        if self._last.is_empty and (self._closed or not self._reader.stays):
-            if self._closed:
-                ray_internals.delete(self._key)
-                shutil.rmtree(self._folder, ignore_errors=True)
-            return Reading([], is_last=self._closed, has_left=not self._closed)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return Reading([], is_last=True)
+        (self._folder / "known").unlink(missing_ok=True)
+        ray_internals.delete(self._key)
+        self._reader.set_state(page.NOBODY_READS)
+        self._last = self._reader.read(look=True)
+        if self._last.is_empty and not self._reader.stays:
+            return Reading([], has_left=True)
         self._heard = time.monotonic()
         self._reader.set_state(page.IS_READ)
         ray_internals.put(self._key, os.fsencode(self._folder))
@@ -82,7 +82,7 @@ class Place:
 
     key: bytes  # in Ray's key-value store
     folder: Path
-    asked_at: float  # when its relay was asked last; before that, when the place was found
+    asked_at: float = 0.0  # when its relay was asked last; before that, when the place was found
     relay: ray.actor.ActorHandle | None = None
     call: ray.ObjectRef | None = None  # under way
 
@@ -99,27 +99,25 @@ class Relays:
         self, address: Address, positions: Callable[[str], dict[str, Position]], gone: Callable[[str, str], None]
     ):
         self._address, self._positions, self._gone = address, positions, gone
-        self._found: dict[str, tuple[bytes, Path]] = {}  # what the last look has found: name -> key and folder
-        self._left: dict[str, tuple[bytes, Path]] = {}  # where a relay was that has left
+        self._found: dict[str, Place] = {}  # name -> place: what looks have found since the last `start`
+        self._left: dict[str, Place] = {}  # where a relay was that has left
         self.places: dict[str, Place] = {}  # those that are not read to their end
         self._done: set[str] = set()  # names of those that are, or that can't be read
-        self._closed, self._at_close = False, dict[str, tuple[bytes, Path]]()  # what is found then
+        self._closed = False
 
     def look(self) -> None:
         """Asks Ray's GCS where there are outboxes. In a thread of its own: a GCS that restarts doesn't answer."""
-        self._found = self._ask()
-
-    def _ask(self) -> dict[str, tuple[bytes, Path]]:
         prefix = self._address.key("place")
-        folders = {key: ray_internals.get(key) for key in ray_internals.keys(prefix)}
-        found = {key: Path(os.fsdecode(folder)) for key, folder in folders.items() if folder}
-        return {key.removeprefix(prefix).decode(): (key, folder) for key, folder in found.items()}
+        for key in ray_internals.keys(prefix):
+            if folder := ray_internals.get(key):
+                self._found[key.removeprefix(prefix).decode()] = Place(key, Path(os.fsdecode(folder)))
 
     def start(self) -> None:
         """Starts relays in places that have none."""
-        for name, (key, folder) in (self._at_close or self._found).items():
+        while self._found:  # to which a look may add at any moment
+            name, place = self._found.popitem()
             if name not in self._done and name not in self.places:
-                self.places[name] = Place(key, folder, asked_at=time.monotonic())
+                self.places[name], place.asked_at = place, time.monotonic()
         missing = [(name, place) for name, place in self.places.items() if not place.relay]
         for name, place in missing if missing and ray_internals.ray_answers() else ():
             here = NodeAffinitySchedulingStrategy(_node(name), soft=False)
@@ -144,13 +142,11 @@ class Relays:
                 readings.append((name, reading))
                 if reading.is_last:
                     self._done.add(name)
-                if reading.is_last or reading.has_left:
                     del self.places[name]
-                if reading.has_left:
-                    self._left[name] = place.key, place.folder
+                elif reading.has_left and not self._closed:  # else it has been told meanwhile to read to the end
+                    self._left[name] = Place(place.key, place.folder)
+                    del self.places[name]
                     self._found.pop(name, None)  # somebody may log there again: the next look finds that
-                    if self._closed:
-                        self._at_close[name] = self._left[name]
             except ray.exceptions.RayError as error:
                 self._fail(name, error)
         self.start()  # here, so that a place that has to be read again is never missing
@@ -201,7 +197,8 @@ class Relays:
         ray_internals.delete(self._address.key("open"))
         # Behind that: whoever logs for the first time notes its place, then looks for that key. So one sees the other.
         # Where a relay has left there is nothing to read, but a folder to remove, and somebody may still want to log.
-        self._at_close = self._left | self._ask()
+        self._found |= self._left
+        self.look()
         self.start()
 
 
