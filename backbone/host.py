@@ -73,7 +73,7 @@ class Host:
                 began = time.monotonic()
                 if self.run and not self.run.reader.is_closed:
                     readings, alive = self._read(), began
-                    is_over = self.run.inbox.owner_end is not None
+                    is_over = self.run.state.facts.get("owner_end") is not None
                 else:
                     readings = []
                     alive = began if is_alive(self._letter.address.folder, self._letter.process) else alive
@@ -150,7 +150,7 @@ class Host:
         letter, raylet = self._letter, os.getppid()
         try:
             if self.run:
-                end = self.run.inbox.owner_end or GONE
+                end = self.run.state.facts.get("owner_end") or GONE
                 if end == GONE and letter.job and has_ended(letter.job):
                     end = 0, None  # a job that is through takes its workers with it, which is no failure of theirs
                 recover.start(letter.address.folder, orphan=True)  # in case that this process is killed first

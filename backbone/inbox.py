@@ -36,7 +36,7 @@ class Box:
 class Inbox:
     """The outboxes of all nodes, as far as they have been read. What changes is on the disk with the next commit.
 
-    owner: name of the process whose end ends the run.
+    owner: name of the process whose end ends the run: then `owner_end` is a fact, its exit code and failure.
     """
 
     def __init__(self, state: State, pipelines: list[Pipeline], owner: str):
@@ -45,11 +45,6 @@ class Inbox:
         self.boxes: dict[tuple[str, str], Box] = {(place, name): pickle.loads(box) for place, name, box in found}
         self.said = Said(state)
         self.clock: float = state.facts.get("clock", 0.0)  # of the steps, in seconds
-
-    @property
-    def owner_end(self) -> tuple[int, str | None] | None:
-        """Exit code and failure, when the owner has ended."""
-        return self._state.facts.get("owner_end")
 
     def positions(self, place: str) -> dict[str, Position]:
         """How far the outboxes of a place have been read."""

@@ -79,7 +79,7 @@ def _finish(run: Run) -> None:
     run.state.warn("recovered", "the pipeline actor is gone; the run was finished without it")
     read_what_is_left(run, time.monotonic() + 60)
     run.start()
-    exit_code, failure = run.state.facts.get("end") or run.inbox.owner_end or GONE
+    exit_code, failure = run.state.facts.get("end") or run.state.facts.get("owner_end") or GONE
     run.finish(exit_code, failure, time.monotonic() + run.writer.timeout)
 
 

@@ -359,9 +359,9 @@ def test_a_run_ends_with_its_owner_as_that_has_said_also_after_a_restart(kept, s
     made = kept()
     made.say(0, {"a": 1.0}, worker="owner")
     made.bring(*said)
-    assert made.inbox.owner_end == end
+    assert made.state.facts.get("owner_end") == end
     made = again(made)
-    assert made.inbox.owner_end == end
+    assert made.state.facts.get("owner_end") == end
 
 
 # Reports that can't be used
@@ -1028,7 +1028,7 @@ def test_an_earlier_life_of_the_id_that_was_not_finished_is_finished_first(opene
     made.bring(Event("owner", EXIT, pickle.dumps((0, None))))
     made.abandon()
     made = opened(life="two")
-    assert made.inbox.owner_end is None
+    assert made.state.facts.get("owner_end") is None
     assert not (tmp_path / "private-one").exists()
     made.join()
     made.say(5, {"a": 5.0})
