@@ -85,15 +85,12 @@ class Said:
         self._state.note(alerted=told | {alert["title"]: wall_time})
         return False
 
-    def news(self) -> list[tuple[str, Any]]:
-        """What W&B is to be told, kinds and values."""
-        return [*self._state.facts.get("said", ()), *([("lines", "\n".join(self._lines))] if self._lines else [])]
-
-    def is_told(self) -> None:
-        """All news."""
-        self._lines.clear()
-        if self._state.facts.get("said"):
+    def take_news(self) -> list[tuple[str, Any]]:
+        """What W&B is to be told, kinds and values. On the disk it stays until the next commit."""
+        lines, self._lines = self._lines, []
+        if news := self._state.facts.get("said", []):
             self._state.note(said=[])
+        return [*news, ("lines", "\n".join(lines))] if lines else news
 
     def forget(self, keys: Collection[str]) -> None:
         """A row has these keys: what was told before of the summary of one is not to be told again."""

@@ -104,10 +104,9 @@ class Writer:
 
         Raises ServiceDiedError if wandb-core is dead.
         """
-        for kind, value in said.news():
+        for kind, value in said.take_news():
             if why := _refusal(f"the {kind} {value!r:.60}", functools.partial(TELL[kind], self.run, value)):
                 self._state.warn("refused", why)
-        said.is_told()
 
     def log(self, row: Row) -> None:
         """Gives a row to the run. What W&B refuses of it is counted, the rest of it stays.
