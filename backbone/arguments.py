@@ -12,6 +12,7 @@ from typing import Any
 from . import wandb_internals
 from .files import check_run_id
 from .ledger import line
+from .values import shown
 
 LONGEST, LONGEST_TAG = 128, 64  # characters that the server takes
 SAME = {"run_id": "id", "root_dir": "dir", "run_name": "name", "run_group": "group", "run_job_type": "job_type"}
@@ -70,26 +71,22 @@ def _check_names(names: Mapping[str, Any]) -> None:
     for key in ("name", "group", "job_type"):
         name = names.get(key)
         if name is not None and not (isinstance(name, str) and len(name) <= LONGEST):
-            raise ValueError(f"{key} {_shown(name)} must be at most {LONGEST} characters")
+            raise ValueError(f"{key} {shown(name)} must be at most {LONGEST} characters")
 
 
 def _check_project_and_entity(project: str, entity: Any) -> None:
     if len(project) > LONGEST or set(project) & set(r"/\#?%:"):
-        raise ValueError(rf"project {_shown(project)} must be at most {LONGEST} characters without / \ # ? % :")
+        raise ValueError(rf"project {shown(project)} must be at most {LONGEST} characters without / \ # ? % :")
     if entity is not None and not (isinstance(entity, str) and "/" not in entity):
         raise ValueError(
-            f"entity {_shown(entity)} must be the name of a user or team; the project is an argument of its own"
+            f"entity {shown(entity)} must be the name of a user or team; the project is an argument of its own"
         )
 
 
 def _check_tags(tags: Any) -> None:
     for tag in [tags] if isinstance(tags, str) else tags:
         if not 1 <= len(str(tag)) <= LONGEST_TAG:
-            raise ValueError(f"tag {_shown(tag)} must be 1 to {LONGEST_TAG} characters")
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.40}{'…' if len(repr(value)) > 40 else ''}"
+            raise ValueError(f"tag {shown(tag)} must be 1 to {LONGEST_TAG} characters")
 
 
 def as_recorded(config: Any, name: str = "config") -> dict[str, Any]:
@@ -98,4 +95,4 @@ def as_recorded(config: Any, name: str = "config") -> dict[str, Any]:
         return wandb_internals.recorded_config(config)
     except Exception as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}={_shown(config)} can't be recorded: {line(error)}") from None
+        raise kind(f"{name}={shown(config)} can't be recorded: {line(error)}") from None

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .transaction_log import TransactionLogs
+
 if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .state import State
@@ -134,8 +136,6 @@ def count(folder: Path) -> Ledgers:
 
     Raises OSError where there is no ledger, and ValueError where it can't be read.
     """
-    from .transaction_log import numbers
-
     said: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
     ledgers = {}
     for prefix, each in said.items():
@@ -143,7 +143,7 @@ def count(folder: Path) -> Ledgers:
         ledger = ledgers[prefix] = Ledger(
             **each | {"paths": [folder.parent / Path(path).name for path in each["paths"]]}
         )
-        there = numbers(path for path in ledger.paths if path.exists())
+        there = TransactionLogs(path for path in ledger.paths if path.exists()).there
         found = [reports for number, reports in row_reports.items() if number in there]
         if ledger.mode == "online" and ledger.uploaded:
             continue  # what the server had before a restart need not be here

@@ -79,11 +79,6 @@ def records(folder: Path) -> Iterator[Any]:
     return Tail(folder).records()
 
 
-def numbers(folders: Iterable[str | Path]) -> set[int]:
-    """W&B's own step of all rows in the transaction logs of these run folders."""
-    return {number for folder in folders for number in Tail(Path(folder)).numbers()}
-
-
 def rows(folder: Path) -> Iterator[dict[str, str]]:
     """A run folder's rows: key -> value, as JSON."""
     for record in records(folder):

@@ -70,7 +70,7 @@ class Writer:
         run, self.timeout = wandb_init(self._state, self._init)
         self.run, self.axes = run, Axes(run)
         mode = "disabled" if run.disabled else "offline" if run.offline else "online"
-        before = transaction_log.numbers(self._before)
+        before = TransactionLogs(self._before).there
         first = max(run.starting_step, 1 + max(before, default=-1), facts.get("first", 0))
         self._state.note(
             id=run.id,

@@ -58,7 +58,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
     run.finish()
     folder = Path(run.sync_dir)
     log = Log(folder)
-    assert transaction_log.numbers([folder]) == {row["_step"] for row in log.rows} == {3, 5}
+    assert transaction_log.TransactionLogs([folder]).there == {row["_step"] for row in log.rows} == {3, 5}
     last = {key: json.loads(value) for row in transaction_log.rows(folder) for key, value in row.items()}
     assert (last["a"], last["x/tokens_total"], last["gone"], last["text"]) == (2, 7, 1, "ü")
     assert last["nan"] != last["nan"]
@@ -69,7 +69,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
 
 
 def test_a_folder_without_a_log_has_no_records(tmp_path):
-    assert transaction_log.numbers([tmp_path]) == set()
+    assert transaction_log.TransactionLogs([tmp_path]).there == set()
     assert [*transaction_log.rows(tmp_path)] == []
 
 
@@ -78,8 +78,8 @@ def test_the_log_is_written_as_often_as_is_asked_for(begin):
     seldom, often = begin(), begin(wandb_internals.FLUSH_EVERY)
     for run in (seldom, often):
         run.log({"a": 1})
-    wait_for(lambda: transaction_log.numbers([often.sync_dir]) == {0})
-    assert transaction_log.numbers([seldom.sync_dir]) == set()
+    wait_for(lambda: transaction_log.TransactionLogs([often.sync_dir]).there == {0})
+    assert transaction_log.TransactionLogs([seldom.sync_dir]).there == set()
 
 
 def test_a_log_is_read_on_as_it_grows(begin):

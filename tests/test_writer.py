@@ -650,12 +650,12 @@ def test_numbers_of_whole_and_cut_logs_are_those_that_leet_finds(opened, tmp_pat
     path = folders(tmp_path)[0]
     whole = next(path.glob("*.wandb")).read_bytes()
     assert len(whole) > 10 * 32_768
-    assert transaction_log.numbers([path]) == {*numbers(read_rows(path))} == {*range(400)}
+    assert transaction_log.TransactionLogs([path]).there == {*numbers(read_rows(path))} == {*range(400)}
     cut, chance, found = tmp_path / "cut" / path.name, random.Random(3), Counter()
     cut.mkdir(parents=True)
     places = [7, 8, 100, 32_768, 32_769, 2 * 32_768 - 3, *(chance.randrange(7, len(whole)) for _ in range(6))]
     for place in places:
         (cut / "run-run.wandb").write_bytes(whole[:place])
-        assert transaction_log.numbers([cut]) == {*numbers(read_rows(cut))}, place
-        found[len(transaction_log.numbers([cut]))] += 1
+        assert transaction_log.TransactionLogs([cut]).there == {*numbers(read_rows(cut))}, place
+        found[len(transaction_log.TransactionLogs([cut]).there)] += 1
     assert len(found) > 6
