@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.runtime_context import get_runtime_context
 
 from . import staging
 from .host import Host
@@ -27,7 +26,7 @@ class PipelineActor:
     reduction = Reduction()
 
     def __init__(self, folder: Path):
-        self._host = Host(folder, lambda: ray.kill(get_runtime_context().current_actor))
+        self._host = Host(folder)
 
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline to the run, which the first one starts."""
@@ -56,10 +55,7 @@ class PipelineActor:
         staging.put_piece(to, offset, piece)
 
     def finish(self, exit_code: int, failure: str | None = None, prefix: str | None = None) -> Ledgers:
-        """Finishes the run, or closes the steps of one pipeline of a run that goes on.
-
-        Raises RunFinishedError where there is no run.
-        """
+        """See `Host.finish`."""
         return self._host.finish(exit_code, failure, prefix)
 
     def leave(self) -> None:

@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ray
+from ray.runtime_context import get_runtime_context
+
 from . import exits, nodes, recover, wandb_internals
 from .files import move_in, read_letter
 from .inbox import GONE, HOME
@@ -29,11 +32,11 @@ logger = logging.getLogger("wandb_run")
 class Host:
     """Has a run, the outboxes at home, and the relays of other nodes. Whoever uses them has the `lock`.
 
-    folder: the run's private one. end: is called when the owner has ended, and the run is finished.
+    folder: the run's private one.
     """
 
-    def __init__(self, folder: Path, end: Callable[[], None]):
-        self._letter, self._end = read_letter(folder), end
+    def __init__(self, folder: Path):
+        self._letter = read_letter(folder)
         move_in(self._letter)
         self.lock = threading.RLock()
         self.run: Run | None = None
@@ -53,7 +56,7 @@ class Host:
         """Starts the run, or goes on with what a dead actor has left."""
         address, init = self._letter.address, self._letter.init
         stop = dict(stop_fn=exits.stop_file(address.folder).touch)  # called when "Stop run" is pressed
-        settings = wandb_internals.with_endpoints(init["settings"], nodes.endpoints(), nodes.METRICS)
+        settings = wandb_internals.with_endpoints(init["settings"], *nodes.node_metrics())
         init = init | dict(settings=settings | stop)
         run = open_run(init, address, self._letter.process, self.lock, self._hear)
         self.run, self._relays = run, Relays(address, run.inbox.positions, run.inbox.place_is_gone)
@@ -162,7 +165,7 @@ class Host:
             logger.warning("run %s could not be finished: %s", letter.init["id"], line(error))
         if os.getppid() != raylet:  # which is gone, and with it whoever could end this process
             os._exit(0)
-        self._end()
+        ray.kill(get_runtime_context().current_actor)
 
 
 def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadline: float, closing: bool) -> float:

@@ -16,14 +16,10 @@ METRICS = r"\.ray_node_(cpu_utilization|mem_used|gpus_utilization|gram_used)$"
 
 
 def node_metrics() -> tuple[dict[str, str], list[str]]:
-    """Endpoints and filters of the nodes' metrics, for settings that name others as well."""
-    return endpoints(), [METRICS]
+    """Endpoints and filters of the nodes' metrics, for settings that name others as well.
 
-
-def endpoints() -> dict[str, str]:
-    """Where the nodes that are there now export their metrics: name of the host -> URL.
-
-    Of several nodes whose hosts have one name, each has the beginning of its id behind it, as in `ray list nodes`.
+    Endpoints are where the nodes that are there now export their metrics: name of the host -> URL. Of several nodes
+    whose hosts have one name, each has the beginning of its id behind it, as in `ray list nodes`.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]
     shared, found = Counter(map(_host, nodes)), {}
@@ -31,7 +27,7 @@ def endpoints() -> dict[str, str]:
         name = _host(node) if shared[_host(node)] == 1 else f"{_host(node)}-{node['NodeID'][:6]}"
         address = node["NodeManagerAddress"]
         found[name] = f"http://{f'[{address}]' if ':' in address else address}:{node['MetricsExportPort']}/metrics"
-    return found
+    return found, [METRICS]
 
 
 def is_alive(node: str) -> bool:

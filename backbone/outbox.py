@@ -60,7 +60,7 @@ class Outbox:
             # After the record: a relay that goes says so, and then reads once more, so one of them sees the other.
             if now >= self._next_look:
                 self.look(now, pipeline)
-        if self.is_finished or ((files := self._files) and files.is_closed):
+        if self.is_finished or self.is_closed:
             self.is_finished = True  # so that this was the last record
             raise run_is_finished(self.address.name)
         return bool(is_written)

@@ -167,16 +167,16 @@ def _in_environment(setting: str) -> bool:
     return f"WANDB_{name}" in os.environ or f"WANDB_{name.removeprefix('X')}" in os.environ  # X_STATS or _STATS
 
 
-def with_endpoints(settings: Mapping[str, Any], endpoints: Mapping[str, str], metrics: str) -> dict[str, Any]:
+def with_endpoints(settings: Mapping[str, Any], endpoints: Mapping[str, str], filters: list[str]) -> dict[str, Any]:
     """`settings`, with Prometheus endpoints whose numbers wandb-core adds to the run's system metrics.
 
     The settings for that are `x_` ones, which may change. Who sets endpoints, by argument or environment, has those.
-    endpoints: name -> URL. metrics: regular expression for "<name>.<metric>", as long as nobody sets another filter.
+    endpoints: name -> URL. filters: regular expressions for "<name>.<metric>", as long as nobody sets others.
     """
-    own, filters = "x_stats_open_metrics_endpoints", "x_stats_open_metrics_filters"
+    own, filtering = "x_stats_open_metrics_endpoints", "x_stats_open_metrics_filters"
     if not endpoints or own in settings or _in_environment(own):
         return dict(settings)
-    filtered = {} if _in_environment(filters) else {filters: [metrics]}
+    filtered = {} if _in_environment(filtering) else {filtering: filters}
     return {own: dict(endpoints)} | filtered | settings
 
 

@@ -27,7 +27,7 @@ from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
 cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-found = nodes.endpoints()
+found, _ = nodes.node_metrics()
 print(*found)
 
 def start(name, **settings):
@@ -119,7 +119,7 @@ def test_what_a_node_exports_is_in_the_runs_system_metrics(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         found = {"node-1": f"http://127.0.0.1:{server.server_port}"}
         quick = dict(silent=True, x_stats_sampling_interval=0.5, x_transaction_log_flush_interval=0.5)
-        settings = wandb.Settings(**wandb_internals.with_endpoints(quick, found, METRICS))
+        settings = wandb.Settings(**wandb_internals.with_endpoints(quick, found, [METRICS]))
         run = wandb.init(dir=tmp_path, mode="offline", reinit="create_new", settings=settings)
         wait_for(lambda: any(record.HasField("stats") for record in transaction_log.records(Path(run.sync_dir))))
         run.finish()
@@ -130,14 +130,14 @@ def test_what_a_node_exports_is_in_the_runs_system_metrics(tmp_path):
 
 def test_who_sets_endpoints_or_filters_has_those(monkeypatch):
     found, own, filters = {"node-1": "http://n:1"}, "x_stats_open_metrics_endpoints", "x_stats_open_metrics_filters"
-    assert wandb_internals.with_endpoints({own: {"mine": "u"}}, found, "m") == {own: {"mine": "u"}}
-    assert wandb_internals.with_endpoints({filters: ["f"]}, found, "m") == {own: found, filters: ["f"]}
+    assert wandb_internals.with_endpoints({own: {"mine": "u"}}, found, ["m"]) == {own: {"mine": "u"}}
+    assert wandb_internals.with_endpoints({filters: ["f"]}, found, ["m"]) == {own: found, filters: ["f"]}
     monkeypatch.setenv("WANDB_X_STATS_OPEN_METRICS_FILTERS", '["f"]')
-    assert wandb_internals.with_endpoints({}, found, "m") == {own: found}
+    assert wandb_internals.with_endpoints({}, found, ["m"]) == {own: found}
     monkeypatch.setenv("WANDB__STATS_OPEN_METRICS_ENDPOINTS", "{}")
-    assert wandb_internals.with_endpoints({}, found, "m") == {}
+    assert wandb_internals.with_endpoints({}, found, ["m"]) == {}
 
 
 def test_a_cluster_that_exports_nothing_changes_no_setting(ray_here):
     assert [node["MetricsExportPort"] for node in ray_here.nodes()] == [-1]
-    assert wandb_internals.with_endpoints({"silent": True}, nodes.endpoints(), METRICS) == {"silent": True}
+    assert wandb_internals.with_endpoints({"silent": True}, *nodes.node_metrics()) == {"silent": True}
