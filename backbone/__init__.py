@@ -13,7 +13,7 @@ values.py      what may be logged, and how it is packed
 process.py     who logs in this process, and where its outboxes are; files.py has the folders
 records.py     how a report is written, and into which files; page.py says who writes, and whether that process lives
 outbox.py      takes a report in the worker's process: all of the above together
-reading.py     finds the outboxes of a node, and reads what is new in them
+reading.py     finds the outboxes of a node; tail.py reads what is new in one
 inbox.py       knows who has logged it, and hands it to its pipeline
 steps.py       when a step is over
 reduction.py   the reports of a step as one row

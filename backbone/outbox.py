@@ -68,7 +68,8 @@ class Outbox:
     def _wait(self, size: int) -> bool:
         """Waits for the reader; whether there is room for so many bytes then."""
         while (files := self._files) and not files.is_closed:
-            if (room := files.room.look(files.page.read, files.segments.written, size, files.folder)) is not None:
+            written = files.segments.records, files.segments.bytes
+            if (room := files.room.look(files.page.read, written, size, files.folder)) is not None:
                 return room
             self.look(time.monotonic())
             time.sleep(0.002)
@@ -80,7 +81,7 @@ class Outbox:
             if now < self._next_look or not (files := self._files):
                 return
             self._next_look = now + 1
-            if files.are_removed:  # somebody has cleaned the temporary folder
+            if files.page.is_removed or files.segments.are_removed:  # somebody has cleaned the temporary folder
                 lost = files.segments.records - files.page.read[0]
                 self.close()
                 self.open()
@@ -98,7 +99,6 @@ class Outbox:
             raise
         except OSError as error:  # the disk is full, or the folder has just been removed
             raise_from_outside(error)
-            return None
 
     def _lose(self, pipeline: int, reports: int) -> None:
         if not self._lost:

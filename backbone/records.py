@@ -90,11 +90,6 @@ class Segments:
         if before:
             os.close(before[1])
 
-    @property
-    def written(self) -> tuple[int, int]:
-        """Records and bytes."""
-        return self.records, self.bytes
-
     def append(self, record: bytes, counts: int) -> bool:
         """Writes a record whole or not at all; whether it could be written. counts: 1 for what is counted, else 0."""
         try:
@@ -194,11 +189,6 @@ class Files:
                 return False
             self.who = who  # not before: an interrupt would leave reports that are taken for somebody else's
         return self.segments.append(record(kind, content, now, pipeline, step), 1)
-
-    @property
-    def are_removed(self) -> bool:
-        """Whether one of them is."""
-        return self.page.is_removed or self.segments.are_removed
 
     def close(self) -> None:
         self.page.close()

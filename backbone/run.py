@@ -67,7 +67,7 @@ class Run:
         """Adds a pipeline, or goes on with it."""
         pipeline = self.pipeline(prefix)
         if not pipeline:
-            self.writer.axes.define(prefix, [other.prefix for other in self.pipelines], reduction.best)
+            self.writer.axes.define(prefix, reduction.best)
             pipeline = self.add(prefix, reduction, workers)
         before = self.writer.resumed()
         pipeline.begin(reduction, workers, before.totals(prefix), before.best(prefix, reduction.best))

@@ -79,18 +79,17 @@ class Axes:
     """The step axes of a run's pipelines."""
 
     def __init__(self, run: wandb.Run):
-        self._run = run
+        self._run, self._has_bare_keys = run, False
         self._named: dict[str, set[str]] = {}  # prefix -> keys that have been defined by their name
 
-    def define(self, prefix: str, others: Iterable[str], best: Mapping[str, str]) -> None:
-        """Gives a pipeline's keys their step axis. others: prefixes of the pipelines that are there.
+    def define(self, prefix: str, best: Mapping[str, str]) -> None:
+        """Gives a pipeline's keys their step axis. best: key -> max or min, which the runs' table shows, too.
 
-        best: key -> max or min, which the runs' table shows beside the last value.
-
-        Which of two overlapping globs wins is undefined, so beside bare keys (`*`) each key is defined by its name.
+        Which of two overlapping globs wins is undefined, so behind bare keys (`*`) each key is defined by its name.
         """
         axis = dict(step_metric=f"{prefix}step", step_sync=False)
-        if prefix and "" in others:
+        self._has_bare_keys |= not prefix
+        if prefix and self._has_bare_keys:
             self._named[prefix] = {f"{prefix}step", f"{prefix}workers"}
         else:
             self._run.define_metric(f"{prefix}*", **axis)

@@ -82,8 +82,8 @@ class Writer:
             begun=True,
         )
         self.logs.add([] if run.disabled else [run.sync_dir])
-        for i, (prefix, best) in enumerate(pipelines):
-            self.axes.define(prefix, [other for other, _ in pipelines[:i]], best)
+        for prefix, best in pipelines:
+            self.axes.define(prefix, best)
         if mode == "online":  # what a dead actor has left in its folder may not have been sent
             there, highest = (lambda number: number < run.starting_step), run.starting_step - 1
         else:
