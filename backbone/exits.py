@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import traceback
-from pathlib import Path
 from typing import Any
 
 from . import wandb_internals
@@ -17,6 +16,7 @@ from .ledger import line
 
 logger = logging.getLogger("wandb_run")
 
+STOP = "stop"  # a file in the private folder, when somebody has pressed "Stop run"
 INTERRUPTED = 255  # the exit code that wandb records for Ctrl-C, and so for "Stop run"
 
 
@@ -103,11 +103,6 @@ def how_it_ends(error: BaseException | None) -> tuple[int, str | None]:
     if isinstance(error, Exception) and error.__traceback__:
         failure += "\n" + "".join(traceback.format_exception(error))
     return code, failure
-
-
-def stop_file(folder: Path) -> Path:
-    """Is in a run's private folder when somebody has pressed "Stop run"."""
-    return folder / "stop"
 
 
 def interrupt() -> None:

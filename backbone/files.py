@@ -185,16 +185,12 @@ def write_letter(letter: Letter) -> None:
     """Raises TypeError for an argument that can't be sent."""
     from ray import cloudpickle  # a config may have objects of the user's `__main__`
 
-    try:
-        content = cloudpickle.dumps(letter)
-    except Exception:
-        for name, value in letter.init.items():
-            try:
-                cloudpickle.dumps(value)
-            except Exception as error:
-                raise TypeError(f"{name}={value!r:.80} can't be sent to the pipeline actor: {line(error)}") from None
-        raise
-    write_private(letter.address.folder / "letter", content)
+    for name, value in letter.init.items():
+        try:
+            cloudpickle.dumps(value)
+        except Exception as error:
+            raise TypeError(f"{name}={value!r:.80} can't be sent to the pipeline actor: {line(error)}") from None
+    write_private(letter.address.folder / "letter", cloudpickle.dumps(letter))
 
 
 def read_letter(folder: Path) -> Letter:

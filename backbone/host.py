@@ -55,7 +55,7 @@ class Host:
     def begin(self) -> None:
         """Starts the run, or goes on with what a dead actor has left."""
         address, init = self._letter.address, self._letter.init
-        stop = dict(stop_fn=exits.stop_file(address.folder).touch)  # called when "Stop run" is pressed
+        stop = dict(stop_fn=(address.folder / exits.STOP).touch)  # called when "Stop run" is pressed
         settings = wandb_internals.with_endpoints(init["settings"], *nodes.node_metrics())
         init = init | dict(settings=settings | stop)
         run = open_run(init, address, self._letter.process, self.lock, self._hear)
@@ -121,7 +121,7 @@ class Host:
         Raises RunFinishedError where there is no run.
         """
         folder = self._letter.address.folder
-        if exit_code and exits.stop_file(folder).exists():
+        if exit_code and (folder / exits.STOP).exists():
             exit_code = exits.INTERRUPTED
         try:
             with self.lock:  # a start that is under way ends first

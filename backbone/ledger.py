@@ -143,10 +143,10 @@ def count(folder: Path) -> Ledgers:
         ledger = ledgers[prefix] = Ledger(
             **each | {"paths": [folder.parent / Path(path).name for path in each["paths"]]}
         )
-        there = TransactionLogs(path for path in ledger.paths if path.exists()).there
-        found = [reports for number, reports in row_reports.items() if number in there]
         if ledger.mode == "online" and ledger.uploaded:
             continue  # what the server had before a restart need not be here
+        there = TransactionLogs(path for path in ledger.paths if path.exists()).there
+        found = [reports for number, reports in row_reports.items() if number in there]
         ledger.rows, ledger.lost = len(found), ledger.reports - sum(found)
     return ledgers
 

@@ -89,7 +89,7 @@ class Owned:
 
         Not by a call of the actor that returns then: Ray lets no worker end by itself while it waits for an answer.
         """
-        box, file = process.outbox(self.letter.address), exits.stop_file(self.letter.address.folder)
+        box, file = process.outbox(self.letter.address), self.letter.address.folder / exits.STOP
 
         def watch() -> None:
             stopped = False

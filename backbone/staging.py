@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,8 +121,8 @@ def copy(source: str | Path, to: Path) -> None:
 
 def pieces(content: bytes | str | Path, size: int) -> Iterator[tuple[int, bytes]]:
     """Offset and bytes of each piece of a file, `size` bytes at most; at least one."""
-    total, offset = len(content) if isinstance(content, bytes) else Path(content).stat().st_size, 0
-    with contextlib.nullcontext() if isinstance(content, bytes) else open(content, "rb") as file:
-        while offset == 0 or offset < total:
-            yield offset, content[offset : offset + size] if file is None else file.read(size)
+    offset = 0
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        while (piece := file.read(size)) or not offset:
+            yield offset, piece
             offset += size
