@@ -24,17 +24,7 @@ from ray.runtime_context import get_runtime_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import arguments, calls, exits, process, ray_internals, recover
-from .files import (
-    NETWORK,
-    OUTBOXES,
-    Address,
-    Letter,
-    make_runs_folder,
-    this_machine,
-    this_view,
-    write_letter,
-    write_private,
-)
+from .files import NETWORK, Address, Letter, make_runs_folder, this_machine, this_view, write_letter, write_private
 from .ledger import Ledger, Ledgers, line
 from .reduction import Reduction
 from .run import Started
@@ -126,7 +116,6 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
             logger.warning("run %s %s", init.get("name") or init["id"], aside)
         stop = init["settings"].pop("stop_fn", None) or exits.interrupt
         folder = Path(tempfile.mkdtemp(prefix="wandb-run-"))  # with mode 0700
-        (folder / OUTBOXES).mkdir(0o700)
         name = init.get("name") or init["id"]
         address = Address(name, nonce, folder, this_machine(), this_view(), context.get_node_id())
         undo.callback(forget, address)
