@@ -37,8 +37,8 @@ class PipelineActor:
                 try:
                     self._host.begin()
                 except Exception as error:  # wandb's own kinds don't all survive the way to the caller
-                    kind = type(error) if type(error) in (TypeError, ValueError, OSError) else RuntimeError
-                    raise kind(" ".join(str(error).split())[:500]) from error
+                    kinds = (kind for kind in (TypeError, ValueError, OSError) if isinstance(error, kind))
+                    raise next(kinds, RuntimeError)(" ".join(str(error).split())[:500]) from error
             return self._host.run.join(prefix, reduction, workers)
 
     def progress(self, prefix: str) -> tuple[Ledger, dict[str, Any]]:

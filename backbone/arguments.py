@@ -90,9 +90,10 @@ def _check_tags(tags: Any) -> None:
 
 
 def as_recorded(config: Any, name: str = "config") -> dict[str, Any]:
-    """What wandb records of it; here, because the actor has neither its classes nor its resolvers and files."""
+    """What wandb records of a config or a summary; here, because the actor has neither its classes nor its files."""
+    record = {"config": wandb_internals.recorded_config, "summary": wandb_internals.recorded_summary}
     try:
-        return wandb_internals.recorded_config(config)
+        return record[name](config)
     except Exception as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}={shown(config)} can't be recorded: {line(error)}") from None

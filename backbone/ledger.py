@@ -94,7 +94,7 @@ def account(state: State, pipeline: Pipeline, there: Callable[[int], bool] | Non
     if there:
         found = [row for number, row in rows_of(state, pipeline).items() if there(number)]
         ledger.rows, ledger.lost = len(found), ledger.reports - sum(reports for reports, _ in found)
-        ledger.lost_values += sum(refused for _, refused in found)
+        ledger.lost_values += sum(refused for _, refused in found) + facts.get("refused", 0)
     return ledger
 
 

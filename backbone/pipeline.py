@@ -129,19 +129,20 @@ class Pipeline:
             packed = values.pack(metrics)
         except TypeError as error:  # a class of the user's that can be sent once only
             if len(metrics) == 1:
-                self._warn(REFUSED, line(error))
+                self._warn(f"{REFUSED} {next(iter(metrics))}", line(error))
                 return {}, values.pack({})
             metrics = {k: v for key in metrics for k, v in self._fit({key: metrics[key]})[0].items()}
             packed = values.pack(metrics)
         while len(packed) > records.LARGEST:
             largest = max(metrics, key=lambda key: len(values.pack({key: metrics[key]})))
-            self._warn(REFUSED, f"a row has {len(packed) >> 20} MB, so {largest!r}, its largest value, is left out")
+            why = f"a row has {len(packed) >> 20} MB, so {largest!r}, its largest value, is left out"
+            self._warn(f"{REFUSED} {largest}", why)
             metrics = {key: value for key, value in metrics.items() if key != largest}
             packed = values.pack(metrics)
         return metrics, packed
 
     def _warn(self, kind: str, what: str) -> None:
-        self.counts["lost_values"] += kind == REFUSED
+        self.counts["lost_values"] += kind.startswith(REFUSED)
         self._state.warn(f"{self.prefix}{kind}", f"{self.prefix}: {what}" if self.prefix else what)
 
     # State

@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from .files import Letter, move_in, read_letter, state_path, write_private
+from .files import Letter, is_private_folder, move_in, read_letter, state_path, write_private
 from .inbox import GONE
 from .ledger import Ledgers, line
 from .page import is_alive
@@ -118,12 +118,16 @@ def start(folder: Path, orphan: bool = False) -> subprocess.Popen:
 
 def abandoned() -> list[Path]:
     """The private folders on this node whose runs nobody finishes any more."""
-    found = []
-    for folder in Path(tempfile.gettempdir()).glob("wandb-run-*"):
-        with contextlib.suppress(OSError):
-            if not is_alive(folder, read_letter(folder).process):
-                found.append(folder)
-    return found
+    return [*filter(_is_abandoned, Path(tempfile.gettempdir()).glob("wandb-run-*"))]
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        return is_private_folder(folder) and not is_alive(folder, read_letter(folder).process)
+    except FileNotFoundError:  # it belongs to a run of another node, or has just been removed
+        return False
+    except OSError:  # `recover` says what is wrong with it
+        return True
 
 
 def main(arguments: list[str]) -> int:

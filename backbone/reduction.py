@@ -17,7 +17,7 @@ from .ledger import line
 
 Warn = Callable[[str, str], None]  # (what kind of thing, what exactly): a kind is told once
 _NUMBERS = {int, float}
-REFUSED = "refused"  # the kind that means a lost value
+REFUSED = "refused"  # how a kind begins that means a lost value
 _SMALL = 2.0**-520  # a double, times this, can be squared and added up
 
 
@@ -37,9 +37,8 @@ class Reduction:
 
     A key may be a pattern: `reward/*` is every key below `reward/`; the first that fits counts.
 
-    Per-token means need `weights`, because ranks have unequal numbers of tokens. With `weights={"loss": "tokens"}` two
-    ranks that report (loss 1, 10 tokens) and (loss 0, 990 tokens) make a loss of 0.01; the mean of their means would
-    be 0.5.
+    Per-token means need `weights`: with `weights={"loss": "tokens"}` two ranks that report (loss 1, 10 tokens) and
+    (loss 0, 990 tokens) make a loss of 0.01. The mean of their means would be 0.5.
     """
 
     sums: Sequence[str] = ()  # rates and counts, which add up over workers
@@ -52,16 +51,18 @@ class Reduction:
 
     def __post_init__(self) -> None:
         for keys in (self.sums, self.totals, self.largest, self.worst):
-            if isinstance(keys, str):
+            if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
                 raise TypeError(f"{keys!r} must be a sequence of keys: ({keys!r},)")
+        if not all(isinstance(rules, Mapping) for rules in (self.weights, self.statistics, self.best)):
+            raise TypeError("weights, statistics and best must be mappings from keys")
         if not all(isinstance(weight, str) for weight in self.weights.values()):
             raise TypeError(f"weights must be keys of metrics: {self.weights!r}")
         for name in itertools.chain.from_iterable(self.statistics.values()):
             if not re.fullmatch(r"mean|min|max|std|histogram|p\d\d?", name):
                 raise ValueError(f"statistic {name!r} must be mean, min, max, std, histogram or a percentile as p99")
         for key, best in self.best.items():
-            if best not in ("max", "min"):
-                raise ValueError(f"the best value of {key!r} must be its max or its min, not {best!r}")
+            if best not in ("max", "min") or "*" in key:
+                raise ValueError(f"best must say of a key, and of no pattern, max or min; not {best!r} of {key!r}")
         object.__setattr__(self, "_rules", {})
 
     def rule(self, key: str) -> Rule:
@@ -88,13 +89,13 @@ def reduce_reports(
 
     - a scalar is a worker's measurement: averaged over the reports that have it, unless `reduction` names its key
     - an array (any shape) holds samples: pooled over the reports before any statistic is taken; the statistics become
-      `key/mean`, … (mean, min and max if `reduction` names none)
+      `key/mean`, … (mean, min and max if `reduction` names none); sums and weights are for scalars
     - a bool array holds outcomes: pooled to one fraction under `key`
     - tables of the same columns become one table with all their rows
     - of strings and other W&B data types one passes through; if they differ, a warning says so
 
     Reports that lack a key, or have an empty array or the weight 0 for it, don't count for it. Otherwise NaN makes a
-    result NaN. What can't be reduced, and what W&B would cut off, is left out, with a warning of the kind `REFUSED`.
+    result NaN. What can't be reduced, and what W&B would cut off, is left out; the warning begins with `REFUSED`.
     """
     row: dict[str, Any] = {}
     computed: dict[str, Any] = {}
@@ -107,13 +108,13 @@ def reduce_reports(
             if kinds <= _NUMBERS:
                 row[key] = _scalar(key, values, reports, reduction.rule(key), warn)
             elif kinds <= _NUMBERS | {np.ndarray}:
-                computed |= _statistics(key, values, reduction.rule(key).statistics, warn)
+                computed |= _statistics(key, values, reduction.rule(key), warn)
             else:
                 row[key] = _object(key, values, warn)
             if who and reduction.rule(key).worst:
-                computed |= _worst(key, reports, who)
+                computed = _worst(key, reports, who) | computed
         except Exception as error:  # of a class that the user has derived from one of W&B's
-            warn(REFUSED, f"the values of {key!r} can't be reduced to one: {line(error)}")
+            warn(f"{REFUSED} {key}", f"the values of {key!r} can't be reduced to one: {line(error)}")
     for key in row.keys() & computed.keys():
         warn("logged and computed", f"{key!r} is logged, and computed from samples as well: the computed value is kept")
     return row | computed
@@ -123,13 +124,12 @@ def _worst(key: str, reports: Sequence[Mapping], who: Sequence[str]) -> dict[str
     """The largest value that a worker has reported, and the worker's name: a mean hides one that is slow."""
     reported = [(report[key], name) for report, name in zip(reports, who, strict=True) if key in report]
     theirs = [(np.ravel(value), name) for value, name in reported if isinstance(value, int | float | np.ndarray)]
-    known = [(value[~np.isnan(value)], name) for value, name in theirs]
-    largest = [(value.max().item(), name) for value, name in known if value.size]
+    largest = [(float(np.nanmax(value)), name) for value, name in theirs if not np.isnan(value).all()]
     return dict(zip((f"{key}/max", f"{key}/worst"), max(largest), strict=True)) if largest else {}
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers as Python's. Reports that come by `WandbRun.log` have none."""
+    """numpy's numbers as Python's."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -146,24 +146,27 @@ def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rul
                 return sum(value * weight for value, weight in weighted) / total
             warn(f"weights of {key}", f"the weights {rule.weight!r} of {key!r} add up to 0: such a row has NaN")
             return math.nan
-        without = f"{key!r} was reported without its weight {rule.weight!r}: such a row has the plain mean"
-        warn(f"no weight {key}", without)
-    return sum(values) / len(values)
+        if len(values) > 1:
+            warn(f"no weight {key}", f"{key!r} has the plain mean where its weight {rule.weight!r} is no number")
+    total, n = sum(values), len(values)
+    return total // n if isinstance(total, int) and total % n == 0 else total / n  # whole numbers have up to 64 bits
 
 
-def _statistics(key: str, values: list[Any], names: Sequence[str], warn: Warn) -> dict[str, Any]:
+def _statistics(key: str, values: list[Any], rule: Rule, warn: Warn) -> dict[str, Any]:
     samples = [np.ravel(value) for value in values if np.size(value)]
+    if rule.how != "mean" or rule.weight or rule.total:
+        warn(f"samples {key}", f"{key!r} has samples, so the row has statistics of them, and no sum or weighted mean")
     if not samples:
         return {}
     pooled = np.concatenate([[], *samples])  # as float64
     if all(some.dtype == bool for some in samples):
         return {key: pooled.mean().item()}
     found = {}
-    for name in names:
+    for name in rule.statistics:
         try:
             found[f"{key}/{name}"] = _histogram(pooled) if name == "histogram" else _statistic(name, pooled)
         except Exception as error:
-            warn(REFUSED, f"'{key}/{name}' can't be computed: {line(error)}")
+            warn(f"{REFUSED} {key}/{name}", f"'{key}/{name}' can't be computed: {line(error)}")
     return found
 
 
@@ -192,19 +195,14 @@ def _histogram(pooled: np.ndarray) -> Any:
 
 def _object(key: str, values: list[Any], warn: Warn) -> Any:
     first, *others = [value for value in values if not isinstance(value, int | float | np.ndarray)]
-    columns = _columns(first)
-    if others and columns and all(_columns(value) == columns for value in others):
+    columns = first.columns if media.is_table(first) else None
+    if others and columns and all(media.is_table(value) and value.columns == columns for value in others):
         first = _one_table([first, *others])
     elif len(values) > 1 + len(others) or any(type(other) is not type(first) or other != first for other in others):
         warn(f"differs {key}", f"{key!r} differs between workers: one of them is kept")
     if excess := media.excess(first):
-        warn(REFUSED, f"{key!r} has {excess}")
+        warn(f"{REFUSED} {key}", f"{key!r} has {excess}")
     return first
-
-
-def _columns(value: Any) -> list | None:
-    """Of a `wandb.Table`, else None."""
-    return value.columns if media.is_table(value) else None
 
 
 def _one_table(tables: Sequence[Any]) -> Any:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass
@@ -108,7 +109,7 @@ class Steps:
         self._waiting += 1
         if commit:
             self._done(worker)
-        self._close_complete([stood, step], now)
+        self._close_complete(dict.fromkeys((stood, step)), now)
         while self._waiting > self.MAX_WAITING:
             self._close(next(iter(self.open)))  # rule 4
 
@@ -160,7 +161,7 @@ class Steps:
             open_step.busy -= 1
         worker.busy_with = None
 
-    def _close_complete(self, steps: list[int] | list[int | None], now: float) -> None:
+    def _close_complete(self, steps: Iterable[int | None], now: float) -> None:
         """Rule 1, and how often a step is complete."""
         for step in steps:
             if not (open_step := self.open.get(step)) or open_step.busy:

@@ -65,7 +65,7 @@ def _add(report: dict[str, Any], key: Any, value: Any) -> None:
     key = as_text(key)
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            if not isinstance(name, str | int):
+            if not isinstance(name, str | int | float | np.generic):
                 raise TypeError(f"metric key {shown(name)} below {key!r} must be a string, not {type(name).__name__}")
             _add(report, f"{key}/{as_text(name) if isinstance(name, str) else name}", inner)
         return
@@ -148,9 +148,9 @@ def _value(key: str, value: Any) -> Any:
 
 
 def _integer(key: str, value: int) -> int:
-    if not -(2**63) <= value < 2**63:
-        raise TypeError(f"metric {key!r} must be below 2**63, not {shown(value)}: log it as a float")
-    return value
+    if abs(value) >= 2**1023:
+        raise TypeError(f"metric {key!r} must be below 2**1023, not {shown(value)}")
+    return value if abs(value) < 2**63 else float(value)  # as W&B does
 
 
 def _as_array(value: Any) -> np.ndarray:
@@ -173,6 +173,8 @@ def _as_array(value: Any) -> np.ndarray:
     elif hasattr(value, "dropna") and not isinstance(value.dtype, np.dtype):  # a pandas Series with a mask
         value = value.dropna()
     array = np.asarray(value)
+    if array.dtype == object:
+        array = np.asarray(array.tolist())
     foreign = array.dtype.isbuiltin == 2  # jax's bfloat16, float8, …
     return array.astype(np.float64) if foreign or array.dtype == np.longdouble else array
 

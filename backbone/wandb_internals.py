@@ -146,7 +146,16 @@ def recorded_config(config: Any) -> dict[str, Any]:
     known = wandb.Config()  # also takes config-defaults.yaml, which is not in what follows
     known._set_artifact_callback(lambda key, artifact: artifact)  # those stay for `wandb.init`
     config = config if isinstance(config, dict) else _plain(config)
-    return known._sanitize_dict(wandb.helper.parse_config(config), allow_val_change=True)
+    recorded = known._sanitize_dict(wandb.helper.parse_config(config), allow_val_change=True)
+    wandb.util.json_dumps_safer(recorded)  # raises for what would spoil all else that is sent with it
+    return recorded
+
+
+def recorded_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's summary has of it. Raises TypeError or ValueError for media, frames and large arrays."""
+    import wandb
+
+    return json.loads(wandb.util.json_dumps_safer(dict(summary)))
 
 
 def _plain(value: Any) -> Any:

@@ -106,7 +106,8 @@ class Writer:
         """
         for kind, value in said.take_news():
             if why := _refusal(f"the {kind} {value!r:.60}", functools.partial(TELL[kind], self.run, value)):
-                self._state.warn("refused", why)
+                self._state.note(refused=self._state.facts.get("refused", 0) + 1)
+                self._state.warn(f"refused {kind}", why)
 
     def log(self, row: Row) -> None:
         """Gives a row to the run. What W&B refuses of it is counted, the rest of it stays.
@@ -123,13 +124,13 @@ class Writer:
             if key not in plain and (why := self._log({key: value}, row.number, commit=False)):
                 refused[key] = why  # one by one, because none can be logged a second time
         media.remove_copied_files(row.metrics.values())
-        warnings = list(refused.values())
+        warnings = dict(refused)
         if why := self._log(plain | {"_timestamp": row.wall_time}, row.number, commit=True):
             refused |= dict.fromkeys(plain, why)
-            warnings.append(why)
+            warnings[next(iter(plain), "")] = why
         if refused and self._state.refuse(row.number, len(refused)):
-            for why in warnings:
-                self._state.warn("refused", why)
+            for key, why in warnings.items():
+                self._state.warn(f"refused {key}", why)
         logged = {key: table for key, table in tables.items() if key not in refused}
         if logged:
             self._increments.add(logged, row.number)

@@ -202,7 +202,7 @@ def test_a_missing_weight_is_warned_of_once_with_its_count(kept):
     for step in range(3):
         made.say(step, {"loss": 1.0})
     assert made.state.warnings == [
-        "'loss' was reported without its weight 'tokens': such a row has the plain mean (3 times)"
+        "'loss' has the plain mean where its weight 'tokens' is no number (3 times)"
     ]
 
 

@@ -84,7 +84,7 @@ def test_without_usable_weights_the_mean_is_plain_and_a_warning_says_so(warned, 
     reports = [{"loss": loss, "tokens": weight} for loss, weight in zip((1.0, 0.0), weights, strict=True)]
     reports = [{key: value for key, value in report.items() if value is not None} for report in reports]
     assert reduced(warned, *reports, weights={"loss": "tokens"})["loss"] == 0.5
-    message = "'loss' was reported without its weight 'tokens': such a row has the plain mean"
+    message = "'loss' has the plain mean where its weight 'tokens' is no number"
     assert ("no weight loss", message) in warned
 
 
