@@ -96,7 +96,7 @@ def is_private_folder(path: Path) -> bool:
         found = path.lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
-    return stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o700 and found.st_uid == os.getuid()
+    return stat.S_ISDIR(found.st_mode) and found.st_mode & 0o777 == 0o700 and found.st_uid == os.getuid()
 
 
 def make_runs_folder(path: str | Path) -> None:

@@ -39,6 +39,7 @@ class Host:
         self._letter = read_letter(folder)
         move_in(self._letter)
         self.lock = threading.RLock()
+        self._watch = threading.Thread(target=self._watch_owner, daemon=True)
         self.run: Run | None = None
         self._relays: Relays | None = None
         if (folder / "pipelines").exists():  # else no actor before this one has begun it
@@ -123,6 +124,9 @@ class Host:
         folder = self._letter.address.folder
         if exit_code and (folder / exits.STOP).exists():
             exit_code = exits.INTERRUPTED
+        if prefix is None:
+            with contextlib.suppress(RuntimeError):  # it was started before
+                self._watch.start()
         try:
             with self.lock:  # a start that is under way ends first
                 if not self.run:
@@ -141,6 +145,14 @@ class Host:
         except ServiceDiedError:
             os._exit(1)  # Ray repeats the call on the next actor
 
+    def _watch_owner(self) -> None:
+        """While the run is being finished: Ray may leave this process two seconds behind the end of its owner."""
+        folder = self._letter.address.folder
+        while is_alive(folder, self._letter.process):
+            time.sleep(0.2)
+        if folder.exists():
+            recover.start(folder, orphan=True)
+
     def forget(self) -> None:
         """Nothing of the run is needed any more."""
         with self.lock:
@@ -156,7 +168,6 @@ class Host:
                 end = self.run.state.facts.get("owner_end") or GONE
                 if end == GONE and letter.job and has_ended(letter.job):
                     end = 0, None  # a job that is through takes its workers with it, which is no failure of theirs
-                recover.start(letter.address.folder, orphan=True)  # in case that this process is killed first
                 with contextlib.suppress(RunFinishedError):
                     self.finish(*end)
                 self.forget()

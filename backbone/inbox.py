@@ -77,8 +77,9 @@ class Inbox:
     def _take_record(self, box: Box, record: Record) -> None:
         if record.kind in (records.REPORT, records.COMMIT):
             report = Report(record.wall_time, box.label or box.name, record.content)
-            who = box.name, record.step, record.kind == records.COMMIT, self.clock, box.parent, box.task
-            self._pipelines[record.pipeline].log(report, *who)
+            is_last = record.kind == records.COMMIT
+            pipeline = self._pipelines[record.pipeline]
+            pipeline.log(report, box.name, record.step, is_last, self.clock, box.parent, box.task)
         elif record.kind == records.WHO:
             now = json.loads(record.content)
             if box.task and box.name != now["name"]:

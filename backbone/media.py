@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -151,24 +151,20 @@ def growing_tables(metrics: Mapping[str, Any]) -> dict[str, wandb.Table]:
     return {key: value for key, value in metrics.items() if getattr(value, "log_mode", None) == "INCREMENTAL"}
 
 
-class Increments:
-    """The increments of growing tables that were logged. A row's table holds only what is new."""
+def continue_table(table: wandb.Table, logged: Sequence[tuple[int, str]], number: int, resumed: bool) -> None:
+    """Makes a row's table, which holds only what is new, the increment behind those that were `logged` before.
 
-    def __init__(self) -> None:
-        self._logged: dict[str, list[tuple[int, str]]] = {}  # key -> number of the row, and what W&B calls it
+    logged: of each, the number of its row and what W&B calls it.
+    """
+    before = [name for row, name in logged if row < number]
+    if before or not resumed:  # else wandb looks itself
+        table._increment_num, table._previous_increments_paths = len(before), before
 
-    def continue_tables(self, tables: Mapping[str, wandb.Table], number: int, resumed: bool) -> None:
-        """Makes the tables of a row the increments behind those of the rows before."""
-        for key, table in tables.items():
-            before = [name for row, name in self._logged.get(key, ()) if row < number]
-            if before or not resumed:  # else wandb looks itself
-                table._increment_num, table._previous_increments_paths = len(before), before
 
-    def add(self, tables: Mapping[str, wandb.Table], number: int) -> None:
-        """They have been logged with a row."""
-        for key, table in tables.items():
-            before = [(-1, name) for name in table._previous_increments_paths or ()]
-            self._logged[key] = [*before, (number, table._get_artifact_entry_ref_url())]
+def logged_increments(table: wandb.Table, number: int) -> list[tuple[int, str]]:
+    """A table's increments, when it has been logged with a row."""
+    before = [(-1, name) for name in table._previous_increments_paths or ()]
+    return [*before, (number, table._get_artifact_entry_ref_url())]
 
 
 # Limits

@@ -147,14 +147,14 @@ def see(path: str | Path, state: int | None = None) -> Seen | None:
     """Looks at a page, and writes a new state there, if it is given. None where there is no page any more."""
     try:
         with open(path, "r+b", buffering=0) as file:
-            content = file.read(SIZE)
-            if state not in (None, content[0]):
-                os.pwrite(file.fileno(), bytes([state]), 0)
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 lives = False
             except OSError:
                 lives = True
+            content = file.read(SIZE)  # behind that: who has died has counted all that was lost
+            if state not in (None, content[0]):
+                os.pwrite(file.fileno(), bytes([state]), 0)
     except FileNotFoundError:
         return None
     _, *position = READ.unpack_from(content)

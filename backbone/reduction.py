@@ -129,8 +129,9 @@ def _worst(key: str, reports: Sequence[Mapping], who: Sequence[str]) -> dict[str
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
+    """numpy's numbers as Python's, and what is true as 1."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return int(value) if isinstance(value, bool) else value
 
 
 def _scalar(key: str, values: list[float], reports: Sequence[Mapping], rule: Rule, warn: Warn) -> float:

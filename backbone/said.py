@@ -80,7 +80,7 @@ class Said:
     def _is_repeated(self, alert: dict[str, Any], wall_time: float) -> bool:
         """Whether one of this title has gone out: all ranks may send it, in one process or many."""
         told = self._state.facts.get("alerted", {})
-        if wall_time - told.get(alert["title"], -math.inf) < alert["wait_duration"]:
+        if abs(wall_time - told.get(alert["title"], -math.inf)) < alert["wait_duration"]:  # clocks differ, and leap
             return True
         self._state.note(alerted=told | {alert["title"]: wall_time})
         return False

@@ -44,7 +44,7 @@ class OutboxTail:
         latest = 0.0
         while True:
             # To be seen before this segment is read to its end.
-            has_next = offset + share >= records.SEGMENT and os.path.exists(self.path(segment + 1))
+            has_next = os.path.exists(self.path(segment + 1))
             content, is_cut = _content(self.path(segment), offset, share)
             share -= len(content)
             for length, (_, kind, pipeline, step, at, wall_time), body in records.parse(content):

@@ -63,11 +63,13 @@ def open_run(
 
 def _give_back(run: Run) -> None:
     """It could not start. What there was before belongs to whoever had it."""
-    earlier, has_logged = run.state.facts.get("earlier"), run.pipelines or run.state.facts.get("restarts")
-    if earlier:
+    if earlier := run.state.facts.get("earlier"):
         run.state.note(address=earlier, earlier=None)
         run.state.commit()
-    (run.state.close if has_logged else run.state.remove)()
+    if run.pipelines or run.state.facts.get("restarts"):  # somebody has logged
+        run.state.close()
+    else:
+        run.state.remove()
 
 
 def _begin(run: Run) -> None:

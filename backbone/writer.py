@@ -51,7 +51,6 @@ class Writer:
     def __init__(self, state: State, init: dict[str, Any]):
         self._state, self._init = state, init
         self._folder = Path(init["dir"], "wandb")
-        self._increments = state.facts.get("increments", media.Increments())
         self.logs = TransactionLogs(state.facts.get("paths", ()))
         self.run: wandb.Run = None
         self.timeout = 60.0  # seconds that `finish` has
@@ -115,7 +114,9 @@ class Writer:
         Raises ServiceDiedError if wandb-core is dead.
         """
         tables = media.growing_tables(row.metrics)
-        self._increments.continue_tables(tables, row.number, self.run.resumed)
+        increments = self._state.facts.get("increments", {})
+        for key, table in tables.items():
+            media.continue_table(table, increments.get(key, ()), row.number, self.run.resumed)
         with _death_of_service():
             self.axes.name(row.metrics)
         plain = {key: value for key, value in row.metrics.items() if isinstance(value, int | float | str)}
@@ -131,10 +132,11 @@ class Writer:
         if refused and self._state.refuse(row.number, len(refused)):
             for key, why in warnings.items():
                 self._state.warn(f"refused {key}", why)
-        logged = {key: table for key, table in tables.items() if key not in refused}
+        logged = {
+            key: media.logged_increments(table, row.number) for key, table in tables.items() if key not in refused
+        }
         if logged:
-            self._increments.add(logged, row.number)
-            self._state.note(increments=self._increments)
+            self._state.note(increments=increments | logged)
 
     def _log(self, metrics: dict[str, Any], number: int, commit: bool) -> str:
         """Why W&B refuses it; nothing if it doesn't."""

@@ -28,7 +28,7 @@ ELSEWHERE = "node"  # where the workers are
 
 
 class Event(NamedTuple):
-    """What is in an outbox; see outbox.py for the kinds."""
+    """What is in an outbox; see records.py for the kinds."""
 
     process: str
     kind: int

@@ -406,12 +406,12 @@ def test_an_incremental_table_is_made_the_next_one_of_those_logged(begin):
     def table(i: int) -> wandb.Table:
         return wandb.Table(columns=["x"], data=[[i]], log_mode="INCREMENTAL")
 
-    run, increments = begin(), media.Increments()
+    run, logged = begin(), []
     for i in range(3):
-        made = {"table": table(i)}
-        increments.continue_tables(made, i, resumed=False)
-        run.log(made)
-        increments.add(made, i)
+        made = table(i)
+        media.continue_table(made, logged, i, resumed=False)
+        run.log({"table": made})
+        logged = media.logged_increments(made, i)
     run.finish()
     rows = Log(Path(run.sync_dir)).rows
     assert [row["table.increment_num"] for row in rows] == [0, 1, 2]
