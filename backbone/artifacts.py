@@ -53,9 +53,7 @@ class Artifacts:
                 work = {"log": self._log, "use": self._use}[kind]
                 self._futures.append(self._threads[kind].submit(work, id_, **what))
 
-    def _log(
-        self, id_: int, *, name: str, type: str, metadata: dict, aliases: list, folder: str, **content: Any
-    ) -> None:
+    def _log(self, id_: int, name: str, type: str, metadata: dict, aliases: list, folder: str, **content: Any) -> None:
         import wandb
 
         artifact = wandb.Artifact(name, type, metadata=metadata)
@@ -77,7 +75,7 @@ class Artifacts:
             self._note("done = ?", 1, id_)
             shutil.rmtree(folder, ignore_errors=True)  # offline `wandb sync` needs the copies
 
-    def _use(self, id_: int, *, name: str) -> None:
+    def _use(self, id_: int, name: str) -> None:
         deadline = time.monotonic() + self._writer.timeout
         while self._state.facts["mode"] == "online":
             try:

@@ -122,9 +122,10 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
     state.note(ledgers=ledgers)
     with contextlib.suppress(OSError, sqlite3.Error):
         state.commit()
-        rows = {pipeline.prefix: rows_of(state, pipeline) for pipeline in pipelines}
-        reports = {prefix: {number: row[0] for number, row in found.items()} for prefix, found in rows.items()}
-        said = {prefix: dataclasses.asdict(each) | {"row_reports": reports[prefix]} for prefix, each in ledgers.items()}
+        said = {}
+        for pipeline in pipelines:
+            row_reports = {number: reports for number, (reports, _) in rows_of(state, pipeline).items()}
+            said[pipeline.prefix] = dataclasses.asdict(ledgers[pipeline.prefix]) | {"row_reports": row_reports}
         if paths := state.facts.get("paths"):
             written = Path(paths[-1], f"{FILE}.tmp")
             written.write_text(json.dumps(said, default=str))
@@ -140,9 +141,8 @@ def count(folder: Path) -> Ledgers:
     ledgers = {}
     for prefix, each in said.items():
         row_reports = {int(number): reports for number, reports in each.pop("row_reports").items()}
-        ledger = ledgers[prefix] = Ledger(
-            **each | {"paths": [folder.parent / Path(path).name for path in each["paths"]]}
-        )
+        each["paths"] = [folder.parent / Path(path).name for path in each["paths"]]
+        ledger = ledgers[prefix] = Ledger(**each)
         if ledger.mode == "online" and ledger.uploaded:
             continue  # what the server had before a restart need not be here
         there = TransactionLogs(path for path in ledger.paths if path.exists()).there

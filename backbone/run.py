@@ -96,7 +96,8 @@ class Run:
         """
         if not self.paused and not self._held:
             self.inbox.clock += min(1.0, time.monotonic() - self._read_at)  # at most: the process may have been stopped
-        brought = [*([] if self._held else [(HOME, self.reader.read(look))]), *brought]
+        if not self._held:
+            brought = [(HOME, self.reader.read(look)), *brought]
         for node, reading in brought:
             self.inbox.take(node, reading)
         self._held += brought

@@ -102,7 +102,8 @@ def files_below(folder: Path, above: Sequence[Path] = ()) -> Iterator[Path]:
     above = [*above, folder.resolve()]
     for path in folder.iterdir():
         if path.is_dir():
-            yield from files_below(path, above) if path.resolve() not in above else ()
+            if path.resolve() not in above:
+                yield from files_below(path, above)
         elif path.is_file() or (path.is_symlink() and not path.exists()):
             yield path
 

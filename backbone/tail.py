@@ -67,9 +67,10 @@ class OutboxTail:
             _remove(self.path(segment))
         self._first = last
         page.note_read(self.path("page"), state, end)
-        for kind in ("page", "lost") if has_ended else ():
-            with contextlib.suppress(OSError):
-                os.unlink(self.path(kind))  # not cut: its process may have it mapped
+        if has_ended:
+            for kind in ("page", "lost"):
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path(kind))  # not cut: its process may have it mapped
 
 
 def _remove(path: str) -> None:

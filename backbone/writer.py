@@ -50,7 +50,6 @@ class Writer:
 
     def __init__(self, state: State, init: dict[str, Any]):
         self._state, self._init = state, init
-        self._folder = Path(init["dir"], "wandb")
         self.logs = TransactionLogs(state.facts.get("paths", ()))
         self.run: wandb.Run = None
         self.timeout = 60.0  # seconds that `finish` has
@@ -61,14 +60,12 @@ class Writer:
         """Starts the run, or goes on with that of these pipelines; logs what is in the state and not in the run."""
         facts = self._state.facts
         mine = facts.get("paths", [])
-        self._before = [
-            path
-            for path in transaction_log.folders(self._folder, self._init["project"], self._init["id"])
-            if str(path) not in mine
-        ]
+        found = transaction_log.folders(Path(self._init["dir"], "wandb"), self._init["project"], self._init["id"])
+        self._before = [path for path in found if str(path) not in mine]
         run, self.timeout = wandb_init(self._state, self._init)
         self.run, self.axes = run, Axes(run)
         mode = "disabled" if run.disabled else "offline" if run.offline else "online"
+        own = [] if run.disabled else [run.sync_dir]
         before = TransactionLogs(self._before).there
         first = max(run.starting_step, 1 + max(before, default=-1), facts.get("first", 0))
         self._state.note(
@@ -76,11 +73,11 @@ class Writer:
             name=run.name or self._init.get("name") or run.id,
             mode=mode,
             url=(run.url if mode == "online" else None) or facts.get("url"),
-            paths=mine + ([] if run.disabled else [run.sync_dir]),
+            paths=mine + own,
             first=first,
             begun=True,
         )
-        self.logs.add([] if run.disabled else [run.sync_dir])
+        self.logs.add(own)
         for prefix, best in pipelines:
             self.axes.define(prefix, best)
         if mode == "online":  # what a dead actor has left in its folder may not have been sent
