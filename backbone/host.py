@@ -148,10 +148,11 @@ class Host:
     def _watch_owner(self) -> None:
         """While the run is being finished: Ray may leave this process two seconds behind the end of its owner."""
         folder = self._letter.address.folder
-        while is_alive(folder, self._letter.process):
+        while not (folder / recover.LEDGERS).exists():
+            if not is_alive(folder, self._letter.process):
+                recover.start(folder, orphan=True)
+                return
             time.sleep(0.2)
-        if folder.exists():
-            recover.start(folder, orphan=True)
 
     def forget(self) -> None:
         """Nothing of the run is needed any more."""

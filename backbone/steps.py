@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 
 
 @dataclasses.dataclass
@@ -161,7 +160,7 @@ class Steps:
             open_step.busy -= 1
         worker.busy_with = None
 
-    def _close_complete(self, steps: Iterable[int | None], now: float) -> None:
+    def _close_complete(self, steps: list[int] | dict[int | None, None], now: float) -> None:
         """Rule 1, and how often a step is complete."""
         for step in steps:
             if not (open_step := self.open.get(step)) or open_step.busy:

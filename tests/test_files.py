@@ -365,6 +365,8 @@ def test_a_private_folder_is_made_once_and_is_private_whatever_the_user_s_mask(t
         os.umask(before)
     assert (tmp_path / "deep" / "private").stat().st_mode & 0o777 == 0o700
     assert is_private_folder(tmp_path / "deep" / "private")
+    (tmp_path / "deep" / "private").chmod(0o2700)  # below a folder whose group all below it get
+    assert is_private_folder(tmp_path / "deep" / "private")
     assert (tmp_path / "deep" / "private" / "letter").exists()
 
 

@@ -213,9 +213,12 @@ def test_interpolations_of_an_omegaconf_config_are_resolved_where_its_resolvers_
     assert {key: Log(made.path).config[key] for key in expected} == expected
 
 
+MISSING, UNSET = {"lr": "???"}, {"lr": "${oc.env:NOT_THERE}"}
+
+
 @pytest.mark.parametrize(
     "config",
-    [OmegaConf.create({"lr": "???"}), OmegaConf.create({"lr": "${oc.env:NOT_THERE}"}), "none.yaml", [1], {1: 2}],
+    [OmegaConf.create(MISSING), OmegaConf.create(UNSET), "none.yaml", [1], {1: 2}, {"a": ValueError("x")}],
 )
 def test_a_config_that_can_not_be_recorded_is_refused(refused, config):
     refused((TypeError, ValueError), "config=.* can't be recorded", config=config)

@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1130,6 +1131,41 @@ def test_flush_waits_on_another_node_until_all_has_left_whatever_has_interrupted
         logging_child.pipe.send("read")
         assert logging_child.told()
     logging_child.wait()
+
+
+def test_of_one_that_died_all_is_read_also_behind_a_record_that_is_larger_than_a_share(address, child):
+    """It fills a segment, so the others are in the next one."""
+
+    def work(pipe, box: Outbox) -> None:
+        put(box, 0, size=2 * records.SEGMENT)
+        for number in range(1, 11):
+            put(box, number)
+        pipe.send("logged")
+        pipe.recv()
+
+    for each in (pair := [child(work), child(work)]):
+        each.told()
+        each.kill()
+    found = read(Reader(address.folder, {}))
+    assert sorted(numbers(found)) == sorted([*range(11)] * 2)
+    assert has_ended(found) == len(pair)
+
+
+def test_what_a_process_counts_as_lost_at_last_is_seen_with_its_end(address, child, monkeypatch):
+    worker = child(put_some)
+    worker.told()
+    [path], lockf = [*address.folder.glob("*/*.page")], page.fcntl.lockf
+
+    def dies_before(file, flags: int) -> None:
+        with path.open("r+b") as counted:
+            counted.seek(page.LOST_AT)
+            counted.write(struct.pack("<Q", 7))
+        worker.kill()
+        lockf(file, flags)
+
+    monkeypatch.setattr(page.fcntl, "lockf", dies_before)
+    seen = page.see(path)
+    assert (seen.is_alive, lost_by_pipeline(seen.lost)) == (False, {0: 7})
 
 
 def test_at_home_there_is_nothing_to_flush(child):

@@ -198,12 +198,11 @@ def test_totals_go_on_from_those_of_the_run_that_is_resumed(kept):
 
 
 def test_a_missing_weight_is_warned_of_once_with_its_count(kept):
-    made = kept(reduction=Reduction(weights={"loss": "tokens"}))
+    made = kept(reduction=Reduction(weights={"loss": "tokens"}), workers=2)
     for step in range(3):
-        made.say(step, {"loss": 1.0})
-    assert made.state.warnings == [
-        "'loss' has the plain mean where its weight 'tokens' is no number (3 times)"
-    ]
+        for worker in "ab":
+            made.say(step, {"loss": 1.0}, worker=worker)
+    assert made.state.warnings == ["'loss' has the plain mean where its weight 'tokens' is no number (3 times)"]
 
 
 def test_warnings_name_the_pipeline_and_are_told_once(kept):

@@ -182,7 +182,7 @@ def test_a_statistic_that_fails_takes_out_itself_alone_and_is_counted(warned, mo
     monkeypatch.setattr(np, "percentile", fails)
     row = reduced(warned, {"a": np.arange(3.0)}, statistics={"a": ("mean", "p50", "max", "p90")})
     assert row == {"a/mean": 1, "a/max": 2}
-    assert warned == [("refused", f"'a/{name}' can't be computed: no room") for name in ("p50", "p90")]
+    assert warned == [(f"refused a/{name}", f"'a/{name}' can't be computed: no room") for name in ("p50", "p90")]
 
 
 # What is declared
@@ -219,6 +219,41 @@ def test_a_statistic_that_is_none_is_refused_where_it_is_named(name):
 def test_a_forgotten_comma_is_refused(field):
     with pytest.raises(TypeError, match="'tokens' must be a sequence of keys"):
         Reduction(**{field: ("tokens")})
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [dict(sums=(1,)), dict(totals=None), dict(weights=("loss", "tokens")), dict(best=["a"]), dict(best={"a/*": "max"})],
+    ids=str,
+)
+def test_what_could_only_fail_later_is_refused(rules):
+    with pytest.raises((TypeError, ValueError)):
+        Reduction(**rules)
+
+
+def test_whole_numbers_of_64_bits_stay_exact(warned):
+    """Such as the time in nanoseconds, where all workers say the same."""
+    number = 2**60 + 1
+    assert reduced(warned, {"a": number}, {"a": number}) == {"a": number}
+    assert reduced(warned, {"a": 1}, {"a": 2}) == {"a": 1.5}
+
+
+def test_outcomes_of_one_each_are_numbers_too(warned):
+    assert reduced(warned, {"a": True}, {"a": np.bool_(False)}) == {"a": 0.5}
+
+
+def test_the_largest_of_samples_with_nan_is_nan_though_the_slowest_is_known(warned):
+    reports, rules = ({"t": np.array([1, math.nan])}, {"t": np.array([5.0])}), Reduction(worst=("t",))
+    row = reduce_reports(reports, rules, lambda *said: warned.append(said), ("a", "b"))
+    assert math.isnan(row["t/max"])
+    assert row["t/worst"] == "b"
+
+
+@pytest.mark.parametrize("rules", [dict(sums=("n",)), dict(totals=("n",)), dict(weights={"n": "m"})], ids=str)
+def test_a_rule_for_numbers_that_meets_samples_is_told(warned, rules):
+    assert reduced(warned, {"n": 4, "m": 1}, {"n": np.array([3, 5]), "m": 1}, **rules)["n/mean"] == 4
+    what = "'n' has samples, so the row has statistics of them, and no sum or weighted mean"
+    assert warned == [("samples n", what)]
 
 
 def test_the_pipelines_of_the_demos_weigh_and_pool_what_their_metrics_need():
@@ -291,20 +326,20 @@ def short_tables(monkeypatch):
 def test_what_a_table_has_beyond_w_b_s_limit_is_counted(warned, short_tables, mode, ranks):
     tables = [rollouts(*rewards, log_mode=mode) for rewards in ranks]
     reduced(warned, *({"rollouts": table} for table in tables))
-    assert warned == [("refused", "'rollouts' has 12 rows, of which W&B takes 5: the others are lost")]
+    assert warned == [("refused rollouts", "'rollouts' has 12 rows, of which W&B takes 5: the others are lost")]
     assert [len(table.data) for table in tables] == [len(rewards) for rewards in ranks]
 
 
 def test_of_a_chart_s_table_what_is_beyond_the_limit_is_counted(warned, short_tables):
     reduced(warned, {"chart": wandb.plot.bar(rollouts(*range(6)), "worker", "reward")})
-    assert warned == [("refused", "'chart' has 6 rows, of which W&B takes 5: the others are lost")]
+    assert warned == [("refused chart", "'chart' has 6 rows, of which W&B takes 5: the others are lost")]
 
 
 def test_images_beyond_w_b_s_limit_are_counted(warned):
     images = [wandb.Image(np.full((2, 2), i, np.uint8)) for i in range(120)]
     # wandb cuts no others
     reduced(warned, {"frames": images, "pages": [wandb.Html("x")] * 120, "mixed": [wandb.Html("x"), *images]})
-    assert warned == [("refused", "'frames' has 120 elements, of which W&B takes 108: the others are lost")]
+    assert warned == [("refused frames", "'frames' has 120 elements, of which W&B takes 108: the others are lost")]
 
 
 def test_charts_are_compared_by_what_they_show(warned):
@@ -334,4 +369,4 @@ class Contrary(wandb.Html):
 def test_values_that_can_t_be_reduced_are_counted_and_harm_no_other(warned):
     row = reduced(warned, {"a": 1.0, "page": Contrary("a")}, {"a": 3.0, "page": Contrary("b")})
     assert row == {"a": 2.0}
-    assert warned == [("refused", "the values of 'page' can't be reduced to one: incomparable")]
+    assert warned == [("refused page", "the values of 'page' can't be reduced to one: incomparable")]

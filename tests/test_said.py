@@ -15,6 +15,7 @@ from backbone.records import SAID
 from backbone.reduction import Reduction, reduce_reports
 from backbone.said import LogHandler
 
+import numpy as np
 import pytest
 import ray
 import wandb
@@ -80,7 +81,7 @@ def test_what_w_b_refuses_is_told_and_the_rest_goes_on(opened, tmp_path):
     made.say(0, {"a": 1.0})
     account = made.finish()[""]
     assert [warning for warning in account.warnings if "refused the alert" in warning]
-    assert (account.reports, account.lost) == (1, 0)
+    assert (account.reports, account.lost, account.lost_values, account.ok) == (1, 0, 1, False)
     [log] = each_log(tmp_path)
     assert alerts([log]) == [("another", "INFO")]
     assert (log.config["lr"], len(log.rows)) == (0.1, 1)
@@ -90,7 +91,7 @@ def test_an_alert_goes_out_again_after_its_wait_duration(opened, tmp_path):
     made = opened()
     made.join()
     alert = said_by_workers.alert("t", "x", "INFO", 60.0)
-    for wall_time in (0.0, 59.0, 61.0):
+    for wall_time in (0.0, -0.1, 59.0, -3600.0):  # clocks of two nodes differ; and they are set back
         made.run.inbox.said.take("w", 1000 + wall_time, pickle.dumps(("alert", alert)))
     for wall_time in (0.0, 5.0, 11.0):
         another = said_by_workers.alert("another", "x", "INFO", timedelta(seconds=10))
@@ -123,6 +124,11 @@ def test_what_can_not_be_said_is_refused_at_the_caller(run):
         made.update_config("no mapping")
     with pytest.raises((TypeError, ValueError), match="summary="):
         made.update_summary("no mapping")
+    for value in (ValueError("x"), wandb.Html("x"), np.arange(100.0)):
+        with pytest.raises((TypeError, ValueError), match="summary="):
+            made.update_summary({"good": 1, "bad": value})
+    with pytest.raises((TypeError, ValueError), match="config="):
+        made.update_config({"good": 1, "bad": ValueError("x")})
     for label in (3, 0, None, ("node", 3), b"x"):
         with pytest.raises(TypeError, match="label must be a string, not "):
             made.log({"a": 1.0}, 0, label=label)

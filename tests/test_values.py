@@ -137,10 +137,24 @@ def test_numbers_that_are_none_are_kept():
 
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**70, np.uint64(2**63)], ids=str)
-def test_integers_that_no_column_holds_are_refused(value):
-    with pytest.raises(TypeError, match=r"metric 'a' must be below 2\*\*63, not -?\d+: log it as a float"):
-        as_report({"a": value})
-    assert as_report({"a": float(value), "b": 2**63 - 1, "c": -(2**63)})["a"] == float(value)
+def test_integers_that_no_column_holds_are_floats_as_w_b_has_them(value):
+    found = as_report({"a": value, "b": 2**63 - 1, "c": 1 - 2**63})
+    assert (found["a"], type(found["a"])) == (float(value), float)
+    assert (found["b"], found["c"]) == (2**63 - 1, 1 - 2**63)
+    with pytest.raises(TypeError, match=r"metric 'a' must be below 2\*\*1023"):
+        as_report({"a": int(value) ** 100})
+
+
+def test_numbers_are_keys_below_others():
+    """As of quantiles, or of what `np.unique` counts."""
+    counted = dict(zip(*np.unique([3, 5, 5], return_counts=True), strict=True))
+    assert as_report({"q": {0.5: 1.0, 1: 2.0}, "n": counted}) == {"q/0.5": 1.0, "q/1": 2.0, "n/3": 1, "n/5": 2}
+
+
+def test_objects_that_are_numbers_are_samples():
+    assert as_report({"a": np.array([1, 0.5], dtype=object)})["a"].tolist() == [1, 0.5]
+    with pytest.raises(TypeError, match="metric 'a' must be a number"):
+        as_report({"a": np.array([1, "x"], dtype=object)})
 
 
 @pytest.mark.parametrize(
