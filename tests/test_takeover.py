@@ -116,23 +116,34 @@ def test_when_all_of_ray_is_gone_the_driver_finishes_the_run(tmp_path, environme
     assert sorted(rows.values()) == list(range(101))
 
 
-@pytest.mark.parametrize("actor", [pytest.param("TrainingPipelineActor", marks=pytest.mark.slow), "Behind"])
-def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, environment, actor):
-    """Also where the actor has too much to do yet for the time that Ray leaves it."""
+@pytest.mark.parametrize(
+    ("actor", "at_last"),
+    [
+        pytest.param("TrainingPipelineActor", "time.sleep(600)", marks=pytest.mark.slow),
+        pytest.param("Behind", "time.sleep(600)", marks=pytest.mark.slow),
+        ("Behind", "run.finish()"),
+    ],
+)
+def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, environment, actor, at_last):
+    """Also where the actor has too much to do yet for the time that Ray leaves it, and in the middle of `finish`."""
     made = f"""
+        from backbone.run import Run
         from common import PipelineActor, TrainingPipelineActor, pipeline_actor
 
         @pipeline_actor
         class Behind(PipelineActor):
             def __init__(self, folder):
                 super().__init__(folder)
-                self._host.finish = lambda *_: time.sleep(600)
+                Run.finish = lambda *_: time.sleep(600)
 
         run = WandbRun("p", "n", mode="offline", dir={str(tmp_path)!r}, pipeline={actor})
     """
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    driver = leave(tmp_path, textwrap.dedent(made) + LEFT, **environment | {"TMPDIR": str(scratch)})
+    body = textwrap.dedent(made) + LEFT.replace("time.sleep(600)", at_last)
+    driver = leave(tmp_path, body, **environment | {"TMPDIR": str(scratch)})
+    if at_last == "run.finish()":
+        wait_for(lambda: list(scratch.glob("wandb-run-*/closed")))
     pids = [pid for name in (f"ray::{actor}", "wandb-core") for pid in below(driver.pid, name)]
     assert len(pids) == 2
     driver.kill()
@@ -142,7 +153,7 @@ def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, env
     logs = [Log(path) for path in folders(tmp_path)]
     assert len(logs) == 1 + (actor == "Behind")  # somebody else goes on in a folder of their own
     assert {row["step"] for log in logs for row in log.rows} == set(range(100))
-    assert logs[-1].exit_code == 1
+    assert logs[-1].exit_code == (at_last != "run.finish()")  # as that had been called
     wait_for(lambda: not list(scratch.glob("wandb-run-*")))
 
 
