@@ -185,8 +185,8 @@ class Handle:
     ) -> None:
         """Logs a version of an artifact; returns when its files are in the run's folder, not when they are uploaded.
 
-        files: name in the artifact -> bytes, path of a file or folder, reference (`s3://…`) or W&B data type such as
-        `wandb.Table`; or only paths.
+        files: name in the artifact -> bytes, path of a file or folder, reference (`s3://…`, which is not looked up: the
+        same address counts as the same content) or W&B data type such as `wandb.Table`; or only paths.
 
         Raises ValueError for a name, type or alias that W&B refuses, OSError for a file that can't be read, TypeError
         for what can't be sent, and RunFinishedError after `finish`.
@@ -245,7 +245,8 @@ class WandbRun(Handle):
     project, name: where the run goes and what it is called.
     pipeline: actor class that reduces the reports, see `pipeline_actor`.
     workers: how many workers report a step. A worker is an actor, a task, or else a process.
-    prefix: put before every key, "training/" for instance; the step axis is `<prefix>step`.
+    prefix: put before every key, "training/" for instance; the step axis is `<prefix>step`. That of the pipeline's
+    class counts only where the run is shared.
     share: another WandbRun; this is a view of it: its rows go to the same run, under another prefix, on an axis of
     their own.
     init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).

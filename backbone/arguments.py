@@ -24,7 +24,9 @@ def said(init: Mapping[str, Any]) -> dict[str, Any]:
     """What the code says to `wandb.init`; settings are a dict, without those that are arguments as well."""
     init = {key: value for key, value in init.items() if value is not None}
     settings = init.get("settings") or {}
-    if not isinstance(settings, Mapping):  # wandb.Settings
+    if not isinstance(settings, Mapping):
+        if not hasattr(settings, "model_fields_set"):  # which wandb.Settings has
+            raise TypeError(f"settings must be a mapping or wandb.Settings, not {shown(settings)}")
         settings = {key: getattr(settings, key) for key in settings.model_fields_set}
     settings = {key: value for key, value in settings.items() if value is not None}
     return {SAME[key]: settings.pop(key) for key in SAME if key in settings} | init | dict(settings=settings)
@@ -57,6 +59,8 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
     _check_tags(init.get("tags", variables["tags"].split(",") if variables.get("tags") else ()))
     init = {**own, **from_environment, **init}
     check_run_id(init["id"])
+    if not isinstance(init["dir"], str | os.PathLike):
+        raise TypeError(f"dir must be a path, not {shown(init['dir'])}")
     if init.get("config"):
         init["config"] = as_recorded(init["config"])
     return init | dict(dir=os.path.abspath(os.path.expanduser(init["dir"])))
@@ -71,7 +75,7 @@ def _check_names(names: Mapping[str, Any]) -> None:
     for key in ("name", "group", "job_type"):
         name = names.get(key)
         if name is not None and not (isinstance(name, str) and len(name) <= LONGEST):
-            raise ValueError(f"{key} {shown(name)} must be at most {LONGEST} characters")
+            raise ValueError(f"{key} {shown(name)} must be a string of at most {LONGEST} characters")
 
 
 def _check_project_and_entity(project: str, entity: Any) -> None:

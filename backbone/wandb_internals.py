@@ -27,9 +27,15 @@ def client_id(artifact: wandb.Artifact) -> str:
 
 
 def add_reference(artifact: wandb.Artifact, file: str, reference: str) -> None:
-    """Adds a reference as it is; wandb's own function wants the library of `s3://`, even where it looks nothing up."""
+    """Adds a reference: to what is here with its content's digest, else as it is.
+
+    For that wandb's own function wants the library of `s3://`, even where it looks nothing up.
+    """
     from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 
+    if reference.startswith("file://") and os.path.exists(reference.removeprefix("file://")):
+        artifact.add_reference(reference, file)
+        return
     artifact.manifest.add_entry(ArtifactManifestEntry(path=file, ref=reference, digest=reference))
 
 

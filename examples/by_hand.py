@@ -19,8 +19,9 @@ class Logger:
     def log(self, metrics: dict, step: int) -> None:
         self.run.log(metrics, step=step)
 
-    def finish(self) -> None:
+    def finish(self) -> str:
         wandb.teardown()  # finishes the run, and returns when all is written
+        return self.run.dir
 
 
 @ray.remote(num_cpus=0)
@@ -32,7 +33,7 @@ def train(logger: ray.actor.ActorHandle, rank: int) -> None:
 def main() -> None:
     logger = Logger.remote(os.getcwd())
     ray.get([train.remote(logger, rank) for rank in range(2)])
-    ray.get(logger.finish.remote())
+    print(ray.get(logger.finish.remote()))
 
 
 if __name__ == "__main__":

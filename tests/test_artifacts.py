@@ -292,3 +292,18 @@ def test_offline_a_restart_forgets_no_artifact_that_was_used(opened, tmp_path):
     made = opened()
     made.finish()
     assert Log(folders(tmp_path)[-1]).config["used_artifacts"] == ["other:latest"]
+
+
+def test_what_a_reference_to_a_file_stands_for_is_the_content_that_it_has(opened, tmp_path):
+    """Else a checkpoint that is written again would be no new version."""
+    made, weights = opened(), tmp_path / "weights"
+    made.join()
+    for step in range(2):
+        weights.write_text(f"of step {step}")
+        made.tell("log", **staged(made, f"step-{step}", b"", weights=weights.as_uri()))
+        made.artifacts.finish(time.monotonic() + 60)
+    made.finish()
+    [log] = (Log(path) for path in folders(tmp_path))
+    entries = [entry for each in log.of("artifact") for entry in each["manifest"]["contents"]]
+    digests = [entry["digest"] for entry in entries if entry["path"] == "weights"]
+    assert len({*digests}) == 2

@@ -185,10 +185,15 @@ def test_runs_that_nobody_finishes_any_more_are_finished_by_hand_and_others_are_
     done = recover(**mine)  # its owner lives
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     kill_all(driver)
-    damaged = scratch / "wandb-run-of-somebody"
-    damaged.mkdir(mode=0o700)
+    elsewhere, damaged = scratch / "wandb-run-of-another-node", scratch / "wandb-run-damaged"
+    for path in (elsewhere, damaged):
+        path.mkdir(mode=0o700)
+    (damaged / "letter").write_bytes(b"half of one")
+    (damaged / "letter").chmod(0o600)
     done = recover(**mine)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{damaged}: {damaged}/letter can't be read: "), done.stderr
+    shutil.rmtree(damaged)
     assert done.stdout.startswith("n: 100 rows from 100 reports, 0 lost\n")
     assert "the pipeline actor is gone; the run was finished without it" in done.stdout
     assert "Traceback" not in done.stderr
