@@ -110,7 +110,6 @@ def test_names_that_the_server_would_refuse_are_refused(refused, monkeypatch, in
     refused(ValueError, why, **init)
 
 
-@pytest.mark.parametrize("project", ["p" * 129, "team/project", "100%"])
 def test_what_has_the_wrong_type_is_named(refused):
     refused(TypeError, "settings must be a mapping or wandb.Settings, not 5", settings=5)
     refused(TypeError, "dir must be a path, not 5", dir=5)
@@ -118,6 +117,7 @@ def test_what_has_the_wrong_type_is_named(refused):
     refused(ValueError, "can't start: .*mode", mode="bogus")
 
 
+@pytest.mark.parametrize("project", ["p" * 129, "team/project", "100%"])
 def test_a_project_that_wandb_would_refuse_is_refused(ray_here, project):
     with pytest.raises(ValueError, match=rf"project '{project[:20]}") as error:
         WandbRun(project, mode="offline")
