@@ -19,9 +19,8 @@ class Logger:
     def log(self, metrics: dict, step: int) -> None:
         self.run.log(metrics, step=step)
 
-    def finish(self) -> str:
+    def finish(self) -> None:
         wandb.teardown()  # finishes the run, and returns when all is written
-        return self.run.dir
 
 
 @ray.remote(num_cpus=0)
@@ -33,7 +32,7 @@ def train(logger: ray.actor.ActorHandle, rank: int) -> None:
 def main() -> None:
     logger = Logger.remote(os.getcwd())
     ray.get([train.remote(logger, rank) for rank in range(2)])
-    print(ray.get(logger.finish.remote()))
+    ray.get(logger.finish.remote())
 
 
 if __name__ == "__main__":

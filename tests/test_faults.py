@@ -505,11 +505,12 @@ def test_a_full_disk_is_told_once_holds_nobody_up_for_long_and_the_ledger_says_w
     for step in range(5_000):
         made.log({f"key_{i}": float(i) for i in range(11)}, step)
     if gets_room:
-        wait_for(lambda: made.progress()[0].warnings)
+        assert "disk is full" in wait_for(lambda: made.progress()[0].warnings)[0]
         other.unlink()
         subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
     ledger = made.finish()
-    assert len([warning for warning in ledger.warnings if "disk is full" in warning]) == 1
+    told = [warning for warning in ledger.warnings if "disk is full" in warning]
+    assert len(told) == 1 or (gets_room and ledger.restarts)  # an actor that dies now can't write it down
     rows = {row["_step"] for path in ledger.paths for row in Log(path).rows}
     assert len(rows) == ledger.rows == ledger.reports - ledger.lost
     assert ledger.ok == gets_room
