@@ -198,6 +198,7 @@ class Relays:
         # Behind that: whoever logs for the first time notes its place, then looks for that key. So one sees the other.
         # Where a relay has left there is nothing to read, but a folder to remove, and somebody may still want to log.
         self._found |= self._left
+        self._left.clear()  # else a place that is read to its end would keep its relay
         self.look()
         self.start()
 
