@@ -162,7 +162,7 @@ class Handle:
     def logging_handler(self, label: str = "") -> logging.Handler:
         """A handler for `logging` that brings lines to the run's Logs, each with `label`: 1,000 a minute at most."""
         values.check_label(label)
-        return said.LogHandler(lambda line: self._say("line", values.encodable(line), label))
+        return said.LogHandler(lambda text: self._say("line", values.encodable(text), label))
 
     def _say(self, kind: str, value: Any, label: str = "") -> None:
         self._outbox.put(records.SAID, self._pipeline, 0, pickle.dumps((kind, value)), label)
@@ -223,7 +223,7 @@ class Handle:
         return self._ask("progress", self._prefix) or (Ledger(self.name, self.id), {})
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return calls.call(self._address, self._owned and self._owned.actor, method, *arguments)
+        return calls.call(self._address, self._owned.actor if self._owned else None, method, *arguments)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""
@@ -305,7 +305,8 @@ class WandbRun(Handle):
             raise ValueError(f"exit_code must have 32 bits at most, not {exit_code}")
         if not isinstance(failure, str | None):
             raise TypeError(f"failure must be a string, not {values.shown(failure)}")
-        failure = failure and values.encodable(failure)
+        if failure:
+            failure = values.encodable(failure)
         with self._finishing:
             if self._is_view and not self._ledgers:
                 ledgers = self._ask("finish", exit_code, failure, self._prefix)

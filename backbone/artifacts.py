@@ -46,7 +46,8 @@ class Artifacts:
         query, facts = "SELECT * FROM artifacts WHERE id > ? ORDER BY id", self._state.facts
         is_on = not self._state.is_finished and facts["mode"] != "disabled"
         for id_, task, client, done in self._state.db.execute(query, (self._last,)).fetchall():
-            self._last, (kind, what) = id_, pickle.loads(task)
+            self._last = id_
+            kind, what = pickle.loads(task)
             if done and kind == "log":
                 shutil.rmtree(what["folder"], ignore_errors=True)  # the actor may have died before it did that
             elif not done and client not in self._on_disk and is_on:

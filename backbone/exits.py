@@ -52,7 +52,8 @@ class Unfinished:
             self._end_as(INTERRUPTED if kind is KeyboardInterrupt else code, failure)
             tell(kind, error, trace)
 
-        sys.exit, sys.excepthook = self._hooks = on_exit, on_exception
+        self._hooks = on_exit, on_exception
+        sys.exit, sys.excepthook = self._hooks
 
     def _end_as(self, exit_code: int, failure: str | None) -> None:
         self._runs.update(dict.fromkeys(self._runs, (exit_code, failure)))
@@ -63,7 +64,7 @@ class Unfinished:
     def finish(self, exit_code: int | None = None, failure: str | None = None) -> None:
         """Finishes all of them, each as far as it can be, at the same time. exit_code: each run's own if None."""
 
-        def finish(run: Any, code: int, why: str | None) -> None:
+        def finish_one(run: Any, code: int, why: str | None) -> None:
             try:
                 run.finish(code, failure=why)
             except Exception as error:
@@ -74,10 +75,10 @@ class Unfinished:
         threads = []
         for end in ends:
             try:
-                (thread := threading.Thread(target=finish, args=end)).start()
+                (thread := threading.Thread(target=finish_one, args=end)).start()
                 threads.append(thread)
             except RuntimeError:  # Python 3.12.0 to 3.12.2 begin no thread at their end
-                finish(*end)
+                finish_one(*end)
         for thread in threads:
             thread.join()
 

@@ -202,7 +202,8 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
                 done = reading.is_empty if place == HOME else reading.is_last
             else:  # others may log on and on
                 done = reading.is_empty or (place in heard and not reading.is_cut)
-            waiting -= {place} if done else set()
+            if done:
+                waiting.discard(place)
             heard.add(place)
         for place in relays.silent(Relays.PATIENCE):
             waiting.discard(place)

@@ -121,7 +121,7 @@ class Inbox:
         self._end(box.name, died=not box.exit)
 
     def place_is_gone(self, place: str, why: str) -> None:
-        """What was not brought from it can't be read any more."""
+        """Gives it up: its workers have ended, and the ledger names it, because not all may have come from there."""
         self._state.unheard(f"node {place[:6]}: {why}")
         for key in [key for key in self.boxes if key[0] == place]:
             self._close(self.boxes.pop(key))

@@ -39,8 +39,8 @@ def run_is_finished(name: str) -> RunFinishedError:
 class Ledger:
     """What came in from the workers of a pipeline, and what is there: `reports` = reports in rows + `lost`."""
 
-    name: str
-    id: str
+    name: str = ""
+    id: str = ""
     mode: str = ""  # online, offline or disabled
     url: str | None = None
     paths: list[Path] = dataclasses.field(default_factory=list)  # the run's folders: one, and one more per restart
@@ -86,7 +86,7 @@ def account(state: State, pipeline: Pipeline, there: Callable[[int], bool] | Non
     """A pipeline's ledger: so far, or at the end, when it is known of each row's number whether it is `there`."""
     facts = state.facts
     known = ("name", "id", "mode", "url", "restarts", "uploaded", "lost_artifacts", "unheard")
-    ledger = Ledger(**{"name": "", "id": ""} | {field: facts[field] for field in known if field in facts})
+    ledger = Ledger(**{field: facts[field] for field in known if field in facts})
     ledger.paths = [*map(Path, facts.get("paths", ()))]
     ledger.prefix, ledger.warnings = pipeline.prefix, state.warnings
     for field in ("reports", "rows", "partial", "lost_values"):
@@ -107,7 +107,7 @@ def rows_of(state: State, pipeline: Pipeline) -> dict[int, tuple[int, int]]:
 def summary(state: State, pipelines: Sequence[Pipeline]) -> dict[str, int]:
     """What the run's summary says of it, before W&B has written the last rows."""
     reports = sum(pipeline.counts["reports"] for pipeline in pipelines)
-    in_rows = sum(n for pipeline in pipelines for n, _ in rows_of(state, pipeline).values())
+    [(in_rows,)] = state.db.execute("SELECT coalesce(sum(reports), 0) FROM rows")
     return {"reports": reports, "lost": reports - in_rows}
 
 

@@ -181,7 +181,7 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
             ray_internals.delete(place)
     finishing = recover.start(folder)
     settings = letter.init["settings"]
-    upload = float(settings.get("finish_timeout", letter.environ.get("WANDB_FINISH_TIMEOUT", 60)))
+    upload = float(settings.get("finish_timeout", letter.environ.get("WANDB_FINISH_TIMEOUT") or 60))
     seconds = 30 + upload if upload else None
     with contextlib.suppress(subprocess.TimeoutExpired):  # then it goes on
         _, said = finishing.communicate(timeout=seconds)

@@ -77,14 +77,16 @@ class Reader:
         has_news = [(tail, tail.has_news()) for tail in self._tails.values()]
         found += [tail.event(records.VANISHED) for tail, has in has_news if has is None]
         news = [tail for tail, has in has_news if has]
-        share, cut = max(1 << 12, self.LIMIT // max(1, len(news))), dict[str, float]()  # at what time
+        share = max(1 << 12, self.LIMIT // max(1, len(news)))
+        cut_at = dict[str, float]()  # outbox -> time
         for tail in news:
             new, is_cut = tail.read(share)
-            cut |= {tail.name: new[-1].time} if is_cut else {}
+            if is_cut:
+                cut_at[tail.name] = new[-1].time
             found += new
-        horizon = min(cut.values(), default=math.inf)
+        horizon = min(cut_at.values(), default=math.inf)
         late = {record.outbox for record in found if record.time > horizon}
-        return [record for record in found if record.time <= horizon], late | cut.keys()
+        return [record for record in found if record.time <= horizon], late | cut_at.keys()
 
     @property
     def stays(self) -> bool:
@@ -128,8 +130,9 @@ class Reader:
                 self._dying.add(name)
         for name in self._names(".lost"):  # of a process that had no room for an outbox: it is as if it had had one
             if name not in self._tails:
-                process = os.readlink(f"{self._folder}/{name}.lost")
-                self._begin(name, Position(), json.dumps(dict(name=process, parent="")).encode(), found)
+                with contextlib.suppress(FileNotFoundError):  # somebody has just removed it
+                    process = os.readlink(f"{self._folder}/{name}.lost")
+                    self._begin(name, Position(), json.dumps(dict(name=process, parent="")).encode(), found)
         if time.monotonic() > self._next_touch:  # some systems clean their temporary folder of what is old
             self._next_touch = time.monotonic() + 3600
             _touch(self._private)

@@ -119,7 +119,9 @@ class Relays:
             if name not in self._done and name not in self.places:
                 self.places[name], place.asked_at = place, time.monotonic()
         missing = [(name, place) for name, place in self.places.items() if not place.relay]
-        for name, place in missing if missing and ray_internals.ray_answers() else ():
+        if not missing or not ray_internals.ray_answers():
+            return
+        for name, place in missing:
             here = NodeAffinitySchedulingStrategy(_node(name), soft=False)
             relay = Relay.options(scheduling_strategy=here)
             place.relay = relay.remote(place.key, place.folder, self._positions(name))

@@ -118,7 +118,8 @@ def _value(key: str, value: Any) -> Any:
     if isinstance(value, int):
         return _integer(key, int(value))
     if getattr(value, "log_mode", None) == "INCREMENTAL":
-        return increment if (increment := media.Increment(value, key)).is_new else None
+        increment = media.Increment(value, key)
+        return increment if increment.is_new else None
     if media.is_data_type(value):
         return value
     if isinstance(value, str):
@@ -173,8 +174,7 @@ def _as_array(value: Any) -> np.ndarray:
     elif hasattr(value, "dropna") and not isinstance(value.dtype, np.dtype):  # a pandas Series with a mask
         value = value.dropna()
     array = np.asarray(value)
-    if array.dtype == object:
-        array = np.asarray(array.tolist())
+    array = np.asarray(array.tolist()) if array.dtype == object else array
     foreign = array.dtype.isbuiltin == 2  # jax's bfloat16, float8, …
     return array.astype(np.float64) if foreign or array.dtype == np.longdouble else array
 

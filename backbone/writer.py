@@ -84,6 +84,7 @@ class Writer:
             there, highest = (lambda number: number < run.starting_step), run.starting_step - 1
         else:
             there, highest = self.there(), max(self.logs.there, default=-1)
+            self._state.arrived(self.logs.there.intersection(self._state.waiting()))
         for row in self._state.missing(there, highest):
             self.log(row)
 
