@@ -115,6 +115,7 @@ after = run("after")
         assert log.of("environment")[0]["program"].endswith("program.py")
 
 
+@pytest.mark.slow
 def test_a_run_that_a_worker_of_rays_left_ends_as_that_worker(drive, tmp_path):
     done = drive(
         """

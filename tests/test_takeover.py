@@ -120,8 +120,8 @@ def test_when_all_of_ray_is_gone_the_driver_finishes_the_run(tmp_path, environme
     ("actor", "at_last"),
     [
         pytest.param("TrainingPipelineActor", "time.sleep(600)", marks=pytest.mark.slow),
-        pytest.param("Behind", "time.sleep(600)", marks=pytest.mark.slow),
-        ("Behind", "run.finish()"),
+        ("Behind", "time.sleep(600)"),
+        pytest.param("Behind", "run.finish()", marks=pytest.mark.slow),
     ],
 )
 def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, environment, actor, at_last):
