@@ -174,7 +174,9 @@ def note_read(path: str | Path, state: int, position: Position) -> None:
 
 def is_alive(private: Path, process: str) -> bool:
     """Whether the process of this name, which has an outbox in a run's private folder, is alive."""
-    with contextlib.suppress(FileNotFoundError):  # the folder is being removed
-        pages = filter(None, map(see, private.glob("*/*.page")))
-        return any(seen.is_alive and json.loads(seen.about)["name"] == process for seen in pages)
+    for _ in range(2):  # because the reader may rename the folder of outboxes in the middle of the first look
+        with contextlib.suppress(FileNotFoundError):
+            pages = filter(None, map(see, private.glob("*/*.page")))
+            if any(seen.is_alive and json.loads(seen.about)["name"] == process for seen in pages):
+                return True
     return False

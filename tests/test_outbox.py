@@ -1168,6 +1168,20 @@ def test_what_a_process_counts_as_lost_at_last_is_seen_with_its_end(address, chi
     assert (seen.is_alive, lost_by_pipeline(seen.lost)) == (False, {0: 7})
 
 
+def test_who_lives_is_not_taken_for_dead_where_the_folder_is_renamed_meanwhile(address, child, monkeypatch):
+    """Another process would be started to finish the run."""
+    worker, see = child(put_some), page.see
+    name = worker.told()
+
+    def renamed(path: Path):
+        if path.parent.name == OUTBOXES:
+            path.parent.rename(address.folder / "closed")
+        return see(path)
+
+    monkeypatch.setattr(page, "see", renamed)
+    assert is_alive(address.folder, name)
+
+
 def test_at_home_there_is_nothing_to_flush(child):
     def work(pipe, box: Outbox) -> None:
         put(box, 0)
