@@ -125,6 +125,8 @@ class Host:
         if exit_code and (folder / exits.STOP).exists():
             exit_code = exits.INTERRUPTED
         if prefix is None:
+            if (folder / recover.LEDGERS).exists():  # another process was quicker
+                return recover.read_ledgers(folder)
             with contextlib.suppress(RuntimeError):  # it was started before
                 self._watch.start()
         try:

@@ -563,6 +563,14 @@ def test_a_step_that_waits_for_a_silent_worker_gets_its_row_by_the_clock(run):
     assert [warning for warning in ledger.warnings if "step 0 stands on 1 of 2 workers" in warning]
 
 
+def test_what_another_process_has_finished_is_not_counted_anew(run):
+    """As where that was started in vain, and the actor died after all."""
+    made, theirs = run(), ledger.Ledger("n", "i", reports=7, rows=7)
+    made.log({"loss": 1.0}, 0)
+    recovering.write_ledgers(made._address.folder, {"": theirs})
+    assert made.finish() == theirs
+
+
 def test_each_kind_of_warning_is_one_line_with_its_count(run):
     made = run()
     for step in range(50):
