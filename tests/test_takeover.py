@@ -229,7 +229,7 @@ def test_a_start_that_fails_leaves_an_earlier_run_of_its_id_to_recover(run, tmp_
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     kill_all(leave(tmp_path, **environment | {"TMPDIR": str(scratch)}))
-    with pytest.raises(RuntimeError, match="can't start"):
+    with pytest.raises(ValueError, match="can't start"):
         run(id="again", settings={"no_such_setting": 1})
     done = recover(**environment | {"TMPDIR": str(scratch)})
     assert done.stdout.startswith("n: 100 rows from 100 reports, 0 lost\n"), done.stdout + done.stderr
