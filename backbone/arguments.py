@@ -95,9 +95,10 @@ def _check_tags(tags: Any) -> None:
 
 def as_recorded(config: Any, name: str = "config") -> dict[str, Any]:
     """What wandb records of a config or a summary; here, because the actor has neither its classes nor its files."""
-    record = {"config": wandb_internals.recorded_config, "summary": wandb_internals.recorded_summary}
+    is_summary = name == "summary"
     try:
-        return record[name](config)
+        return wandb_internals.recorded_summary(config) if is_summary else wandb_internals.recorded_config(config)
     except Exception as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}={shown(config)} can't be recorded: {line(error)}") from None
+        hint = "; log arrays, frames and media instead" if is_summary else ""
+        raise kind(f"{name}={shown(config)} can't be recorded: {line(error)}{hint}") from None

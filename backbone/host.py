@@ -39,7 +39,6 @@ class Host:
         self._letter = read_letter(folder)
         move_in(self._letter)
         self.lock = threading.RLock()
-        self._watch, self._is_finished = threading.Thread(target=self._watch_owner, daemon=True), threading.Event()
         self.run: Run | None = None
         self._relays: Relays | None = None
         if (folder / "pipelines").exists():  # else no actor before this one has begun it
@@ -127,8 +126,7 @@ class Host:
         if prefix is None:
             if (folder / recover.LEDGERS).exists():  # another process was quicker
                 return recover.read_ledgers(folder)
-            with contextlib.suppress(RuntimeError):  # it was started before
-                self._watch.start()
+            threading.Thread(target=self._watch_owner, daemon=True).start()
         try:
             with self.lock:  # a start that is under way ends first
                 if not self.run:
@@ -143,17 +141,17 @@ class Host:
                     return {prefix: account(run.state, run.pipeline(prefix))}
             ledgers = run.finish(exit_code, failure, deadline)
             recover.write_ledgers(folder, ledgers)
-            self._is_finished.set()
             return ledgers
         except ServiceDiedError:
             os._exit(1)  # Ray repeats the call on the next actor
 
     def _watch_owner(self) -> None:
         """While the run is being finished: Ray may leave this process two seconds behind the end of its owner."""
-        while not self._is_finished.wait(0.2):
+        while (run := self.run) and not run.state.is_finished:
             if not is_alive(self._letter.address.folder, self._letter.process):
                 recover.start(self._letter.address.folder, orphan=True)
                 return
+            time.sleep(0.2)
 
     def forget(self) -> None:
         """Nothing of the run is needed any more."""

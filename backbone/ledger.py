@@ -55,7 +55,7 @@ class Ledger:
     rows: int = 0  # that are in a transaction log or on the server
     partial: int = 0  # of the rows: on fewer workers than the pipeline has
     lost: int = 0  # reports that are in no row
-    lost_values: int = 0  # values that W&B refused, or that could not be reduced; the rest of their rows is there
+    lost_values: int = 0  # that could not be reduced, or that W&B refused, config and the like too; the rest is there
 
     def __str__(self) -> str:
         """For the end of a program: the account, where the run is, and each warning on a line of its own."""
