@@ -7,7 +7,10 @@ import dataclasses
 import datetime
 import os
 import re
+import shlex
+import shutil
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,9 +97,11 @@ def _mode(flag: str | None, parser: argparse.ArgumentParser) -> str:
     except ValueError as error:
         parser.error(f"the API key can't be right: {error}")
     if mode and not login:
-        parser.error("online mode needs an API key: run `wandb login`, set WANDB_API_KEY or use --mode offline")
+        login_first = f"run `{wandb_command('login')}`, set WANDB_API_KEY or use --mode offline"
+        parser.error(f"online mode needs an API key: {login_first}")
     if not login:
-        print("No W&B API key found, so the runs stay on this machine (offline). `wandb login` changes that.")
+        hint = f"`{wandb_command('login')}` changes that"
+        print(f"No W&B API key found, so the runs stay on this machine (offline). {hint}.")
     return "online" if login else "offline"
 
 
@@ -114,3 +119,18 @@ def _address(address: str | None, parser: argparse.ArgumentParser) -> str | None
     except (OSError, ValueError, OverflowError) as error:
         parser.error(f"--address {address}: no Ray cluster answers there ({error}); give HOST:PORT")
     return address
+
+
+def shown(path: Path) -> str:
+    """Relative if it is below the folder that the user is in."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def wandb_command(*words: str) -> str:
+    """A `wandb` command that works when pasted into the shell that this program was started from."""
+    script = str(Path(sys.executable).with_name("wandb"))
+    command = ["wandb"] if shutil.which("wandb") == script else [script]
+    if "UV" in os.environ:  # `uv run` puts it on the PATH of this program, not of the shell
+        here = Path(__file__).parent
+        command = ["uv", "run", *(["--project", shown(here)] if Path.cwd() != here else []), "wandb"]
+    return shlex.join([*command, *words])

@@ -6,8 +6,6 @@ import contextlib
 import logging
 import os
 import random
-import shlex
-import shutil
 import signal
 import sys
 import time
@@ -20,7 +18,7 @@ from typing import Any
 import arguments
 import backbone
 import common
-from arguments import Args, parse_args
+from arguments import Args, parse_args, shown, wandb_command
 from backbone import exits, wandb_internals
 from backbone.calls import uncoloured
 from backbone.ledger import line
@@ -194,25 +192,10 @@ def _summarise(args: Args, ledgers: Sequence[Ledger]) -> None:
         name = f"{ledger.name} {ledger.prefix}" if args.one_run else ledger.name
         print(f"{name}: {ledger.rows} rows from {ledger.reports} reports, {ledger.lost} lost{more}")
         if ledger.id not in [other.id for other in ledgers[i + 1 :]]:  # else the next pipeline shares the run
-            print(f"  {ledger.url or (ledger.path and _shown(ledger.path)) or 'disabled: nothing is kept'}")
+            print(f"  {ledger.url or (ledger.path and shown(ledger.path)) or 'disabled: nothing is kept'}")
     if folders := list(dict.fromkeys(path for ledger in ledgers for path in ledger.paths)):
         wandb_internals.open_in_leet(args.dir / "wandb", folders, f"(^|/)({FIRST_LOOK})$")
-        print(f"Look at them here:  {_command('leet', _shown(args.dir / 'wandb'))}")
+        print(f"Look at them here:  {wandb_command('leet', shown(args.dir / 'wandb'))}")
     if missing := dict.fromkeys(path for ledger in ledgers for path in ledger.paths if not ledger.uploaded):
         online = ["--no-skip-online"] if any(path.name.startswith("run-") for path in missing) else []
-        print(f"Upload them:        {_command('sync', *online, *map(_shown, missing))}")
-
-
-def _shown(path: Path) -> str:
-    """Relative if it is below the folder that the user is in."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _command(*words: str) -> str:
-    """A `wandb` command that works when pasted into the shell that this program was started from."""
-    script = str(Path(sys.executable).with_name("wandb"))
-    command = ["wandb"] if shutil.which("wandb") == script else [script]
-    if "UV" in os.environ:  # `uv run` puts it on the PATH of this program, not of the shell
-        here = Path(__file__).parent
-        command = ["uv", "run", *(["--project", _shown(here)] if Path.cwd() != here else []), "wandb"]
-    return shlex.join([*command, *words])
+        print(f"Upload them:        {wandb_command('sync', *online, *map(shown, missing))}")
