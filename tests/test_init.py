@@ -157,7 +157,12 @@ def test_ray_client_is_refused(refused, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "init", [dict(group="g" * 129), dict(notes=threading.Lock()), dict(mode="online", settings={"api_key": "short"})]
+    "init",
+    [
+        pytest.param(dict(group="g" * 129), marks=pytest.mark.slow),
+        pytest.param(dict(notes=threading.Lock()), marks=pytest.mark.slow),
+        dict(mode="online", settings={"api_key": "short"}),
+    ],
 )
 def test_an_id_that_a_failed_start_has_claimed_is_free_again(run, monkeypatch, caplog, init):
     monkeypatch.setenv("WANDB_RUN_ID", id_ := uuid.uuid4().hex)

@@ -221,7 +221,7 @@ def test_hundreds_of_time_outs_out_of_a_signal_handler_cost_no_report_whose_put_
 
     def work(pipe, box: Outbox) -> None:
         never_waits()
-        returned = put_with_time_outs(box, 500)
+        returned = put_with_time_outs(box, 300)
         for n in (more := range(10**6, 10**6 + 100)):  # they go on at once
             put(box, n)
         pipe.send([*returned, *more])
@@ -233,7 +233,7 @@ def test_hundreds_of_time_outs_out_of_a_signal_handler_cost_no_report_whose_put_
     found = numbers(records)
     assert not set(returned) - set(found)
     assert found == sorted(set(found))  # each once, and in order
-    assert len(found) <= len(returned) + 500  # besides these only some that were interrupted
+    assert len(found) <= len(returned) + 300  # besides these only some that were interrupted
     who = None
     for record in records:  # none is taken for another one's
         if record.kind == WHO:
@@ -1115,7 +1115,7 @@ def test_flush_waits_on_another_node_until_all_has_left_whatever_has_interrupted
         box = process.outbox(away)
         box.open()
         put_with_time_outs(box, 50)
-        for at in itertools.count(1):
+        for at in itertools.count(1, 3):
             if not at_place(at, raise_time_is_up, lambda: put(box, 0)):
                 break
         for _ in range(2):

@@ -962,19 +962,19 @@ def looked(made: Kept) -> bool:
 
 
 def test_the_content_of_rows_goes_when_w_b_has_it(opened, tmp_path):
-    """So the state of a run stays as small as what has not arrived yet: here of 100 rows of 1 MB."""
+    """So the state of a run stays as small as what has not arrived yet: here of 60 rows of 1 MB."""
     made = opened(settings=QUIET | dict(x_transaction_log_flush_interval=0.05))
     made.join()
     largest = 0
-    for step in range(100):
+    for step in range(60):
         made.say(step, {"a": float(step), "text": f"{step:09}" + BIG})
         if step % 10 == 9:
             wait_for(lambda: looked(made) and not made.rows, every=0.02)
         largest = max(largest, sum(path.stat().st_size for path in made.state.path.parent.glob(".run.state*")))
     assert largest < 40 * len(BIG)
     account = made.finish()[""]
-    assert (account.rows, account.lost) == (100, 0)
-    assert [row["a"] for path in folders(tmp_path) for row in read_rows(path)] == list(range(100))
+    assert (account.rows, account.lost) == (60, 0)
+    assert [row["a"] for path in folders(tmp_path) for row in read_rows(path)] == list(range(60))
 
 
 def test_w_b_s_time_of_a_row_is_when_the_last_of_its_reports_was_logged(opened, tmp_path):

@@ -24,7 +24,6 @@ import pytest
 import rooms
 import wandb
 from conftest import ROOT, Log, folders
-from matplotlib import pyplot
 from wandb.sdk.data_types._private import MEDIA_TMP
 
 
@@ -344,19 +343,30 @@ def test_pixels_and_cells_that_wandb_makes_nothing_of_are_no_samples():
             as_report({"a": value})
 
 
+FIGURES = pytest.mark.xdist_group("figures")  # so that one of the processes imports pyplot, which takes a second
+
+
 @pytest.fixture
-def draw():
+def pyplot():
+    from matplotlib import pyplot
+
     pyplot.switch_backend("agg")
+    yield pyplot
+    pyplot.close("all")
+
+
+@pytest.fixture
+def draw(pyplot):
 
     def draw(kind: str, *arguments):
         figure, axes = pyplot.subplots()
         getattr(axes, kind)(*arguments)
         return figure
 
-    yield draw
-    pyplot.close("all")
+    return draw
 
 
+@FIGURES
 def test_a_figure_is_the_plot_or_the_image_that_wandb_makes_of_it(draw):
     line = draw("plot", [1, 2])
     report = as_report(
@@ -377,11 +387,13 @@ def test_a_figure_is_the_plot_or_the_image_that_wandb_makes_of_it(draw):
     assert all(type(value).__name__ == kinds[key] for key, value in unpack(pack(report)).items())
 
 
-def test_pyplot_itself_is_its_figure(draw):
+@FIGURES
+def test_pyplot_itself_is_its_figure(draw, pyplot):
     draw("plot", [1, 2])
     assert type(as_report({"chart": pyplot})["chart"]).__name__ == "Plotly"
 
 
+@FIGURES
 def test_without_plotly_a_figure_is_an_image(draw, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "plotly"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -23,7 +23,6 @@ import plotly.graph_objects
 import pytest
 import wandb
 from conftest import ROOT, Log, folders, no_account, wait_for
-from matplotlib import pyplot
 from wandb.sdk.data_types._private import MEDIA_TMP
 from wandb.util import get_core_path
 from wandb_server import Server
@@ -300,6 +299,8 @@ def test_data_types_are_told_from_other_values():
 
 
 def test_figures_and_frames_become_what_wandb_makes_of_them(begin):
+    from matplotlib import pyplot
+
     pyplot.switch_backend("agg")
     (drawn, axes), (shown, more) = pyplot.subplots(), pyplot.subplots()
     axes.plot([1, 2])

@@ -395,19 +395,19 @@ def test_online_the_server_s_rows_are_those_that_are_there(tmp_path, server, dis
     variables = online(server) | {"WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": disk_every}
     page = "{'page': wandb.Html(str(step))} if step % 50 == 0 else {}"
     metrics = f"lambda step: time.sleep(0.003) or dict(n=1, **({page}))"
-    process = writing(tmp_path, 1200, dict(mode="online"), metrics, variables)
+    process = writing(tmp_path, 600, dict(mode="online"), metrics, variables)
     wait_for(lambda: process.stdout.readline() and "run" in server.runs and len(server.rows("run")) > 10, every=0)
     process.kill()
     process.communicate()
     had = len(server.rows("run"))
-    last = writing(tmp_path, 1200, dict(mode="online"), metrics, variables)
+    last = writing(tmp_path, 600, dict(mode="online"), metrics, variables)
     stdout, stderr = last.communicate(timeout=120)
-    assert json.loads(stdout.splitlines()[-1]) == [1200, 1200, 0, 1, []], stderr[-800:]
-    assert 10 < had < 1200
+    assert json.loads(stdout.splitlines()[-1]) == [600, 600, 0, 1, []], stderr[-800:]
+    assert 10 < had < 600
     rows = server.rows("run")
-    assert numbers(rows) == list(range(1200))
-    assert [row["step"] for row in rows] == list(range(1200))
-    assert [row["step"] for row in rows if "page" in row] == list(range(0, 1200, 50))
+    assert numbers(rows) == list(range(600))
+    assert [row["step"] for row in rows] == list(range(600))
+    assert [row["step"] for row in rows if "page" in row] == list(range(0, 600, 50))
 
 
 @pytest.mark.slow
