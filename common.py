@@ -135,6 +135,8 @@ class Handle:
         Raises TypeError or ValueError naming the key of what can't be logged, ValueError for more than 900 MB at once,
         RunFinishedError after `finish`, and RuntimeError in a driver whose Ray is not running any more.
         """
+        if commit and isinstance(commit, str):
+            raise TypeError(f"commit must be True or False, not {commit!r}; or was it meant as label=?")
         kind, step = records.COMMIT if commit else records.REPORT, values.as_step(step)
         values.check_label(label)
         report, growing = values.pack_report(values.as_report(metrics, step))
@@ -243,12 +245,13 @@ class WandbRun(Handle):
     data: it can be pickled, and processes without Ray can log with it.
 
     project, name: where the run goes and what it is called.
-    pipeline: actor class that reduces the reports, see `pipeline_actor`.
+    pipeline: actor class that reduces the reports, see `pipeline_actor`. The default one has rules for the keys of the
+    demos' training, such as `loss` and `tokens`.
     workers: how many workers report a step. A worker is an actor, a task, or else a process.
     prefix: put before every key, "training/" for instance; the step axis is `<prefix>step`. That of the pipeline's
     class counts only where the run is shared.
     share: another WandbRun; this is a view of it: its rows go to the same run, under another prefix, on an axis of
-    their own.
+    their own. It has the name of that run.
     init: for `wandb.init` as it is (group, job_type, tags, config, notes, entity, mode, dir, id, resume, settings, …).
 
     Attributes: `id`, `name`, `project`, `mode`, `config`, `url` (None if not online), `path` (the run's folder, None if

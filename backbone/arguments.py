@@ -5,6 +5,7 @@ wandb, or its server at an upload a week later, would refuse the same, but in mo
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +16,14 @@ from .ledger import line
 from .values import shown
 
 LONGEST, LONGEST_TAG = 128, 64  # characters that the server takes
+MODES = ("online", "offline", "disabled", "dryrun", "run")  # of which the last two are old names
 SAME = {"run_id": "id", "root_dir": "dir", "run_name": "name", "run_group": "group", "run_job_type": "job_type"}
 SAME |= {"run_tags": "tags", "run_notes": "notes"}  # settings -> arguments
 SAME |= {name: name for name in ("entity", "mode", "resume")}
+USUAL = {*SAME.values(), "project", "config", "settings"}  # arguments of `wandb.init`
 
 
-def said(init: Mapping[str, Any]) -> dict[str, Any]:
+def as_given(init: Mapping[str, Any]) -> dict[str, Any]:
     """What the code says to `wandb.init`; settings are a dict, without those that are arguments as well."""
     init = {key: value for key, value in init.items() if value is not None}
     settings = init.get("settings") or {}
@@ -35,10 +38,11 @@ def said(init: Mapping[str, Any]) -> dict[str, Any]:
 def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """What goes to `wandb.init`, with an absolute `dir` and a config of plain values.
 
-    init: see `said`. own: what holds unless `init` or the environment say else. Raises ValueError or TypeError for what
-    can't work.
+    init: see `as_given`. own: what holds unless `init` or the environment say else. Raises ValueError or TypeError for
+    what can't work.
     """
     variables = {name.removeprefix("WANDB_").lower(): value for name, value in environ.items()}
+    _check_arguments(init.keys() - USUAL)
     same = dict(id="run_id", dir="dir", job_type="job_type")
     from_environment = {key: variables[name] for key, name in same.items() if variables.get(name)}
 
@@ -54,6 +58,8 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
         raise ValueError(
             "resume='auto' goes on with the last run of a folder, whichever it was: use id= and resume='allow'"
         )
+    if (mode := given("mode")) and mode not in MODES:
+        raise ValueError(f"mode {shown(mode)} must be online, offline or disabled")
     _check_names({"name": variables.get("name"), "group": variables.get("run_group")} | from_environment | init)
     _check_project_and_entity(init["project"], given("entity"))
     _check_tags(init.get("tags", variables["tags"].split(",") if variables.get("tags") else ()))
@@ -69,6 +75,14 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
 def check_workers(workers: Any, least: int) -> None:
     if isinstance(workers, bool) or not isinstance(workers, int) or not least <= workers < 2**31:
         raise ValueError(f"workers must be an integer from {least}, not {workers!r}")
+
+
+def _check_arguments(names: set[str]) -> None:
+    if names:
+        import wandb  # only now, because that takes a while
+
+        if unknown := names - inspect.signature(wandb.init).parameters.keys():
+            raise TypeError(f"{min(unknown)!r} is no argument of WandbRun, nor of wandb.init")
 
 
 def _check_names(names: Mapping[str, Any]) -> None:

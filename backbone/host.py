@@ -70,21 +70,22 @@ class Host:
 
     def _read_on(self) -> None:
         """Reads as often as there is something, less often where there is nothing, until the owner has ended."""
-        pause, readings, alive = 0.02, [], time.monotonic()
+        pause, readings, seen_alive = 0.02, [], time.monotonic()
         while True:
             with self.lock:
                 began = time.monotonic()
                 if self.run and not self.run.reader.is_closed:
-                    readings, alive = self._read(), began
+                    readings, seen_alive = self._read(), began
                     is_over = self.run.state.facts.get("owner_end") is not None
                 else:
                     readings = []
-                    alive = began if is_alive(self._letter.address.folder, self._letter.process) else alive
-                    is_over = began > alive + 5  # so long `leave` may be on its way
+                    if is_alive(self._letter.address.folder, self._letter.process):
+                        seen_alive = began
+                    is_over = began > seen_alive + 5  # so long its call of `leave` may take to arrive
             if is_over:
                 return self._end_with_owner()  # without the lock, which the artifacts need
             news = any(not reading.is_empty for _, reading in readings)
-            pause = 0.02 if news else min(0.25, 1.2 * pause)
+            pause = 0.02 if news else min(0.5, 1.2 * pause)
             is_cut = any(reading.is_cut for _, reading in readings)
             time.sleep(0.001 if is_cut else max(pause, 4 * (time.monotonic() - began)))  # others want the lock, too
 

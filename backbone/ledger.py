@@ -59,7 +59,8 @@ class Ledger:
 
     def __str__(self) -> str:
         """For the end of a program: the account, where the run is, and each warning on a line of its own."""
-        account = f"{self.name}: {self.rows} rows from {self.reports} reports, {self.lost} lost"
+        name = f"{self.name} {self.prefix}".rstrip()
+        account = f"{name}: {self.rows} rows from {self.reports} reports, {self.lost} lost"
         return "\n  ".join([account, str(self.url or self.path or "disabled: nothing is kept"), *self.warnings])
 
     @property
@@ -82,8 +83,8 @@ def line(error: BaseException) -> str:
     return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
 
 
-def account(state: State, pipeline: Pipeline, there: Callable[[int], bool] | None = None) -> Ledger:
-    """A pipeline's ledger: so far, or at the end, when it is known of each row's number whether it is `there`."""
+def account(state: State, pipeline: Pipeline, has: Callable[[int], bool] | None = None) -> Ledger:
+    """A pipeline's ledger: so far, or at the end. has: says then of a row's number whether W&B has that row."""
     facts = state.facts
     known = ("name", "id", "mode", "url", "restarts", "uploaded", "lost_artifacts", "unheard")
     ledger = Ledger(**{field: facts[field] for field in known if field in facts})
@@ -91,8 +92,8 @@ def account(state: State, pipeline: Pipeline, there: Callable[[int], bool] | Non
     ledger.prefix, ledger.warnings = pipeline.prefix, state.warnings
     for field in ("reports", "rows", "partial", "lost_values"):
         setattr(ledger, field, pipeline.counts[field])
-    if there:
-        found = [row for number, row in rows_of(state, pipeline).items() if there(number)]
+    if has:
+        found = [row for number, row in rows_of(state, pipeline).items() if has(number)]
         ledger.rows, ledger.lost = len(found), ledger.reports - sum(reports for reports, _ in found)
         ledger.lost_values += sum(refused for _, refused in found) + facts.get("refused", 0)
     return ledger
@@ -114,7 +115,7 @@ def summary(state: State, pipelines: Sequence[Pipeline]) -> dict[str, int]:
 def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> None:
     """Makes the ledgers of a finished run. They stay in its state until they have arrived, and in its folder."""
     writer.logs.look()
-    ledgers = {pipeline.prefix: account(state, pipeline, writer.there()) for pipeline in pipelines}
+    ledgers = {pipeline.prefix: account(state, pipeline, writer.has) for pipeline in pipelines}
     if lost := sum(ledger.lost for ledger in ledgers.values()):
         state.warn("lost", f"{lost} reports are in no row")
     for ledger in ledgers.values():
@@ -122,13 +123,13 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
     state.note(ledgers=ledgers)
     with contextlib.suppress(OSError, sqlite3.Error):
         state.commit()
-        said = {}
+        content = {}
         for pipeline in pipelines:
             row_reports = {number: reports for number, (reports, _) in rows_of(state, pipeline).items()}
-            said[pipeline.prefix] = dataclasses.asdict(ledgers[pipeline.prefix]) | {"row_reports": row_reports}
+            content[pipeline.prefix] = dataclasses.asdict(ledgers[pipeline.prefix]) | {"row_reports": row_reports}
         if paths := state.facts.get("paths"):
             written = Path(paths[-1], f"{FILE}.tmp")
-            written.write_text(json.dumps(said, default=str))
+            written.write_text(json.dumps(content, default=str))
             written.rename(Path(paths[-1], FILE))
 
 
@@ -137,16 +138,16 @@ def count(folder: Path) -> Ledgers:
 
     Raises OSError where there is no ledger, and ValueError where it can't be read.
     """
-    said: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
+    content: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
     ledgers = {}
-    for prefix, each in said.items():
+    for prefix, each in content.items():
         row_reports = {int(number): reports for number, reports in each.pop("row_reports").items()}
         each["paths"] = [folder.parent / Path(path).name for path in each["paths"]]
         ledger = ledgers[prefix] = Ledger(**each)
         if ledger.mode == "online" and ledger.uploaded:
             continue  # what the server had before a restart need not be here
-        there = TransactionLogs(path for path in ledger.paths if path.exists()).there
-        found = [reports for number, reports in row_reports.items() if number in there]
+        logged = TransactionLogs(path for path in ledger.paths if path.exists()).numbers
+        found = [reports for number, reports in row_reports.items() if number in logged]
         ledger.rows, ledger.lost = len(found), ledger.reports - sum(found)
     return ledgers
 
@@ -160,7 +161,7 @@ def main(folders: list[str]) -> int:
             ledgers = count(Path(folder).resolve())
         except (OSError, ValueError) as error:
             status = 1
-            print(f"{folder}: no ledger of a finished run: {line(error)}", file=sys.stderr)
+            print(f"{folder} is no folder of a finished run: {line(error)}", file=sys.stderr)
             continue
         for ledger in ledgers.values():
             print(ledger)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .files import CLOSED_FOLDER, Address
 from .ledger import RunFinishedError, run_is_finished
-from .page import NOBODY_READS, OTHER, raise_from_outside
+from .page import NOBODY_READS, OTHER, is_from_outside
 from .records import COMMIT, EXIT, GOODBYE, REPORT, Files, record
 
 if TYPE_CHECKING:  # it knows of Ray
@@ -49,17 +49,16 @@ class Outbox:
         """
         if self.is_finished:
             raise run_is_finished(self.address.name)
-        size, files = len(content), self._files  # which another thread may replace
-        fits = files and files.segments.records < files.room.records and files.segments.bytes + size <= files.room.bytes
-        room = fits or (self._wait(size) if files else self.open())
+        files, size = self._files, len(content)
+        has_room = (files.has_room(size) or self._wait(size)) if files else self.open()
         with self._lock:
-            now, files = time.monotonic(), self._files
-            is_written = room and files and files.write(kind, pipeline, step, content, now, label)
+            now, files = time.monotonic(), self._files  # another thread may have replaced them
+            is_written = has_room and files and files.write(kind, pipeline, step, content, now, label)
             if not is_written and not self.is_closed:
                 self._lose(pipeline if kind in (REPORT, COMMIT) else OTHER, 1)
             # After the record: a relay that goes says so, and then reads once more, so one of them sees the other.
             if now >= self._next_look:
-                self.look(now, pipeline)
+                self.keep_reachable(now, pipeline)
         if self.is_finished or self.is_closed:
             self.is_finished = True  # so that this was the last record
             raise run_is_finished(self.address.name)
@@ -71,12 +70,12 @@ class Outbox:
             written = files.segments.records, files.segments.bytes
             if (room := files.room.look(files.page.read, written, size, files.folder)) is not None:
                 return room
-            self.look(time.monotonic())
+            self.keep_reachable(time.monotonic())
             time.sleep(0.002)
         return True
 
-    def look(self, now: float, pipeline: int = 0) -> None:
-        """Once a second, while something is logged, or the process's life matters: whether anybody can read it."""
+    def keep_reachable(self, now: float, pipeline: int = 0) -> None:
+        """Once a second: opens it anew if somebody has removed it, and tells the run of it if nobody reads it."""
         with self._lock:
             if now < self._next_look or not (files := self._files):
                 return
@@ -98,7 +97,8 @@ class Outbox:
             self.is_finished = self.process.ray is not None  # else its parent may tell the run of it later
             raise
         except OSError as error:  # the disk is full, or the folder has just been removed
-            raise_from_outside(error)
+            if is_from_outside(error):
+                raise
 
     def _lose(self, pipeline: int, reports: int) -> None:
         if not self._lost:
@@ -111,7 +111,7 @@ class Outbox:
         """Waits until all records have left this node; whether they have within so many seconds."""
         deadline = time.monotonic() + timeout
         while not (has_left := self._has_left()) and (now := time.monotonic()) < deadline:
-            self.look(now)
+            self.keep_reachable(now)
             time.sleep(0.01)
         return has_left
 

@@ -55,7 +55,7 @@ class Owned:
         except Exception as error:
             if not self.prefixes:
                 self.undo.close()
-            hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
+            hint = "; or set WANDB_API_KEY, or pass mode='offline'" if "API key" in str(error) else ""
             kind = RuntimeError if isinstance(error, calls.ActorGoneError) else type(error)
             raise kind(f"W&B run {self.letter.address.name!r} can't start: {line(error)}{hint}") from None
         except BaseException as error:  # Ctrl-C, or what a signal handler raises: let it get ready, and end as that
@@ -85,7 +85,7 @@ class Owned:
             stopped = False
             while not box.is_finished and not box.is_closed:
                 with contextlib.suppress(RuntimeError):  # the run is finished
-                    box.look(time.monotonic())
+                    box.keep_reachable(time.monotonic())
                 if not stopped and (stopped := file.exists()):
                     self.stop()
                 time.sleep(1)
@@ -105,10 +105,10 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
     pipeline: the actor class. init: for `wandb.init`. Raises ValueError, TypeError or OSError for what can't work; then
     nothing is left of it.
     """
-    context, init = get_runtime_context(), arguments.said(init)
+    context, init = get_runtime_context(), arguments.as_given(init)
     with contextlib.ExitStack() as undo:
         nonce = uuid.uuid4().hex
-        environ, claim, aside = travelling(init.get("id"), nonce)
+        environ, claim, aside = environment_of_actor(init.get("id"), nonce)
         undo.callback(ray_internals.release, claim, nonce)
         own = dict(id=uuid.uuid4().hex[:8], dir=".", job_type=pipeline.job_type)
         init = arguments.complete(init, own, environ)
@@ -133,10 +133,10 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
         return Owned(actor, told, stop, undo.pop_all())
 
 
-def travelling(own_id: str | None, nonce: str) -> tuple[dict[str, str], str, str]:
-    """The variables that a run's actor gets, the claim of the ids among them, or a line to say why they stay outside.
+def environment_of_actor(own_id: str | None, nonce: str) -> tuple[dict[str, str], str, str]:
+    """The variables that a run's actor gets; the claim of the ids among them; why it gets no ids, if it doesn't.
 
-    own_id: the run's id, if the code says so.
+    An id of a run or a sweep is for one run: the first that claims it. own_id: the run's id, if the code says so.
     """
     # What `ray.init(runtime_env={"env_vars": …})` says, the driver's own environment has not.
     job = get_runtime_context().runtime_env.get("env_vars") or {}
@@ -145,7 +145,9 @@ def travelling(own_id: str | None, nonce: str) -> tuple[dict[str, str], str, str
     environ.pop("WANDB_SERVICE", None)  # of wandb in this process
     run, sweep = environ.get("WANDB_RUN_ID"), environ.get("WANDB_SWEEP_ID")
     claim = f"{run}/{sweep}"
-    if not (run or sweep) or (own_id in (None, run) and ray_internals.claim(claim, nonce)):
+    if not (run or sweep):
+        return environ, claim, ""
+    if own_id in (None, run) and ray_internals.claim(claim, nonce):
         return environ, claim, ""
     for name in ONE_RUN:
         environ.pop(name, None)
@@ -171,7 +173,7 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
 
     begun: how the run began, for the ledgers if that fails.
     """
-    letter, folder, said = run.letter, run.letter.address.folder, b""
+    letter, folder, stderr = run.letter, run.letter.address.folder, b""
     if ray_internals.which_ray() and ray_internals.ray_answers():
         ray_internals.delete(letter.address.key("open"))  # behind that nobody logs for the first time elsewhere
         places = ray_internals.keys(letter.address.key("place"))
@@ -184,12 +186,12 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
     upload = float(settings.get("finish_timeout", letter.environ.get("WANDB_FINISH_TIMEOUT") or 60))
     seconds = 30 + upload if upload else None
     with contextlib.suppress(subprocess.TimeoutExpired):  # then it goes on
-        _, said = finishing.communicate(timeout=seconds)
+        _, stderr = finishing.communicate(timeout=seconds)
     if (folder / recover.LEDGERS).exists():
         ledgers = recover.read_ledgers(folder)
         forget(letter.address)
         return ledgers
     process.forget(letter.address)  # the folder stays, so that somebody can try again
-    problem = said.decode(errors="replace").strip().rpartition("\n")[2] or f"that takes more than {seconds} s"
+    problem = stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"that takes more than {seconds} s"
     told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
     return {each: dataclasses.replace(begun, prefix=each, unheard=["all"], warnings=told) for each in run.prefixes}

@@ -124,13 +124,13 @@ def leave_note(folder: Path, process: str) -> None:
     try:
         os.symlink(process, folder / f"{uuid.uuid4().hex}.lost")
     except OSError as error:
-        raise_from_outside(error)
+        if is_from_outside(error):
+            raise
 
 
-def raise_from_outside(error: OSError) -> None:
-    """Raises what is none of the system's: a signal handler's TimeoutError is an OSError, too."""
-    if error.errno is None:
-        raise error
+def is_from_outside(error: OSError) -> bool:
+    """Whether a signal handler has raised it, such as a TimeoutError: the system's own errors have a number."""
+    return error.errno is None
 
 
 class Seen(NamedTuple):
@@ -146,17 +146,20 @@ class Seen(NamedTuple):
 def see(path: str | Path, state: int | None = None) -> Seen | None:
     """Looks at a page, and writes a new state there, if it is given. None where there is no page any more."""
     try:
-        with open(path, "r+b", buffering=0) as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lives = False
-            except OSError:
-                lives = True
-            content = file.read(SIZE)  # behind that: who has died has counted all that was lost
-            if state not in (None, content[0]):
-                os.pwrite(file.fileno(), bytes([state]), 0)
+        file = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return None
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lives = False
+        except OSError:
+            lives = True
+        content = os.pread(file, SIZE, 0)  # behind that: who has died has counted all that was lost
+        if state not in (None, content[0]):
+            os.pwrite(file, bytes([state]), 0)
+    finally:
+        os.close(file)
     _, *position = READ.unpack_from(content)
     lost, about = content[LOST_AT:ABOUT_AT], content[ABOUT_AT:]
     return Seen(Position(*position), bool(content[STAYS_AT]), lost, about, lives)

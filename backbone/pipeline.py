@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from . import records, values
 from .ledger import line
-from .reduction import REFUSED, Reduction, reduce_reports
+from .reduction import BETTER, REFUSED, Reduction, reduce_reports
 from .state import Row, State
 from .steps import OpenStep, Steps
 
@@ -66,9 +66,9 @@ class Pipeline:
 
     # Rows
 
-    def rows(self) -> list[Row]:
-        """Of the steps that are over."""
-        closed, self.steps.rows = self.steps.rows, []
+    def make_rows(self) -> list[Row]:
+        """Makes the rows of the steps that are over, and gives each its number."""
+        closed, self.steps.over = self.steps.over, []
         warnings, self.steps.warnings = self.steps.warnings, []
         for kind, what in warnings:
             self._warn(kind, what)
@@ -98,7 +98,7 @@ class Pipeline:
     def _improve(self, row: Mapping[str, Any]) -> None:
         for key, op in self.reduction.best.items():
             if isinstance(value := row.get(key), int | float) and math.isfinite(value):
-                self.best[key] = {"max": max, "min": min}[op](value, self.best.get(key, value))
+                self.best[key] = BETTER[op](value, self.best.get(key, value))
 
     def best_values(self) -> dict[str, dict[str, float]]:
         """As W&B has them in the summary: after a restart W&B itself knows only the values since."""

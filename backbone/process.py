@@ -53,7 +53,7 @@ class Process:
         return self.name
 
     def note_task(self) -> None:
-        """A handle has arrived, maybe with a task of whose threads only others will log."""
+        """Remembers which task runs, as long as its main thread asks: its other threads can't find that out."""
 
     def find_folder(self, address: Address) -> Path:
         """The folder of a run's outboxes on this node. Raises RunFinishedError, and RuntimeError where there is none.

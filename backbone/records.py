@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .page import CLOSED, Page, Position, Room, leave_note, raise_from_outside
+from .page import CLOSED, Page, Position, Room, is_from_outside, leave_note
 from .values import encodable
 
 if TYPE_CHECKING:  # it knows of Ray
@@ -105,7 +105,8 @@ class Segments:
                 return True
             self.settle()  # now: behind half a record nobody would find the next one
         except OSError as error:
-            raise_from_outside(error)
+            if is_from_outside(error):
+                raise
         return False
 
     def settle(self) -> None:
@@ -165,7 +166,8 @@ class Files:
         try:
             return cls(folder, process, lost)
         except OSError as error:
-            raise_from_outside(error)
+            if is_from_outside(error):
+                raise
             if folder.exists() and not lost:
                 leave_note(folder, process.name)
             return None
@@ -180,6 +182,10 @@ class Files:
         """Whether the reader has all that was written."""
         self.segments.settle()
         return self.page.read[1] >= self.segments.bytes
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes may be written without a look at how far the reader is."""
+        return self.segments.records < self.room.records and self.segments.bytes + size <= self.room.bytes
 
     def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
         """Whether the record could be written."""

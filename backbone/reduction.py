@@ -17,6 +17,7 @@ from .ledger import line
 
 Warn = Callable[[str, str], None]  # (what kind of thing, what exactly): a kind is told once
 _NUMBERS = {int, float}
+BETTER = {"max": max, "min": min}  # of two values of a key, by what `Reduction.best` says of it
 REFUSED = "refused"  # how a kind begins that means a lost value
 _SMALL = 2.0**-520  # a double, times this, can be squared and added up
 
@@ -50,18 +51,18 @@ class Reduction:
     best: Mapping[str, str] = dataclasses.field(default_factory=dict)  # key of a row -> max or min, for the runs' table
 
     def __post_init__(self) -> None:
-        for keys in (self.sums, self.totals, self.largest, self.worst):
-            if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
-                raise TypeError(f"{keys!r} must be a sequence of keys: ({keys!r},)")
         if not all(isinstance(rules, Mapping) for rules in (self.weights, self.statistics, self.best)):
             raise TypeError("weights, statistics and best must be mappings from keys")
+        for names in (self.sums, self.totals, self.largest, self.worst, *self.statistics.values()):
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"{names!r} must be a sequence of strings: ({names!r},)")
         if not all(isinstance(weight, str) for weight in self.weights.values()):
             raise TypeError(f"weights must be keys of metrics: {self.weights!r}")
         for name in itertools.chain.from_iterable(self.statistics.values()):
             if not re.fullmatch(r"mean|min|max|std|histogram|p\d\d?", name):
                 raise ValueError(f"statistic {name!r} must be mean, min, max, std, histogram or a percentile as p99")
         for key, best in self.best.items():
-            if best not in ("max", "min") or "*" in key:
+            if best not in BETTER or "*" in key:
                 raise ValueError(f"best must say of a key, and of no pattern, max or min; not {best!r} of {key!r}")
         object.__setattr__(self, "_rules", {})
 
@@ -70,6 +71,7 @@ class Reduction:
         if key not in self._rules:
             how = "sum" if _first(self.sums, key) else "largest" if _first(self.largest, key) else "mean"
             weight = self.weights.get(_first(self.weights, key))
+            weight = None if weight == key else weight  # which fits a pattern such as `actor/*`, too
             names = self.statistics.get(_first(self.statistics, key), Rule().statistics)
             self._rules[key] = Rule(how, weight, bool(_first(self.totals, key)), names, bool(_first(self.worst, key)))
         return self._rules[key]

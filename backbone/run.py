@@ -94,9 +94,9 @@ class Run:
         look: see `Reader.read`. Returns the readings that are safe now. Raises sqlite3.OperationalError as long as the
         disk is full, and reads nothing new until then; ServiceDiedError if wandb-core is dead.
         """
-        if not self.paused and not self._held:
-            self.inbox.clock += min(1.0, time.monotonic() - self._read_at)  # at most: the process may have been stopped
         if not self._held:
+            if not self.paused:  # a second at most, because this process may have been stopped
+                self.inbox.clock += min(1.0, time.monotonic() - self._read_at)
             brought = [(HOME, self.reader.read(look)), *brought]
         for node, reading in brought:
             self.inbox.take(node, reading)
@@ -104,7 +104,7 @@ class Run:
         ticks = self.inbox.clock - self._ticked >= 1 and not any(reading.is_cut for _, reading in self._held)
         if ticks:
             self._tick()
-        if self.state.is_pending or any(each.steps.rows or each.steps.warnings for each in self.pipelines):
+        if self.state.is_pending or any(each.steps.over or each.steps.warnings for each in self.pipelines):
             self._save()
         elif ticks:
             self.state.note(clock=self.inbox.clock)
@@ -130,7 +130,7 @@ class Run:
         3. Then W&B gets the rows. Those that it misses after a death are in the state.
         """
         for pipeline in self.pipelines:
-            self._rows += pipeline.rows()
+            self._rows += pipeline.make_rows()
             pipeline.save()
         for row in self._rows:
             self.inbox.said.forget(row.metrics)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import transaction_log, wandb_internals
 from .ledger import line
+from .reduction import BETTER
 from .state import State
 
 if TYPE_CHECKING:  # importing it takes a second, and workers don't need it
@@ -32,7 +33,7 @@ def wandb_init(state: State, init: dict[str, Any]) -> tuple[wandb.Run, float]:
         init = _to_go_on(init, state.facts["mode"])
     folder, settings = Path(init["dir"], "wandb"), init["settings"]
     defaults = dict(silent=True, console="off", console_multipart=True, init_timeout=10, finish_timeout=60)
-    settings = wandb_internals.unless_said(defaults | wandb_internals.repository()) | settings
+    settings = wandb_internals.unless_set(defaults | wandb_internals.repository()) | settings
     timeout = float(settings.get("finish_timeout") or wandb_internals.session_settings().finish_timeout) or math.inf
     settings |= dict(finish_timeout_raises=True)
     init = init | dict(settings=wandb.Settings(**settings), reinit="create_new")
@@ -129,7 +130,7 @@ class Resumed(NamedTuple):
             with contextlib.suppress(KeyError, TypeError):  # a server has max and last of a key below it
                 values.append(self.summary[prefix + key][op])
             if numbers := [*filter(_is_number, values)]:
-                found[key] = {"max": max, "min": min}[op](numbers)
+                found[key] = BETTER[op](numbers)
         return found
 
     def _rows(self) -> Iterator[dict[str, str]]:

@@ -59,13 +59,13 @@ class State:
         self.hear: Callable[[str], None] = lambda warning: None  # is told the first warning of a kind
 
     def do(self, statement: str, *values: Any, key: object = None) -> None:
-        """To be done with the next commit. Of those with the same key only the last one counts."""
+        """Queues a statement for the next commit. It replaces one that waits under the same key."""
         key = object() if key is None else key
         self._queue.pop(key, None)
         self._queue[key] = statement, values
 
     def take_back(self, key: object) -> tuple:
-        """What was to be done under a key is not; the values of that statement, or nothing."""
+        """Takes a statement out of the queue; returns its values, or nothing if it has been committed."""
         return self._queue.pop(key, ("", ()))[1]
 
     @property
@@ -133,13 +133,13 @@ class State:
         """The numbers of the rows whose content is still there."""
         return [number for (number,) in self.db.execute("SELECT number FROM rows WHERE metrics IS NOT NULL")]
 
-    def missing(self, there: Callable[[int], bool], highest: int) -> Iterator[Row]:
-        """The rows that W&B lacks, in order. there: says whether it has a number. highest: the highest that it has.
+    def missing(self, has: Callable[[int], bool], highest: int) -> Iterator[Row]:
+        """The rows that W&B lacks, in order. has: says whether it has a number. highest: the highest that it has.
 
         W&B drops a number below that, so such a row gets a new one, behind all others.
         """
         self.commit()
-        for _, number in sorted((number < highest, number) for number in self.waiting() if not there(number)):
+        for _, number in sorted((number < highest, number) for number in self.waiting() if not has(number)):
             new = number
             if number < highest:
                 self._last = new = max(self.facts.get("first", 0), self._last + 1)

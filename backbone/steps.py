@@ -1,8 +1,7 @@
 """When a step becomes a row. The rule, free of Ray, wandb and SQL.
 
-A *worker* is one life of somebody who logs: a process of an actor, an attempt of a task, else a process. It is *done*
-with a step once it has reported it and then another one, or has said so (`commit=True`), or has ended. An open step
-becomes a row
+A *worker* is one life of somebody who logs: an actor's process, an attempt of a task, else a process. It is *done* with
+a step when it has reported it and then another, or has said so (`commit=True`), or has ended. A step becomes a row
 
 1. when all who have reported it are done with it, and they are `workers`. Who ended ten seconds ago or longer need not
    have reported it. Until then somebody may take the place: a restart, actors that are made anew for each step;
@@ -73,7 +72,7 @@ class Steps:
 
     def __init__(self, workers: int):
         self.workers = workers
-        self.rows: list[tuple[int, OpenStep]] = []  # steps that are over; whoever calls the methods takes them
+        self.over: list[tuple[int, OpenStep]] = []  # steps that are over; whoever calls the methods takes them
         self.warnings: list[tuple[str, str]] = []  # each a kind and a sentence; so are these
         self.open: dict[int, OpenStep] = {}  # oldest first
         self.known: dict[str, Worker] = {}  # the living, and those of the ended that still matter
@@ -152,6 +151,10 @@ class Steps:
                 self._close(step)
 
     def finish(self) -> None:
+        most = max((len(each.speakers) for each in self.open.values()), default=self.workers)
+        if self._newest < 0 and most < self.workers:  # in a short run nothing has been said before
+            told = f"no step was reported by {self.workers} workers, {most} at most: pass workers={most} if no more log"
+            self.warnings.append(("few workers", told))
         for step in sorted(self.open):
             self._close(step)  # rule 4
 
@@ -178,7 +181,7 @@ class Steps:
         if open_step.tasks:
             self._warn_of_many(len(open_step.speakers))
         open_step.partial = len(open_step.speakers) < self.workers
-        self.rows.append((step, open_step))
+        self.over.append((step, open_step))
         for name in open_step.reports:
             self.known[name].steps.discard(step)
             self._forget(self.known[name])
@@ -189,9 +192,7 @@ class Steps:
             self.known.pop(worker.name, None)
 
     def _excused(self, open_step: OpenStep, now: float) -> int:
-        """How many of those who have ended need not report a step: who ended ten seconds ago, and after the birth of
-        one that lives and has reported it. At most `workers` less the living, and none where tasks report it.
-        """
+        """How many of the ended it does not wait for: they ended ten seconds ago, while one that reported it lived."""
         if open_step.tasks:
             return 0
         births = (self.known[name].born for name in open_step.reports if not self.known[name].end)
@@ -216,5 +217,4 @@ def _few(step: int, open_step: OpenStep, steps: Steps) -> str:
 
 def living(known: dict[str, Worker], regular: bool = False) -> set[str]:
     """Whom those are counted as that have logged, more than one step if `regular`, and live; without tasks."""
-    living = (worker for worker in known.values() if not worker.end and not worker.task)
-    return {worker.speaks_for for worker in living if worker.regular or not regular}
+    return {each.speaks_for for each in known.values() if not each.end and not each.task and each.regular >= regular}

@@ -84,7 +84,7 @@ def _begin(run: Run) -> None:
 def _count_restart(run: Run) -> None:
     # Of a disabled run no row is on the disk.
     [(arrived,)] = run.state.db.execute("SELECT count(*) FROM rows WHERE metrics IS NULL")
-    rows, facts = max(arrived, len(run.writer.logs.there)), run.state.facts
+    rows, facts = max(arrived, len(run.writer.logs.numbers)), run.state.facts
     deaths = 0 if rows > facts.get("rows_at_restart", -1) else facts["deaths"] + 1
     run.state.note(restarts=facts.get("restarts", 0) + 1, deaths=deaths, rows_at_restart=rows)
     if deaths > DEATHS:

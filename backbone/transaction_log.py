@@ -60,7 +60,7 @@ class TransactionLogs:
 
     def __init__(self, folders: Iterable[str | Path]):
         self._tails: list[Tail] = []
-        self.there: set[int] = set()  # W&B's own step of the rows
+        self.numbers: set[int] = set()  # of the rows: W&B's own step
         self.add(folders)
         self.look()
 
@@ -70,7 +70,7 @@ class TransactionLogs:
     def look(self) -> list[int]:
         """Reads on; the numbers of the rows that have come."""
         new = [number for tail in self._tails for number in tail.numbers()]
-        self.there.update(new)
+        self.numbers.update(new)
         return new
 
 

@@ -83,7 +83,7 @@ def as_text(value: str) -> str:
 
 
 def encodable(value: str) -> str:
-    """The same, of any text: half of a character, such as a tokenizer makes, is written out."""
+    """As `as_text`; half of a character, such as a tokenizer makes, is written out."""
     return as_text(value).encode("utf-8", "backslashreplace").decode()
 
 
@@ -102,7 +102,7 @@ def shown(value: Any) -> str:
 
 def _check_key(key: str) -> None:
     if not key or key[0] == "_" or key == "workers":
-        raise ValueError(f"metric key {key!r} must not be empty or 'workers', which every row has, nor start with '_'")
+        raise ValueError(f"metric key {key!r} must not be empty, start with '_', or be 'workers', which every row has")
     try:
         key.encode()
     except UnicodeEncodeError as error:
@@ -180,12 +180,12 @@ def _as_array(value: Any) -> np.ndarray:
 
 
 def _one_of_each(values: list | tuple) -> list:
-    """A value of each type that is there, besides Python's own numbers."""
+    """A value of each type, if any is no number of Python's."""
     return [] if _NUMBERS.issuperset(map(type, values)) else [*{type(value): value for value in values}.values()]
 
 
 class _Pickler(pickle.Pickler):
-    """Sends media with their bytes, else a path in a temporary folder, and without a run that they are bound to."""
+    """Sends media with their bytes, as their path means nothing elsewhere, and without the run they are bound to."""
 
     def reducer_override(self, value: Any) -> Any:
         if (parts := media.parts(value)) is not None:

@@ -171,10 +171,10 @@ def _plain(value: Any) -> Any:
     return [*map(_plain, value)] if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
 
 
-def unless_said(settings: dict[str, Any]) -> dict[str, Any]:
+def unless_set(settings: dict[str, Any]) -> dict[str, Any]:
     """Those settings that neither the environment nor a file of wandb's sets, and how often the log is written."""
-    said = session_settings().model_fields_set
-    return {key: value for key, value in (settings | FLUSH_EVERY).items() if key not in said}
+    already_set = session_settings().model_fields_set
+    return {key: value for key, value in (settings | FLUSH_EVERY).items() if key not in already_set}
 
 
 def _in_environment(setting: str) -> bool:

@@ -66,7 +66,7 @@ class Writer:
         self.run, self.axes = run, Axes(run)
         mode = "disabled" if run.disabled else "offline" if run.offline else "online"
         own = [] if run.disabled else [run.sync_dir]
-        before = TransactionLogs(self._before).there
+        before = TransactionLogs(self._before).numbers
         first = max(run.starting_step, 1 + max(before, default=-1), facts.get("first", 0))
         self._state.note(
             id=run.id,
@@ -81,11 +81,11 @@ class Writer:
         for prefix, best in pipelines:
             self.axes.define(prefix, best)
         if mode == "online":  # what a dead actor has left in its folder may not have been sent
-            there, highest = (lambda number: number < run.starting_step), run.starting_step - 1
+            has, highest = (lambda number: number < run.starting_step), run.starting_step - 1
         else:
-            there, highest = self.there(), max(self.logs.there, default=-1)
-            self._state.arrived(self.logs.there.intersection(self._state.waiting()))
-        for row in self._state.missing(there, highest):
+            has, highest = self.has, max(self.logs.numbers, default=-1)
+            self._state.arrived(self.logs.numbers.intersection(self._state.waiting()))
+        for row in self._state.missing(has, highest):
             self.log(row)
 
     def resumed(self) -> Resumed:
@@ -183,14 +183,14 @@ class Writer:
             self._state.note(tried_again=True)
             with contextlib.suppress(sqlite3.Error):
                 self._state.commit()
-                if not all(map(self.there(), self._state.waiting())):
+                if not all(map(self.has, self._state.waiting())):
                     raise ServiceDiedError("wandb-core has not written all rows")
 
-    def there(self) -> Callable[[int], bool]:
-        """Says of a row's number whether W&B has it: in a transaction log here, or on the server."""
+    def has(self, number: int) -> bool:
+        """Whether W&B has the row of this number: in a transaction log here, or on the server."""
         mode = self._state.facts.get("mode")
         below = self.run.starting_step if self.run and mode == "online" else 0
-        return lambda number: mode == "disabled" or number < below or number in self.logs.there
+        return mode == "disabled" or number < below or number in self.logs.numbers
 
 
 def _refusal(what: str, call: Callable[[], object]) -> str:

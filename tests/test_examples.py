@@ -125,8 +125,8 @@ def test_the_readmes_worked_example_of_four_workers_is_what_the_rule_does():
 
     def look(now: int) -> None:
         steps.tick(now)
-        rows.extend((now, step, len(being.speakers)) for step, being in steps.rows)
-        steps.rows.clear()
+        rows.extend((now, step, len(being.speakers)) for step, being in steps.over)
+        steps.over.clear()
 
     def log(workers: str, step: int, now: int) -> None:
         for worker in workers:

@@ -237,6 +237,8 @@ def test_what_can_not_be_logged_raises_at_the_caller_and_harms_nothing(run):
     for step in (-1, 1.5, "1", None, True):
         with pytest.raises((TypeError, ValueError), match="step"):
             made.log({"a": 1.0}, step)
+    with pytest.raises(TypeError, match="commit must be True or False, not 'rank 0'; or was it meant as label="):
+        made.log({"a": 1.0}, 0, "rank 0")
     for arguments in (
         ("bad/name", "model", {"f": b"x"}),
         ("name", "model", {"f": 5}),

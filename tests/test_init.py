@@ -110,12 +110,14 @@ def test_names_that_the_server_would_refuse_are_refused(refused, monkeypatch, in
     refused(ValueError, why, **init)
 
 
-def test_what_has_the_wrong_type_is_named(refused, run):
+def test_what_can_not_be_right_is_named(refused, run):
     refused(TypeError, "settings must be a mapping or wandb.Settings, not 5", settings=5)
     refused(TypeError, "dir must be a path, not 5", dir=5)
     refused(ValueError, "job_type 5 must be a string of at most 128 characters", job_type=5)
-    with pytest.raises(ValueError, match=r"can't start: .*mode"):  # which wandb says, in the actor
-        run(mode="bogus")
+    refused(ValueError, "mode 'off' must be online, offline or disabled", mode="off")
+    refused(TypeError, "'worker' is no argument of WandbRun, nor of wandb.init", worker=8)
+    with pytest.raises(ValueError, match=r"can't start: .*console"):  # which wandb says, in the actor
+        run(settings={"console": "sideways"})
 
 
 @pytest.mark.parametrize("project", ["p" * 129, "team/project", "100%"])

@@ -88,6 +88,12 @@ def test_without_usable_weights_the_mean_is_plain_and_a_warning_says_so(warned, 
     assert ("no weight loss", message) in warned
 
 
+def test_a_weight_that_fits_the_pattern_itself_has_the_plain_mean(warned):
+    reports = [{"actor/loss": 1.0, "actor/tokens": 1}, {"actor/loss": 0.0, "actor/tokens": 3}]
+    row = reduced(warned, *reports, weights={"actor/*": "actor/tokens"})
+    assert (row, warned) == ({"actor/loss": 0.25, "actor/tokens": 2}, [])
+
+
 def test_a_report_that_has_the_weight_alone_does_not_count(warned):
     reports = {"loss": 1.0, "tokens": 10}, {"tokens": 990}
     assert reduced(warned, *reports, weights={"loss": "tokens"})["loss"] == 1.0
@@ -215,10 +221,12 @@ def test_a_statistic_that_is_none_is_refused_where_it_is_named(name):
         Reduction(statistics={"latency": ("mean", name)})
 
 
-@pytest.mark.parametrize("field", ["sums", "totals", "largest"])
-def test_a_forgotten_comma_is_refused(field):
-    with pytest.raises(TypeError, match="'tokens' must be a sequence of keys"):
-        Reduction(**{field: ("tokens")})
+@pytest.mark.parametrize(
+    "rules", [*({it: "p99"} for it in ("sums", "totals", "largest")), dict(statistics={"a": "p99"})]
+)
+def test_a_forgotten_comma_is_refused(rules):
+    with pytest.raises(TypeError, match=r"'p99' must be a sequence of strings: \('p99',\)"):
+        Reduction(**rules)
 
 
 @pytest.mark.parametrize(

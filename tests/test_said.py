@@ -302,7 +302,7 @@ def test_the_ledger_is_in_the_runs_folder_and_summary_and_can_be_counted_anew(op
     for _ in range(2):
         done = recount()
         assert (done.returncode, done.stdout) == (1, "")
-        assert "no ledger of a finished run: " in done.stderr
+        assert " is no folder of a finished run: " in done.stderr
         assert done.stderr.count("\n") == 1
         (folder / "ledger.json").unlink(missing_ok=True)
 

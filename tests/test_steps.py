@@ -67,17 +67,17 @@ class Pipeline:
 
     @property
     def rows(self) -> list[tuple[int, dict[str, list[int]]]]:
-        return [(step, being.reports) for step, being in self.steps.rows]
+        return [(step, being.reports) for step, being in self.steps.over]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Each row's step and how many workers it stands on."""
-        return [(step, len(being.speakers)) for step, being in self.steps.rows]
+        return [(step, len(being.speakers)) for step, being in self.steps.over]
 
     @property
     def made(self) -> list[int]:
         """The steps of the rows."""
-        return [step for step, _ in self.steps.rows]
+        return [step for step, _ in self.steps.over]
 
     def attempts(self, reports: Mapping[str, list[int]]) -> set[int]:
         return {self.reports[report].attempt for each in reports.values() for report in each}
@@ -206,7 +206,7 @@ def test_two_steps_that_one_report_completes_become_rows_in_their_order():
         pipeline = Pipeline(workers=1)
         pipeline.say("a", step)
         pipeline.say("a", step + 1, commit=True)
-        assert [row for row, _ in pipeline.steps.rows] == [step, step + 1]
+        assert [row for row, _ in pipeline.steps.over] == [step, step + 1]
 
 
 def test_a_worker_that_reports_a_step_it_had_committed_makes_another_attempt():
@@ -394,7 +394,7 @@ def test_a_task_s_retry_gets_no_row_with_the_attempt_before_whose_end_nobody_has
         made.say("task x#1", 5, attempt=1)
     made.die("task x#0")
     made.finish()
-    rows = [{made.reports[i].attempt for ids in row.reports.values() for i in ids} for _, row in made.steps.rows]
+    rows = [{made.reports[i].attempt for ids in row.reports.values() for i in ids} for _, row in made.steps.over]
     assert rows == [{0}, {1}] * (1 + late)
 
 
@@ -728,7 +728,7 @@ def test_what_is_pickled_does_not_grow_with_what_is_over():
     for step in range(400):
         for worker in names(3):
             made.say(worker, step)
-        made.steps.rows.clear()  # as the pipeline takes them
+        made.steps.over.clear()  # as the pipeline takes them
         sizes.append(len(pickle.dumps(made.steps)))
     assert max(sizes[200:]) < 1.1 * max(sizes[:200])
 
@@ -831,12 +831,24 @@ def test_where_rows_are_slow_to_come_a_straggler_is_waited_for_accordingly():
     assert made.sizes[50:] == [(50, 1)]
 
 
+@pytest.mark.parametrize(
+    ("workers", "told"), [(2, []), (4, ["no step was reported by 4 workers, 2 at most: pass workers=2"])]
+)
+def test_in_a_run_too_short_for_the_clock_too_many_workers_are_told_at_its_end(workers, told):
+    made = Pipeline(workers=workers)
+    for step in range(5):
+        made.say("a", step)
+        made.say("b", step)
+    made.finish()
+    assert [what.partition(" if")[0] for _, what in made.steps.warnings] == told
+
+
 def test_how_slow_rows_are_is_known_after_a_restart():
     made = Pipeline(1)
     for step in range(20):
         made.now += 600
         made.say("actor a", step)
-    made.steps.rows.clear()
+    made.steps.over.clear()
     again = made.restarted()
     again.expect(2)
     again.steps.tick(again.now + 600)
@@ -914,8 +926,8 @@ def test_memory_follows_what_is_alive(kind, die):
         for worker in two:
             made.steps.end(worker, float(step), died=die)
         known = max(known, len(made.steps.known))
-        assert len(made.steps.rows) == 1
-        made.steps.rows.clear()
+        assert len(made.steps.over) == 1
+        made.steps.over.clear()
     assert known <= 10 + 100 + 2 * made.steps.workers
     assert len(made.steps._ended) <= 100 + 2 * made.steps.workers
 

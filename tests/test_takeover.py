@@ -328,7 +328,7 @@ def test_an_actor_that_dies_often_but_makes_rows_is_not_given_up(run):
     for round_ in range(4):  # more than in a row are allowed
         for step in range(20 * round_, 20 * round_ + 20):
             made.log({"a": 1.0}, step, commit=True)
-        wait_for(lambda n=round_: len(transaction_log.TransactionLogs(made.progress()[0].paths).there) == 20 * n + 20)
+        wait_for(lambda n=round_: len(transaction_log.TransactionLogs(made.progress()[0].paths).numbers) == 20 * n + 20)
         os.kill(pipeline_process(made), signal.SIGKILL)
         wait_for(lambda n=round_: made.progress()[0].restarts == n + 1)
     ledger = made.finish()
@@ -432,7 +432,7 @@ def test_a_restart_that_finds_the_state_gone_goes_on_with_a_new_one_and_the_ledg
 
     made, worker = run(), Worker.remote()
     ray.get(worker.log.remote(made, 0))
-    wait_for(lambda: len(transaction_log.TransactionLogs([made.path]).there) == 100)
+    wait_for(lambda: len(transaction_log.TransactionLogs([made.path]).numbers) == 100)
     for file in made.path.parent.glob(".*state*"):
         file.unlink()
     os.kill(pipeline_process(made), signal.SIGKILL)

@@ -57,7 +57,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
     run.finish()
     folder = Path(run.sync_dir)
     log = Log(folder)
-    assert transaction_log.TransactionLogs([folder]).there == {row["_step"] for row in log.rows} == {3, 5}
+    assert transaction_log.TransactionLogs([folder]).numbers == {row["_step"] for row in log.rows} == {3, 5}
     last = {key: json.loads(value) for row in transaction_log.rows(folder) for key, value in row.items()}
     assert (last["a"], last["x/tokens_total"], last["gone"], last["text"]) == (2, 7, 1, "ü")
     assert last["nan"] != last["nan"]
@@ -68,7 +68,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
 
 
 def test_a_folder_without_a_log_has_no_records(tmp_path):
-    assert transaction_log.TransactionLogs([tmp_path]).there == set()
+    assert transaction_log.TransactionLogs([tmp_path]).numbers == set()
     assert [*transaction_log.rows(tmp_path)] == []
 
 
@@ -77,8 +77,8 @@ def test_the_log_is_written_as_often_as_is_asked_for(begin):
     seldom, often = begin(), begin(wandb_internals.FLUSH_EVERY)
     for run in (seldom, often):
         run.log({"a": 1})
-    wait_for(lambda: transaction_log.TransactionLogs([often.sync_dir]).there == {0})
-    assert transaction_log.TransactionLogs([seldom.sync_dir]).there == set()
+    wait_for(lambda: transaction_log.TransactionLogs([often.sync_dir]).numbers == {0})
+    assert transaction_log.TransactionLogs([seldom.sync_dir]).numbers == set()
 
 
 def test_a_log_is_read_on_as_it_grows(begin):
@@ -434,12 +434,12 @@ def fresh(tmp_path, monkeypatch):
 
 def test_what_the_environment_or_a_file_says_is_not_set(fresh, tmp_path):
     defaults = dict(finish_timeout=60, init_timeout=10, console="off")
-    assert wandb_internals.unless_said(defaults) == defaults | wandb_internals.FLUSH_EVERY
+    assert wandb_internals.unless_set(defaults) == defaults | wandb_internals.FLUSH_EVERY
     fresh.setenv("WANDB_FINISH_TIMEOUT", "7")
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nconsole = wrap\n")
     wandb.teardown()
-    assert wandb_internals.unless_said(defaults) == {"init_timeout": 10} | wandb_internals.FLUSH_EVERY
+    assert wandb_internals.unless_set(defaults) == {"init_timeout": 10} | wandb_internals.FLUSH_EVERY
 
 
 def test_the_repository_around_the_working_directory_is_that_of_the_run(fresh, tmp_path, begin):

@@ -242,9 +242,9 @@ def test_many_refused_values_are_one_warning_with_its_count(opened):
     assert warning.endswith("(20 times)")
 
 
-def concluded(made: Opened, there: Callable[[], Callable[[int], bool]]) -> Ledger:
+def concluded(made: Opened, has: Callable[[int], bool]) -> Ledger:
     """The account where this is what is seen on the disk."""
-    made.writer.there = there
+    made.writer.has = has
     ledger.conclude(made.run.state, made.run.writer, made.run.pipelines)
     return made.state.facts["ledgers"][""]
 
@@ -254,7 +254,7 @@ def test_rows_that_do_not_come_to_disk_are_lost_and_told(opened):
     made.join()
     made.say(0, {"a": 1.0})
     made.finish()
-    account = concluded(made, lambda: lambda number: False)
+    account = concluded(made, lambda number: False)
     assert (account.reports, account.rows, account.lost, account.ok) == (1, 0, 1, False)
     assert account.warnings == ["1 reports are in no row"]
 
@@ -650,12 +650,12 @@ def test_numbers_of_whole_and_cut_logs_are_those_that_leet_finds(opened, tmp_pat
     path = folders(tmp_path)[0]
     whole = next(path.glob("*.wandb")).read_bytes()
     assert len(whole) > 10 * 32_768
-    assert transaction_log.TransactionLogs([path]).there == {*numbers(read_rows(path))} == {*range(400)}
+    assert transaction_log.TransactionLogs([path]).numbers == {*numbers(read_rows(path))} == {*range(400)}
     cut, chance, found = tmp_path / "cut" / path.name, random.Random(3), Counter()
     cut.mkdir(parents=True)
     places = [7, 8, 100, 32_768, 32_769, 2 * 32_768 - 3, *(chance.randrange(7, len(whole)) for _ in range(6))]
     for place in places:
         (cut / "run-run.wandb").write_bytes(whole[:place])
-        assert transaction_log.TransactionLogs([cut]).there == {*numbers(read_rows(cut))}, place
-        found[len(transaction_log.TransactionLogs([cut]).there)] += 1
+        assert transaction_log.TransactionLogs([cut]).numbers == {*numbers(read_rows(cut))}, place
+        found[len(transaction_log.TransactionLogs([cut]).numbers)] += 1
     assert len(found) > 6
