@@ -313,7 +313,9 @@ class WandbRun(Handle):
         with self._finishing:
             if self._is_view and not self._ledgers:
                 ledgers = self._ask("finish", exit_code, failure, self._prefix)
-                return ledgers[self._prefix] if ledgers else dataclasses.replace(self._begun, unheard=["all"])
+                return (
+                    ledgers[self._prefix] if ledgers else dataclasses.replace(self._begun, unheard=["all who logged"])
+                )
             if not self._ledgers:
                 self._finish(exit_code, failure)
             return self._ledgers[self._prefix]

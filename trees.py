@@ -5,7 +5,7 @@
 
 It takes demos' `--dir` or `wandb` folders, and reads the transaction logs, wandb's record of each run on the disk.
 Behind a project stands what all its runs have in common, and below it their artifacts. Keys with a prefix have a line
-of their own, `…` stands for more keys, and config is what not all of the runs have.
+of their own, `…` stands for more keys, and values of the config are shown where runs differ in them.
 """
 
 import json

@@ -6,23 +6,27 @@ A *report* is one call of `log`. A worker's process appends its reports to files
 actor* reads the outboxes of its node; on other nodes a *relay* does, and brings it what is there. A *row* is what W&B
 has of a step: all reports of it, reduced to one.
 
-It begins in `Handle.log`, in common.py: a `WandbRun` is a handle. To follow a report from there, read these, in this
-order:
+The way of a report is a dozen functions. Read these in this order, and what is around them when you need it:
 
-values.py      what may be logged, and how it is packed
-process.py     who logs in this process, and where its outboxes are; files.py has the folders
-records.py     how a report is written, and into which files; page.py says who writes, and whether that process lives
-outbox.py      takes a report in the worker's process: all of the above together
-reading.py     finds the outboxes of a node; tail.py reads what is new in one
-inbox.py       knows who has logged it, and hands it to its pipeline
-steps.py       when a step is over
-reduction.py   the reports of a step as one row
-pipeline.py    a pipeline of a run: reports in, numbered rows out
-state.py       what must survive the pipeline actor, in an SQLite file
-writer.py      gives rows to the W&B run, which starting.py starts
-run.py         does all this, in an order in which a death at any moment does no harm: see `Run._save`
-host.py        calls that again and again in the pipeline actor; actor.py has what others can ask of it
-relay.py       the same reading, on other nodes
+in the worker
+`Handle.log`                     common.py: a `WandbRun` is a handle
+`as_report`, `pack_report`       values.py: what may be logged, and how it is packed
+`Outbox.put`                     outbox.py: appends it to this process's files, and waits if too much is unread
+`OpenFiles.write`                records.py: these files; process.py knows who logs, files.py where they are
+
+in the pipeline actor
+`Host._read_on`                  host.py: reads again and again; actor.py has what others can ask of the actor
+`Run.read`                       run.py: does all that follows
+`Reader.read`                    reading.py: finds the node's outboxes; tail.py reads one, page.py says who lives
+`Inbox.take`                     inbox.py: whose a report is, and which pipeline's
+`Steps.log`, `Steps.end`         steps.py: when a step is over
+`Pipeline._row`                  pipeline.py: reports in, numbered rows out
+`reduce_reports`                 reduction.py: the reports of a step as one row
+`Run._save`                      run.py: first to the state (state.py, an SQLite file), then to W&B
+`Writer.log`                     writer.py: the W&B run, which starting.py starts
+
+on another node
+`Relay.read`                     relay.py: the same reading; the pipeline actor takes what it brings
 
 What happens when something dies:
 
@@ -41,7 +45,7 @@ What else workers log: said.py has alerts, config, summary and log lines. stagin
 run's folder, artifacts.py logs them. media.py knows W&B's data types.
 
 What these share: ledger.py is the account. nodes.py knows the nodes. What is not public is in ray_internals.py,
-wandb_internals.py and transaction_log.py.
+wandb_internals.py, transaction_log.py and media.py.
 """
 
 import os

@@ -6,6 +6,7 @@ outboxes/   pages and segments of the processes that log; it is `closed/` when n
 letter      what the pipeline actor must know of the owner
 pipelines   which there are, in case that the state is lost
 stop        somebody has pressed "Stop run"
+places      other places that have outboxes, for whoever finishes the run without its actor
 ledgers     the run is finished
 known       on other nodes: the run has been told of this folder
 node        on other nodes: whose relay reads here, if several nodes of Ray are on one machine
@@ -68,7 +69,7 @@ class Address(NamedTuple):
 
 @functools.cache
 def this_machine() -> str:
-    """What tells machines apart, and lives of one machine."""
+    """An id of this machine, since it was booted."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # no Linux
@@ -77,7 +78,7 @@ def this_machine() -> str:
 
 @functools.cache
 def this_view() -> str:
-    """What tells containers apart, each of which may have a temporary folder of its own."""
+    """An id of this container, which may have a temporary folder of its own."""
     try:
         return str(os.stat("/proc/self/ns/mnt").st_ino)
     except OSError:
@@ -117,7 +118,7 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def disk_is_full(path: Path) -> bool:
-    """Nearly: nobody wants the last of a disk to be taken by a backlog."""
+    """Whether less than a tenth is free: nobody wants a backlog to take the last of a disk."""
     try:
         found = shutil.disk_usage(path)
     except OSError:  # somebody has removed it

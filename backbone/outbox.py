@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .files import CLOSED_FOLDER, Address
 from .ledger import RunFinishedError, run_is_finished
 from .page import NOBODY_READS, OTHER, is_from_outside
-from .records import COMMIT, EXIT, GOODBYE, REPORT, Files, record
+from .records import COMMIT, EXIT, GOODBYE, REPORT, OpenFiles, record
 
 if TYPE_CHECKING:  # it knows of Ray
     from .process import Process
@@ -35,7 +35,7 @@ class Outbox:
         self.is_finished = False
         self._lock = threading.RLock()  # a signal handler or a destructor may log in the middle of `put`
         self._lost: dict[int, int] = {}  # pipeline -> reports
-        self._files: Files | None = None  # until something is logged
+        self._files: OpenFiles | None = None  # until something is logged
         self._next_look = 0.0
 
     @property
@@ -155,10 +155,10 @@ class Outbox:
                 self._next_look = 0.0 if self._files else now + 1
             return self._files is not None
 
-    def _new_files(self) -> Files | None:
+    def _new_files(self) -> OpenFiles | None:
         """None where there is no room for them, or their folder has just been removed."""
         folder = self._find_folder()
-        files = Files.made(folder, self.process, self._lost) if folder else None
+        files = OpenFiles.made(folder, self.process, self._lost) if folder else None
         if not files:
             self._find_folder()  # raises where the run has just been finished
         elif (folder.parent / CLOSED_FOLDER).exists():  # in which nobody looks any more

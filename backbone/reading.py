@@ -96,7 +96,7 @@ class Reader:
     # Pages
 
     def _has_new_pages(self) -> bool:
-        """To be known before anything that was logged later is handed on, such as the end of a new process's parent."""
+        """Whether a process has begun to log. Its reports must not come behind what is later, as its parent's end."""
         try:
             changed = os.stat(self._folder).st_mtime_ns
         except FileNotFoundError:

@@ -26,7 +26,7 @@ WHO = 2  # who logs from here on
 GOODBYE = 3  # that worker will log nothing more
 EXIT = 4  # the process ends by itself; an owner's has exit code and failure
 SAID = 5  # anything else that a worker says, see said.py
-EXPECT = 6  # so many workers, which stand for the step, make a step complete from here on
+EXPECT = 6  # how many workers make a step complete from here on; that number is where the step would be
 COUNTED = (REPORT, COMMIT, SAID, EXPECT)
 # What only a reader says: an outbox is new (with who it is); reports were lost (see the page); its process has ended;
 # somebody has removed it.
@@ -70,9 +70,9 @@ def parse(content: bytes) -> Iterator[tuple[int, tuple, bytes]]:
 class Segments:
     """The segments that a process writes.
 
-    A signal handler or a destructor may append in the middle of `append`, and an exception may come out of it at any
-    place. Then it is in doubt what was written, and the next call looks. Python runs handlers after calls, so between
-    two lines that must not be torn apart there is no call.
+    In the middle of `append` a signal handler or a destructor may run, and append as well, or raise. So each write sets
+    a mark, and takes it away when the counts fit. If it is still there, or another call's is, the next call counts what
+    was written. Python runs handlers behind calls, so between lines that must not be torn apart there is none.
 
     path: of a segment by its number.
     """
@@ -101,7 +101,8 @@ class Segments:
             written = os.write(self._segment[1], record)
             if written == len(record):
                 self.records, self.bytes = self.records + counts, self.bytes + written
-                self._doubt = None if self._doubt is mark else mark  # else the counts of a handler are overwritten
+                # Where another call came in between, its counts have just been overwritten, so they stay in doubt.
+                self._doubt = None if self._doubt is mark else mark
                 return True
             self.settle()  # now: behind half a record nobody would find the next one
         except OSError as error:
@@ -130,19 +131,19 @@ class Segments:
 
     @property
     def are_removed(self) -> bool:
-        """Whether the one that is written is."""
+        """Whether somebody has removed the one that is written."""
         return os.fstat(self._segment[1]).st_nlink == 0
 
     def close(self) -> None:
         os.close(self._segment[1])
 
     def remove(self) -> None:
-        """The first one, which nobody has written to."""
+        """Closes and removes the first one, to which nothing was written."""
         self.close()
         os.unlink(self._path(0))
 
 
-class Files:
+class OpenFiles:
     """The files of an outbox, as long as they are open."""
 
     def __init__(self, folder: Path, process: Process, lost: Mapping[int, int]):
@@ -161,7 +162,7 @@ class Files:
             raise
 
     @classmethod
-    def made(cls, folder: Path, process: Process, lost: Mapping[int, int]) -> Files | None:
+    def made(cls, folder: Path, process: Process, lost: Mapping[int, int]) -> OpenFiles | None:
         """None where there is no room for them, of which a link in the folder tells the reader."""
         try:
             return cls(folder, process, lost)

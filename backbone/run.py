@@ -98,8 +98,8 @@ class Run:
             if not self.paused:  # a second at most, because this process may have been stopped
                 self.inbox.clock += min(1.0, time.monotonic() - self._read_at)
             brought = [(HOME, self.reader.read(look)), *brought]
-        for node, reading in brought:
-            self.inbox.take(node, reading)
+        for place, reading in brought:
+            self.inbox.take(place, reading)
         self._held += brought
         ticks = self.inbox.clock - self._ticked >= 1 and not any(reading.is_cut for _, reading in self._held)
         if ticks:

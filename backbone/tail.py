@@ -20,7 +20,7 @@ class OutboxTail:
     name: str
     position: Position
     lost: bytes = page.NOTHING_LOST
-    stays: bool = False  # its relay must stay, see `records.Files`
+    stays: bool = False  # its relay must stay, see `records.OpenFiles`
 
     def __post_init__(self) -> None:
         self._first = self.position.segment  # that is there
@@ -43,7 +43,7 @@ class OutboxTail:
         segment, offset, count, total = self.position
         latest = 0.0
         while True:
-            # To be seen before this segment is read to its end.
+            # Asked before this one is read: whoever has begun the next segment adds nothing to this one.
             has_next = os.path.exists(self.path(segment + 1))
             content, is_cut = _content(self.path(segment), offset, share)
             share -= len(content)

@@ -114,7 +114,7 @@ def test_a_copy_of_a_run_in_a_driver_makes_ray_say_nothing(ray_here, tmp_path, c
 
 def test_the_readme_shows_the_first_steps_as_a_diff():
     diff = re.search(r"```diff\n(.*?)```", README.read_text(), re.DOTALL)[1].splitlines()
-    source = (ROOT / "examples" / "first_steps.py").read_text().split('"""\n\n')[1].split("\n\n\nif __name__")[0]
+    source = (ROOT / "examples" / "first_steps.py").read_text().split('"""\n\n')[1]
     shown = [("+" if line.endswith(MARK) else " ") + line.removesuffix(MARK) for line in source.splitlines()]
     assert [line.strip(" ") for line in diff] == [line.strip(" ") for line in shown]
 
@@ -153,12 +153,12 @@ def test_what_workers_that_are_too_few_or_too_many_do_is_what_the_readme_says():
         for step in range(3):
             few.log(worker, step, 0, True, 1.0)
     few.tick(2.0)
-    assert len([step for step, _ in few.rows if step == 0]) > 1
+    assert len([step for step, _ in few.over if step == 0]) > 1
     for step in range(3):
         for worker in "ABCD":
             many.log(worker, step, 0, False, 1.0)
     many.tick(60.0)
-    assert not many.rows
+    assert not many.over
     many.tick(61.0)
-    assert [len(being.speakers) for _, being in many.rows] == [4] * 3
+    assert [len(being.speakers) for _, being in many.over] == [4] * 3
     assert ["pass workers=4" in told for _, told in (few.warnings[-1], many.warnings[-1])] == [True, True]

@@ -60,6 +60,17 @@ def test_no_room_knows_who_uses_it():
         assert not imports(path) & users, path
 
 
+def test_the_way_of_a_report_is_the_functions_that_the_backbone_says_and_no_file_is_left_out():
+    told = ROOMS[0].read_text()
+    for names, file in re.findall(r"^(`.*`) +(\w+\.py):", told, re.MULTILINE):
+        source = next(path for path in (ROOT / file, ROOT / "backbone" / file) if path.exists()).read_text()
+        for name in re.findall(r"`(?:(\w+)\.)?(\w+)`", names):
+            assert re.search(
+                rf"class {name[0]}\b[\s\S]*?\n    def {name[1]}\(" if name[0] else rf"\ndef {name[1]}\(", source
+            ), name
+    assert {path.name for path in ROOMS[1:]} <= {*re.findall(r"\w+\.py", told)}
+
+
 def test_what_is_not_public_of_wandb_has_rooms_of_its_own():
     for path in ROOMS:
         inside = [name for name in imports(path) if re.match(r"wandb\.(sdk|proto|util|apis|errors\.)", name)]
