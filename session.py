@@ -51,9 +51,8 @@ def ray_session(args: Args) -> Iterator[None]:
     steps, where = f"{args.steps} steps of training and of inference", args.address or "this machine"
     print(f"Experiment {args.experiment}: {steps}, Ray on {where}", flush=True)
     try:
-        signals.catch()
-        ray.init(**_ray_at(args.address), log_to_driver=False, logging_level=logging.ERROR)
-        signals.catch()  # Ray has set its own
+        with signals.held():  # a process that is interrupted in the middle of this may crash at its end
+            ray.init(**_ray_at(args.address), log_to_driver=False, logging_level=logging.ERROR)
         yield
     except KeyboardInterrupt as error:
         status, failure = _exit_code(error), "KeyboardInterrupt"
@@ -85,6 +84,17 @@ class _Signals:
     def catch(self) -> None:
         for signum in self._before:
             signal.signal(signum, self._take)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What comes meanwhile interrupts behind it."""
+        self.interrupt = False
+        self.catch()
+        yield
+        self.catch()  # Ray has set its own
+        self.interrupt = True
+        if self.status:
+            raise KeyboardInterrupt(self.status - 128)
 
     def give_back(self) -> None:
         for signum, handler in self._before.items():

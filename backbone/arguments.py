@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import wandb_internals
@@ -62,8 +62,8 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
         raise ValueError(f"mode {shown(mode)} must be online, offline or disabled")
     _check_names({"name": variables.get("name"), "group": variables.get("run_group")} | from_environment | init)
     _check_project_and_entity(init["project"], given("entity"))
-    _check_tags(init.get("tags", variables["tags"].split(",") if variables.get("tags") else ()))
-    init = {**own, **from_environment, **init}
+    _as_tags(variables.get("tags", "").split(",") if variables.get("tags") else ())
+    init = {**own, **from_environment, **init} | {key: _as_tags(init[key]) for key in init if key == "tags"}
     check_run_id(init["id"])
     if not isinstance(init["dir"], str | os.PathLike):
         raise TypeError(f"dir must be a path, not {shown(init['dir'])}")
@@ -101,10 +101,15 @@ def _check_project_and_entity(project: str, entity: Any) -> None:
         )
 
 
-def _check_tags(tags: Any) -> None:
-    for tag in [tags] if isinstance(tags, str) else tags:
+def _as_tags(tags: Any) -> list[str]:
+    """In a list, because an iterator can be read once."""
+    if not isinstance(tags, Iterable):
+        raise TypeError(f"tags must be a sequence of strings, not {shown(tags)}")
+    tags = [tags] if isinstance(tags, str) else [*tags]
+    for tag in tags:
         if not 1 <= len(str(tag)) <= LONGEST_TAG:
             raise ValueError(f"tag {shown(tag)} must be 1 to {LONGEST_TAG} characters")
+    return tags
 
 
 def as_recorded(config: Any, name: str = "config") -> dict[str, Any]:

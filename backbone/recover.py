@@ -132,15 +132,18 @@ def _is_abandoned(folder: Path) -> bool:
 
 def main(arguments: list[str]) -> int:
     wait, folders = "--wait" in arguments, [Path(argument) for argument in arguments if argument != "--wait"]
-    status = 0
-    for folder in folders or abandoned():
+    folders = folders or abandoned()
+    if len(folders) > 1:  # each in a process of its own: where a wandb-core dies, only a new process gets a new one
+        command = [sys.executable, "-m", __spec__.name, *(["--wait"] if wait else [])]
+        return max([subprocess.run([*command, str(folder)]).returncode for folder in folders])
+    for folder in folders:
         try:
             for ledger in recover(folder, wait).values():
                 print(ledger, flush=True)
-        except Exception as error:  # the others can be finished all the same
-            status = 1
+        except Exception as error:
             print(f"{folder}: {line(error)}", file=sys.stderr)
-    return status
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

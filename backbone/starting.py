@@ -96,7 +96,8 @@ class Axes:
             self._run.define_metric(f"{prefix}*", **axis)
         self._run.define_metric(f"{prefix}step", hidden=True)
         for key, op in best.items():
-            self._run.define_metric(f"{prefix}{key}", **axis, summary=f"{op},last")
+            name = f"{prefix}{key}".replace(".", "\\.")  # which would be nesting
+            self._run.define_metric(name, **axis, summary=f"{op},last")
         self._run.define_metric(f"{prefix}workers", **axis, hidden=True)
 
     def name(self, keys: Iterable[str]) -> None:

@@ -101,8 +101,8 @@ def shown(value: Any) -> str:
 
 
 def _check_key(key: str) -> None:
-    if not key or key[0] == "_" or key == "workers":
-        raise ValueError(f"metric key {key!r} must not be empty, start with '_', or be 'workers', which every row has")
+    if not key or key[0] == "_" or key in ("workers", "\\"):  # in a run with axes, wandb-core dies of the backslash
+        raise ValueError(f"metric key {key!r} must not be empty, a backslash or 'workers', nor begin with '_'")
     try:
         key.encode()
     except UnicodeEncodeError as error:

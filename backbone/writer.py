@@ -130,9 +130,8 @@ class Writer:
         if refused and self._state.refuse(row.number, len(refused)):
             for key, why in warnings.items():
                 self._state.warn(f"refused {key}", why)
-        logged = {
-            key: media.logged_increments(table, row.number) for key, table in tables.items() if key not in refused
-        }
+        kept = tables.keys() - refused
+        logged = {key: media.logged_increments(tables[key], increments.get(key, ()), row.number) for key in kept}
         if logged:
             self._state.note(increments=increments | logged)
 

@@ -638,6 +638,27 @@ def test_an_increment_that_was_not_there_is_logged_again_under_its_own_count(ope
     assert [row["rollouts.increment_num"] for row in logged(tmp_path)] == [0, 1, 2, 3]
 
 
+def test_several_increments_that_were_not_there_are_behind_those_that_are(opened, tmp_path):
+    made = opened(settings=QUIET | dict(x_transaction_log_flush_interval=100))
+    made.join()
+    for step in range(4):
+        made.say(step, {"rollouts": rollout(step)})
+    made.abandon()
+    [log] = folders(tmp_path)[0].glob("*.wandb")
+    whole = log.read_bytes()
+    for size in range(len(whole), 0, -50):  # what a kill would have left, of four rows one
+        log.write_bytes(whole[:size])
+        if transaction_log.TransactionLogs([log.parent]).numbers == {0}:
+            break
+    made = opened()
+    made.say(4, {"rollouts": rollout(4)})
+    made.finish()
+    rows = logged(tmp_path)
+    assert [row["rollouts.increment_num"] for row in rows] == [*range(5)]
+    of_rows = [row["rollouts.artifact_path"] for row in rows]
+    assert [row["rollouts.previous_increments_paths"] or [] for row in rows] == [of_rows[:i] for i in range(5)]
+
+
 # The disk's account
 
 
