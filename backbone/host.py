@@ -84,8 +84,7 @@ class Host:
                     is_over = began > seen_alive + 5  # so long its call of `leave` may take to arrive
             if is_over:
                 return self._end_with_owner()  # without the lock, which the artifacts need
-            news = any(not reading.is_empty for _, reading in readings)
-            pause = 0.02 if news else min(0.5, 1.2 * pause)
+            pause = 0.02 if any(not reading.is_empty for _, reading in readings) else min(0.5, 1.2 * pause)
             is_cut = any(reading.is_cut for _, reading in readings)
             time.sleep(0.001 if is_cut else max(pause, 4 * (time.monotonic() - began)))  # others want the lock, too
 
@@ -93,7 +92,9 @@ class Host:
         """One reading, with what relays have brought. A fault ends this process: the next goes on from the state."""
         try:
             self.run.paused = bool(self._relays.silent(5))
-            readings = self.run.read(self._relays.brought(), look)
+            brought = self._relays.brought()
+            self.run.inbox.know(self._relays.places)
+            readings = self.run.read(brought, look)
         except sqlite3.OperationalError as error:
             self.run.state.warn("disk", f"{line(error)}: nothing is read until that ends, training goes on")
             return []
@@ -192,8 +193,9 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
             with contextlib.suppress(Exception):
                 relays.close()
         else:  # it leaves this process two seconds, and who asks it for something waits
-            for place in [*relays.places]:
-                relays.give_up(place, "all of Ray is gone")
+            relays.places.clear()
+            for place in run.inbox.places:
+                run.inbox.place_is_gone(place, "all of Ray is gone")
     waiting, heard = {HOME, *relays.places}, {HOME}  # a relay's first answer may be on its way since before
     while waiting & {HOME, *relays.places}:
         for place, reading in read(True):

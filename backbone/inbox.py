@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from collections.abc import Iterable
 
 from . import records
 from .page import OTHER, Position, lost_by_pipeline
@@ -51,12 +52,19 @@ class Inbox:
         return {name: box.position for (where, name), box in self.boxes.items() if where == place}
 
     @property
-    def places(self) -> set[str]:
-        """Other ones than the run's own, where outboxes have not been read to their end."""
-        return {place for (place, _), box in self.boxes.items() if not box.ended} - {HOME}
+    def places(self) -> frozenset[str]:
+        """Other ones than the run's own, which somebody has told of, and that are not read to their end."""
+        return self._state.facts.get("places", frozenset())
+
+    def know(self, places: Iterable[str]) -> None:
+        """There may be outboxes: whoever finishes the run without them names these places."""
+        if not self.places.issuperset(places):
+            self._state.note(places=self.places.union(places))
 
     def take(self, place: str, reading: Reading) -> None:
         """Takes what is new in a place. The reading before must have been committed by its reader."""
+        if reading.is_last or reading.has_left:
+            self._state.note(places=self.places - {place})
         # Whoever had ended by the reading before is forgotten, unless an actor died before it could remove the files.
         again = {(place, record.outbox) for record in reading.records}
         for key in [key for key, box in self.boxes.items() if key[0] == place and box.ended and key not in again]:
@@ -123,6 +131,7 @@ class Inbox:
     def place_is_gone(self, place: str, why: str) -> None:
         """Gives it up: its workers have ended, and the ledger names it, because not all may have come from there."""
         self._state.unheard(f"node {place[:6]}: {why}")
+        self._state.note(places=self.places - {place})
         for key in [key for key in self.boxes if key[0] == place]:
             self._close(self.boxes.pop(key))
             self._state.do("DELETE FROM outboxes WHERE place = ? AND name = ?", *key)

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,16 +93,18 @@ def account(state: State, pipeline: Pipeline, has: Callable[[int], bool] | None 
     for field in ("reports", "rows", "partial", "lost_values"):
         setattr(ledger, field, pipeline.counts[field])
     if has:
-        found = [row for number, row in rows_of(state, pipeline).items() if has(number)]
-        ledger.rows, ledger.lost = len(found), ledger.reports - sum(reports for reports, _ in found)
-        ledger.lost_values += sum(refused for _, refused in found) + facts.get("refused", 0)
+        ledger.rows, ledger.lost = 0, ledger.reports
+        ledger.lost_values += facts.get("refused", 0)
+        for number, reports, refused in rows_of(state, pipeline):
+            if has(number):
+                ledger.rows, ledger.lost = ledger.rows + 1, ledger.lost - reports
+                ledger.lost_values += refused
     return ledger
 
 
-def rows_of(state: State, pipeline: Pipeline) -> dict[int, tuple[int, int]]:
-    """A pipeline's rows: number -> reports that it stands on, values that W&B has refused."""
-    found = state.db.execute("SELECT number, reports, refused FROM rows WHERE pipeline = ?", (pipeline.number,))
-    return {number: (reports, refused) for number, reports, refused in found}
+def rows_of(state: State, pipeline: Pipeline) -> Iterator[tuple[int, int, int]]:
+    """A pipeline's rows: number, reports that it stands on, values that W&B has refused. There may be millions."""
+    return state.db.execute("SELECT number, reports, refused FROM rows WHERE pipeline = ?", (pipeline.number,))
 
 
 def summary(state: State, pipelines: Sequence[Pipeline]) -> dict[str, int]:
@@ -125,7 +127,7 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
         state.commit()
         content = {}
         for pipeline in pipelines:
-            row_reports = {number: reports for number, (reports, _) in rows_of(state, pipeline).items()}
+            row_reports = {number: reports for number, reports, _ in rows_of(state, pipeline)}
             content[pipeline.prefix] = dataclasses.asdict(ledgers[pipeline.prefix]) | {"row_reports": row_reports}
         if paths := state.facts.get("paths"):
             written = Path(paths[-1], f"{FILE}.tmp")

@@ -49,12 +49,13 @@ class Page:
         begin = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(STAYS_AT, b"\0") + bytes([stays])
         content = begin.ljust(LOST_AT, b"\0") + content
         content += json.dumps(dict(name=process, parent=parent)).encode()
+        self._pid = os.getpid()
         self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             if os.write(self._file, content.ljust(SIZE)) != SIZE:  # to read a gap in it would be a SIGBUS
                 raise OSError(errno.ENOSPC, "no room for a page")
             self._map = mmap.mmap(self._file, SIZE, access=mmap.ACCESS_READ)
-            fcntl.lockf(self._file, fcntl.LOCK_EX)  # before others see it, or a reader could take this process for dead
+            fcntl.flock(self._file, fcntl.LOCK_EX)  # before others see it, or a reader could take this process for dead
             hidden.rename(path)
         except BaseException:
             self.close()
@@ -81,6 +82,9 @@ class Page:
         os.pwrite(self._file, b"\1", STAYS_AT)
 
     def close(self) -> None:
+        if self._pid != os.getpid():  # in a fork the map, which has a descriptor too, would keep the lock of the dead
+            mapped, self._map = self._map, self._map[:]
+            mapped.close()
         os.close(self._file)
 
 
@@ -151,7 +155,7 @@ def see(path: str | Path, state: int | None = None) -> Seen | None:
         return None
     try:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lives = False
         except OSError:
             lives = True

@@ -108,11 +108,10 @@ class Reader:
         return any(name not in self._tails for name in self._names())
 
     def _names(self, end: str = ".page") -> list[str]:
-        """Not those of this process: to open and close a page of one's own would free its lock."""
-        with contextlib.suppress(FileNotFoundError):
-            found = [name[:-5] for name in os.listdir(self._folder) if name.endswith(end)]
-            return [name for name in found if name not in records.own]
-        return []
+        try:
+            return [name[:-5] for name in os.listdir(self._folder) if name.endswith(end)]
+        except FileNotFoundError:
+            return []
 
     def _look(self, found: list[Record]) -> None:
         """At each page: whether it is new, what was lost, and whether the process lives."""

@@ -17,7 +17,6 @@ from .values import encodable
 if TYPE_CHECKING:  # it knows of Ray
     from .process import Process
 
-own: set[str] = set()  # names of this process's outboxes
 # The head of a record: length of its content, kind, number of the pipeline, step, and when it was made (monotonic clock
 # and wall clock).
 HEAD = struct.Struct("<IBB2xqdd")
@@ -152,12 +151,10 @@ class OpenFiles:
         self.who = ("", "")  # name and label of the worker that has logged last
         self.segments = Segments(lambda number: f"{folder}/{name}.{number}")
         try:
-            own.add(name)
             # The relay that reads it must stay, because it notices deaths, and who has no Ray could not call it back.
             # It need not for the processes that Ray keeps idle, for more tasks.
             self.page = Page(folder / f"{name}.page", process.name, process.parent, lost, stays=not process.in_task)
         except BaseException:
-            own.discard(name)
             self.segments.remove()
             raise
 

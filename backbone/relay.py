@@ -141,11 +141,13 @@ class Relays:
             call, place.call = place.call, None
             try:
                 reading = ray.get(call)
+                if self._closed:  # it has been told meanwhile to read to the end
+                    reading = reading._replace(has_left=False)
                 readings.append((name, reading))
                 if reading.is_last:
                     self._done.add(name)
                     del self.places[name]
-                elif reading.has_left and not self._closed:  # else it has been told meanwhile to read to the end
+                elif reading.has_left:
                     self._left[name] = Place(place.key, place.folder)
                     del self.places[name]
                     self._found.pop(name, None)  # somebody may log there again: the next look finds that

@@ -67,7 +67,7 @@ class Said:
             return self._lines.append(f"{who}: {value}")
         if kind in ("log", "use"):  # an artifact
             self._state.do("INSERT INTO artifacts (task) VALUES (?)", content)
-            if kind == "log":
+            if kind == "log" or value["name"] in self._state.facts.get("used", ()):
                 return None
             kind, value = "used", [value["name"]]
         if kind == "alert" and self._is_repeated(value, wall_time):

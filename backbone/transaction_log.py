@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _BLOCK, _HEADER = 32_768, struct.Struct("<IHB")  # LevelDB's log format: checksum, length, kind of a chunk
 _FULL, _LAST = 1, 4
@@ -30,29 +30,34 @@ class Tail:
         from wandb.proto.wandb_internal_pb2 import Record
 
         for path in self._folder.glob("*.wandb"):
+            parts = []
             with path.open("rb") as file:
-                begin = self._position - self._position % _BLOCK
-                file.seek(begin)
-                data = file.read()
-            position, parts = self._position - begin, []
-            while position + _HEADER.size <= len(data):
-                if _BLOCK - position % _BLOCK < _HEADER.size:  # the end of a block is filled up
-                    position += _BLOCK - position % _BLOCK
-                    continue
-                _, length, kind = _HEADER.unpack_from(data, position)
-                position += _HEADER.size
-                if not kind or position + length > len(data):
-                    break
-                parts.append(data[position : position + length])
-                position += length
-                if kind in (_FULL, _LAST):
-                    self._position = begin + position
-                    yield Record.FromString(b"".join(parts))
-                    parts = []
+                for kind, part, end in _chunks(file, self._position):
+                    parts.append(part)
+                    if kind in (_FULL, _LAST):
+                        self._position = end
+                        yield Record.FromString(b"".join(parts))
+                        parts = []
 
     def numbers(self) -> list[int]:
         """W&B's own step (`_step`) of each new row."""
         return [record.history.step.num for record in self.records() if record.HasField("history")]
+
+
+def _chunks(file: BinaryIO, position: int) -> Iterator[tuple[int, bytes, int]]:
+    """Chunks from a position on: kind, content and the position behind. By blocks, for a log may have gigabytes."""
+    file.seek(position - position % _BLOCK)
+    while block := file.read(_BLOCK):
+        begin, at = position - position % _BLOCK, position % _BLOCK
+        while at + _HEADER.size <= len(block):  # the end of a block is filled up
+            _, length, kind = _HEADER.unpack_from(block, at)
+            content, at = at + _HEADER.size, at + _HEADER.size + length
+            if not kind or at > len(block):
+                return
+            yield kind, block[content:at], begin + at
+        if len(block) < _BLOCK:  # it may have grown meanwhile
+            return
+        position = begin + _BLOCK
 
 
 class TransactionLogs:

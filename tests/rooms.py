@@ -95,6 +95,7 @@ class Kept:
                 ends[each.process] = end = Position(0, 100 * n, n, 100 * n)
                 about = each.process, each.kind, each.pipeline, each.step, each.wall_time, each.content, end
                 found.append(Record(time.monotonic(), *about))
+        self.inbox.know([node])
         self.run.read([(node, Reading(found))])
 
     def say(self, step: int, metrics: dict, prefix: str = "", worker: str = "w", commit: bool = True) -> None:
@@ -117,7 +118,7 @@ class Kept:
     def in_no_row(self, prefix: str = "") -> int:
         """How many reports are in no row."""
         pipeline = self.run.pipeline(prefix)
-        return pipeline.counts["reports"] - sum(n for n, _ in ledger.rows_of(self.state, pipeline).values())
+        return pipeline.counts["reports"] - sum(n for _, n, _ in ledger.rows_of(self.state, pipeline))
 
     def end(self, patience: float = 60.0) -> None:
         """Reads to the end, and closes all steps."""

@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from backbone.records import COMMIT, ENDED, EXIT, EXPECT, GOODBYE, LOST, REPORT,
 from backbone.reduction import Reduction
 from backbone.relay import Relays
 from backbone.state import Row
+from backbone.transaction_log import TransactionLogs
 from common import TrainingPipelineActor
 
 import numpy as np
@@ -336,6 +338,17 @@ def test_on_a_node_that_is_gone_all_have_died(kept):
     assert (made.inbox.places, made.inbox.positions(ELSEWHERE)) == ({"another"}, {})
     account = ledger.account(made.state, made.run.pipeline(""))
     assert (account.unheard, account.ok) == ([f"node {ELSEWHERE}: it is dead"], False)
+
+
+def test_a_place_is_known_before_anything_has_come_from_there_and_when_all_who_logged_there_have_ended(kept):
+    made = kept()
+    made.inbox.know(["another"])
+    made.bring(report("w", 0, {"a": 1.0}), Event("w", ENDED))
+    made.bring(report("v", 1, {"a": 1.0}), Event("v", ENDED))
+    made = again(made)
+    assert made.inbox.places == {ELSEWHERE, "another"}
+    made.run.read([(ELSEWHERE, Reading([], has_left=True)), ("another", Reading([], is_last=True))])
+    assert again(made).inbox.places == set()
 
 
 # The owner's end
@@ -974,6 +987,11 @@ def test_the_content_of_rows_goes_when_w_b_has_it(opened, tmp_path):
     account = made.finish()[""]
     assert (account.rows, account.lost) == (60, 0)
     assert [row["a"] for path in folders(tmp_path) for row in read_rows(path)] == list(range(60))
+    tracemalloc.start()
+    assert TransactionLogs(folders(tmp_path)).numbers == {*range(60)}
+    _, peak = tracemalloc.get_traced_memory()  # nobody needs a log as a whole
+    tracemalloc.stop()
+    assert peak < 20 * len(BIG)
 
 
 def test_w_b_s_time_of_a_row_is_when_the_last_of_its_reports_was_logged(opened, tmp_path):

@@ -336,6 +336,15 @@ def test_the_config_of_a_new_life_counts_more_than_that_of_one_that_was_not_fini
     assert log.config["lr"] == 0.2
 
 
+def test_an_artifact_that_is_used_at_each_step_is_noted_once(opened):
+    made = opened()
+    made.join()
+    for _ in range(3):
+        made.tell("use", name="checkpoint:latest")
+    assert made.state.facts["used"] == ["checkpoint:latest"]
+    assert made.state.db.execute("SELECT count(*) FROM artifacts").fetchone() == (3,)
+
+
 def test_what_can_not_be_read_of_what_a_worker_says_is_told_and_the_ledger_is_not_ok(opened):
     made = opened(settings=QUIET | dict(finish_timeout=0))
     made.join()

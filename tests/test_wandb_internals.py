@@ -412,7 +412,7 @@ def test_an_incremental_table_is_made_the_next_one_of_those_logged(begin):
         made = table(i)
         media.continue_table(made, logged, i, resumed=False)
         run.log({"table": made})
-        logged = media.logged_increments(made, i)
+        logged = media.logged_increments(made, logged, i)
     run.finish()
     rows = Log(Path(run.sync_dir)).rows
     assert [row["table.increment_num"] for row in rows] == [0, 1, 2]
