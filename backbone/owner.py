@@ -55,9 +55,10 @@ class Owned:
         except Exception as error:
             if not self.prefixes:
                 self.undo.close()
-            hint = "; or set WANDB_API_KEY, or pass mode='offline'" if "API key" in str(error) else ""
+            hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
+            why = line(error).removesuffix(". Use `wandb login` to log in")
             kind = RuntimeError if isinstance(error, calls.ActorGoneError) else type(error)
-            raise kind(f"W&B run {self.letter.address.name!r} can't start: {line(error)}{hint}") from None
+            raise kind(f"W&B run {self.letter.address.name!r} can't start: {why}{hint}") from None
         except BaseException as error:  # Ctrl-C, or what a signal handler raises: let it get ready, and end as that
             with contextlib.suppress(Exception):
                 call("join", prefix, reduction, workers)
