@@ -92,7 +92,7 @@ def test_demo4s_workspace_shows_all_that_it_logs_by_group_and_job_type(ran, page
 
 
 def test_the_report_compares_what_demo2_logs_to_both_of_its_projects(ran, pages):
-    found = logs(ran("demo2", "--step-seconds", "0", WANDB_MODE="offline")[1])
+    found = logs(ran("demo2")[1])
     [grid] = pages[2]["blocks"]
     assert {runset["project"]: f"{runset['name']}-exp" for runset in grid["runsets"]} == {
         log.run["project"]: name for name, log in found.items()

@@ -1139,7 +1139,7 @@ def test_flush_waits_on_another_node_until_all_has_left_whatever_has_interrupted
         box = process.outbox(away)
         box.open()
         put_with_time_outs(box, 50)
-        for at in itertools.count(1, 3):
+        for at in itertools.count(1, 7):
             if not at_place(at, raise_time_is_up, lambda: put(box, 0)):
                 break
         for _ in range(2):

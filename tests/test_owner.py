@@ -104,6 +104,7 @@ def test_a_finish_timeout_of_0_is_no_limit(run, server, monkeypatch):
     assert (ledger.ok, ledger.uploaded, ledger.warnings) == (True, True, [])
 
 
+@pytest.mark.slow
 def test_artifacts_that_find_no_server_are_counted_hold_nothing_up_and_their_files_stay(run, server, monkeypatch):
     for name, value in (server.environment | {"WANDB_FINISH_TIMEOUT": "4"}).items():
         monkeypatch.setenv(name, value)

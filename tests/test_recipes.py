@@ -160,6 +160,7 @@ def test_the_tasks_of_a_step_make_its_row(recipe):
     assert [(row["step"], row["workers"], row["rollouts"]) for row in log.rows] == [(step, 16, 16) for step in range(3)]
 
 
+@pytest.mark.slow
 def test_children_without_ray_log_for_their_engines(recipe):
     [log] = recipe("child_processes")
     assert [(row["step"], row["workers"]) for row in log.rows] == [(step, 2) for step in range(5)]

@@ -203,6 +203,7 @@ def test_where_two_nodes_of_ray_share_a_folder_one_of_them_reads_it_as_long_as_i
     assert os.readlink(folder / "node") == mine
 
 
+@pytest.mark.slow
 def test_a_relay_goes_when_only_an_idle_process_is_left_and_comes_back_when_that_logs(place, elsewhere):
     """Nodes must get free for the autoscaler. Whoever logs after the end is told, each time."""
 

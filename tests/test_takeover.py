@@ -177,14 +177,17 @@ def recover(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
 
 
-def test_runs_that_nobody_finishes_any_more_are_finished_by_hand_and_others_are_left_alone(tmp_path, environment):
+def test_runs_that_nobody_finishes_any_more_are_finished_by_hand_and_others_are_left_alone(
+    tmp_path, environment, monkeypatch
+):
     scratch, mine = tmp_path / "scratch", environment | {"TMPDIR": str(tmp_path / "scratch")}
     scratch.mkdir()
     driver = leave(tmp_path, **mine)
     [folder] = scratch.glob("wandb-run-*")
-    done = recover(**mine)  # its owner lives
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    assert recovering.abandoned() == []  # its owner lives
     kill_all(driver)
+    assert recovering.abandoned() == [folder]
     elsewhere, damaged = scratch / "wandb-run-of-another-node", scratch / "wandb-run-damaged"
     for path in (elsewhere, damaged):
         path.mkdir(mode=0o700)
@@ -284,6 +287,21 @@ def test_what_comes_while_the_actor_is_killed_again_and_again_is_in_order_and_wh
     if ledger.rows == 2_000:  # neither ran so far ahead of the other that a row had to be made without it
         by_step = sorted((row["step"], row["tokens"], row["loss"], row["workers"]) for row in rows.values())
         assert by_step == [(step, 2, step, 2) for step in range(2_000)]
+
+
+def test_when_wandb_core_dies_the_next_actor_goes_on_with_a_new_one(run):
+    made = run()
+    for step in range(100):
+        made.log({"a": 1.0}, step, commit=True)
+    wait_for(lambda: made.progress()[0].rows == 100)
+    [core] = victims(made, "wandb-core")
+    os.kill(core, signal.SIGKILL)
+    for step in range(100, 200):
+        made.log({"a": 1.0}, step, commit=True)
+    ledger = made.finish()
+    assert (ledger.reports, ledger.rows, ledger.restarts, ledger.ok) == (200, 200, 1, True)
+    rows = {row["_step"]: row["step"] for path in ledger.paths for row in Log(path).rows}
+    assert sorted(rows.values()) == [*range(200)]
 
 
 @pytest.mark.slow  # what counts the deaths is in test_writer.py

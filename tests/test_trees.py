@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, logs
-from test_demos import HURRY
 
 pytestmark = pytest.mark.xdist_group("trees")  # in one process, for they share what takes long
 
@@ -25,8 +24,7 @@ def made(ran):
     """made("demo3", "--one-run"): the folder of a demo's runs; the same runs as in test_demos."""
 
     def made(demo: str, *flags: str) -> Path:
-        more = dict(WANDB_MODE="offline") if demo == "demo2" else {}
-        return ran(demo, *(HURRY if demo == "demo2" else ()), *flags, **more)[1]
+        return ran(demo, *flags)[1]
 
     return made
 
