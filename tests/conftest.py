@@ -42,8 +42,8 @@ DEMOS = {
 
 
 ONE_EACH = ("--training-workers", "1", "--inference-workers", "1")  # where more workers show no more
-# How demos are run whose runs are read: 2 as by a user who has set the mode, and is in a hurry; 1 and 4 as they come.
-READ_AS = {"demo2": ("--step-seconds", "0"), "demo3": ONE_EACH}
+# How demos are run whose runs are read: 2 as by a user who has set the mode, and is in a hurry; 1 as it comes.
+READ_AS = {"demo2": ("--step-seconds", "0"), "demo3": ONE_EACH, "demo4": ONE_EACH}
 SET_BEFORE = {"demo2": {"WANDB_MODE": "offline"}}
 
 LONG = ("faults", "owner", "ends", "takeover", "exits", "online", "demos", "cluster", "writer")

@@ -112,6 +112,7 @@ def test_the_report_compares_what_demo2_logs_to_both_of_its_projects(ran, pages)
         assert {"step", *shown} <= log.keys
 
 
+@pytest.mark.slow
 def test_the_reward_is_also_drawn_over_a_running_total_that_is_in_its_rows(ran, pages):
     for page, demo, prefix in ((pages[0], "demo3", "inference/"), (pages[1], "demo4", "")):
         every = [panel for section in page["sections"] for panel in section["panels"] if "title" in panel]
@@ -123,6 +124,7 @@ def test_the_reward_is_also_drawn_over_a_running_total_that_is_in_its_rows(ran, 
         assert totals == sorted(set(totals))
 
 
+@pytest.mark.slow
 def test_who_waits_for_whom_and_how_old_rollouts_are_is_shown_early(pages):
     training, inference = ([panel["title"] for panel in section["panels"]] for section in pages[0]["sections"])
     assert {"time/wait_for_batch_s", "off_policy"} <= {*training[:8]}

@@ -98,6 +98,7 @@ def test_rllibs_env_runners_log_to_one_run_and_its_learner_to_another(tmp_path):
     assert max(rewards[-3:]) > 2 * rewards[0]
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_run_in_a_driver_makes_ray_say_nothing(ray_here, tmp_path, caplog):
     """As RLlib and Ray Train copy it with their configs."""
     ray_log = logging.getLogger("ray")

@@ -148,6 +148,7 @@ def test_a_run_goes_on_under_its_id_with_its_totals(recipe):
     assert rows[-1]["tokens_total"] == 25_000
 
 
+@pytest.mark.slow
 def test_all_batches_of_a_policy_version_are_in_rows_of_that_version(recipe):
     [log] = recipe("asynchronous_rollouts")
     assert all(row["policy_version"] == row["step"] for row in log.rows)
@@ -188,6 +189,7 @@ def test_a_trial_has_its_objective_in_the_agents_run(recipe, monkeypatch):
     assert metric == "inference/reward/mean.max"
 
 
+@pytest.mark.slow
 def test_serving_alone_is_one_run_that_names_what_it_serves(recipe):
     [log] = recipe("serving_only")
     assert (log.run["project"], len(log.rows)) == ("inference-only", 5)
@@ -268,6 +270,7 @@ class Pages(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_an_engines_page_is_in_the_runs_system_metrics_beside_the_nodes(recipe, monkeypatch, tmp_path):
     example = importlib.import_module("examples.engine_metrics")
     monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.5")

@@ -357,6 +357,7 @@ def test_what_can_not_be_read_of_what_a_worker_says_is_told_and_the_ledger_is_no
 HALF = "half of a \ud83d"
 
 
+@pytest.mark.slow
 def test_text_that_can_not_be_encoded_is_written_out(run, tmp_path):
     """Such as a tokenizer makes: half of a character."""
     made = run(pipeline=pipeline_with(Reduction(worst=("t",))))
