@@ -3,7 +3,8 @@
     uv run --with "ray[train]~=2.60.0" --with torch python -m examples.ray_train
 
 The lines marked `# W&B` were added to the plain example: a run, its way to the ranks, and what a rank logs of a step.
-Ray Train starts both ranks again, so each step since the checkpoint has two rows, one of each attempt.
+Ray Train starts both ranks again, from the last checkpoint that it had registered by then. Each step since that has two
+rows, one of each attempt.
 """
 
 import os
