@@ -78,7 +78,7 @@ class _Signals:
     """SIGINT and SIGTERM: the first one is a KeyboardInterrupt, if it may `interrupt`, the second one ends all."""
 
     def __init__(self) -> None:
-        self.status, self.interrupt = 0, True  # exit status of a program that such a signal ends
+        self.status, self.interrupt = 0, False  # exit status of a program that such a signal ends
         self._before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def catch(self) -> None:
@@ -88,7 +88,6 @@ class _Signals:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """What comes meanwhile interrupts behind it."""
-        self.interrupt = False
         self.catch()
         yield
         self.catch()  # Ray has set its own

@@ -193,9 +193,10 @@ def catch_up(run: Run, relays: Relays, read: Callable[[bool], Sequence], deadlin
             with contextlib.suppress(Exception):
                 relays.close()
         else:  # it leaves this process two seconds, and who asks it for something waits
-            relays.places.clear()
-            for place in run.inbox.places:
+            relays.start()  # so that what was found last is among its places
+            for place in run.inbox.places.union(relays.places):
                 run.inbox.place_is_gone(place, "all of Ray is gone")
+            relays.places.clear()
     waiting, heard = {HOME, *relays.places}, {HOME}  # a relay's first answer may be on its way since before
     while waiting & {HOME, *relays.places}:
         for place, reading in read(True):

@@ -129,8 +129,9 @@ class Inbox:
         self._end(box.name, died=not box.exit)
 
     def place_is_gone(self, place: str, why: str) -> None:
-        """Gives it up: its workers have ended, and the ledger names it, because not all may have come from there."""
-        self._state.unheard(f"node {place[:6]}: {why}")
+        """Gives it up: its workers have ended. why: something may be missing there, so the ledger names it."""
+        if why:
+            self._state.unheard(f"node {place[:6]}: {why}")
         self._state.note(places=self.places - {place})
         for key in [key for key in self.boxes if key[0] == place]:
             self._close(self.boxes.pop(key))

@@ -155,7 +155,7 @@ def see(path: str | Path, state: int | None = None) -> Seen | None:
         return None
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, for others may look at the same time
             lives = False
         except OSError:
             lives = True

@@ -135,7 +135,8 @@ def main(arguments: list[str]) -> int:
     folders = folders or abandoned()
     if len(folders) > 1:  # each in a process of its own: where a wandb-core dies, only a new process gets a new one
         command = [sys.executable, "-m", __spec__.name, *(["--wait"] if wait else [])]
-        return max([subprocess.run([*command, str(folder)]).returncode for folder in folders])
+        codes = [subprocess.run([*command, str(folder)]).returncode for folder in folders]
+        return int(any(codes))
     for folder in folders:
         try:
             for ledger in recover(folder, wait).values():

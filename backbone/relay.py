@@ -171,14 +171,14 @@ class Relays:
         # else its process was killed, and another one is started
 
     def give_up(self, name: str, why: str) -> None:
-        """A place can't be read. If nobody has told of it since a relay has left, there is nothing to read."""
+        """A place can't be read. If nobody has told of it since a relay has left, nothing is missing there."""
         place = self.places.pop(name)
         self._done.add(name)
         with contextlib.suppress(Exception):  # of a GCS that restarts
             if ray_internals.ray_answers():
                 if ray_internals.get(place.key) is None:
-                    return
-                if self._closed:
+                    why = ""
+                elif self._closed:
                     ray_internals.delete(place.key)
         self._gone(name, why)
 

@@ -153,8 +153,7 @@ class Steps:
     def finish(self) -> None:
         most = max((len(each.speakers) for each in self.open.values()), default=self.workers)
         if self._newest < 0 and most < self.workers:  # in a short run nothing has been said before
-            told = f"no step was reported by {self.workers} workers, {most} at most: pass workers={most} if no more log"
-            self.warnings.append(("few workers", told))
+            self.warnings.append(("few workers", f"no step had {self.workers} workers: pass workers={most}"))
         for step in sorted(self.open):
             self._close(step)  # rule 4
 
@@ -181,6 +180,7 @@ class Steps:
         if open_step.tasks:
             self._warn_of_many(len(open_step.speakers))
         open_step.partial = len(open_step.speakers) < self.workers
+        self._newest = max(self._newest, -1 if open_step.partial else step)
         self.over.append((step, open_step))
         for name in open_step.reports:
             self.known[name].steps.discard(step)

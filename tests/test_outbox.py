@@ -426,6 +426,17 @@ def test_forks_log_also_while_another_thread_does_and_forks_of_forks(address, ch
     assert is_alive(address.folder, name)  # none of the forks has freed its lock
 
 
+def test_who_looks_at_a_page_at_the_same_time_is_not_taken_for_its_process(address, child):
+    worker = child(put_some)
+    worker.told()
+    [path] = address.folder.glob("*/*.page")
+    assert page.see(path).is_alive
+    worker.kill()
+    with path.open() as looks:
+        page.fcntl.flock(looks, page.fcntl.LOCK_SH)  # as `see` does, in another thread or process
+        assert not page.see(path).is_alive
+
+
 def test_a_fork_that_outlives_its_parent_keeps_no_lock_of_it(address, child, monkeypatch):
     """Also where another thread was in the middle of `put`, which in the fork has the files for ever."""
     waits, look = threading.Event(), Room.look
