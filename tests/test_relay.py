@@ -112,26 +112,32 @@ def test_where_a_relay_has_gone_the_run_s_end_is_told_and_nothing_is_left(place)
     task.process.join()
 
 
-def relay_process(made: Bringing) -> int:
+def relay_process(made: Bringing, killed: int | None = None) -> int:
+    """killed: of the one before, which may not have been noticed yet."""
     [there] = made.relays.places.values()
-    wait_for(lambda: (made.bring(), there.relay)[1], every=0)
-    return wait_for(lambda: state.actors(there.relay._actor_id.hex())["Pid"], every=0)
+
+    def process() -> int:
+        made.bring()
+        pid = state.actors(there.relay._actor_id.hex())["Pid"] if there.relay else 0
+        return 0 if pid == killed else pid
+
+    return wait_for(process, every=0)
 
 
 def test_whoever_kills_a_relay_costs_no_report(place):
     """While somebody logs, and when the run is being finished."""
     (address, key), task = place, Task(place[0])
-    made = bringing_what(task, address, key)
+    made, killed = bringing_what(task, address, key), None
     for number in range(1, 2000):
-        pid = relay_process(made) if number in (200, 1000) else None
+        pid = relay_process(made, killed) if number in (200, 1000) else None
         task.log(number)
         if pid:
             time.sleep(0.1)
             os.kill(pid, signal.SIGSTOP)  # so that it is not told that what it has brought is safe
         made.bring()
         if pid:
-            os.kill(pid, signal.SIGKILL)
-    os.kill(pid := relay_process(made), signal.SIGSTOP)
+            os.kill(killed := pid, signal.SIGKILL)
+    os.kill(pid := relay_process(made, killed), signal.SIGSTOP)
     task.log(2000)
     made.relays.close()
     for _ in range(20):
