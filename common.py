@@ -124,11 +124,9 @@ class Handle:
 
         metrics: key -> number (the worker's measurement), array, tensor or list of numbers (samples), string, W&B
         data type, or a figure or data frame, which becomes one; nested mappings become paths. `reduce_reports` says
-        what becomes of them. A later change of an array doesn't change what was logged. Of a table with
-        `log_mode="INCREMENTAL"` only rows are sent that were not logged before under this key; as in W&B, such a
-        table is for one run, and here for one pipeline of it.
-        step: the pipeline's own, a whole number from 0. A worker may report it in several calls. The metrics may have
-        it as well, as `step`.
+        what becomes of them. A later change of an array doesn't change what was logged. A table with
+        `log_mode="INCREMENTAL"` is for one pipeline: only rows are sent that were not logged before under its key.
+        step: the pipeline's own, a whole number from 0, in several calls if you like. The metrics may have it, too.
         commit: nothing more comes from this worker for this step. Otherwise its next step says so.
         label: what the worker wants to be called, "rank 3" for instance.
 
@@ -313,9 +311,7 @@ class WandbRun(Handle):
         with self._finishing:
             if self._is_view and not self._ledgers:
                 ledgers = self._ask("finish", exit_code, failure, self._prefix)
-                return (
-                    ledgers[self._prefix] if ledgers else dataclasses.replace(self._begun, unheard=["all who logged"])
-                )
+                return ledgers[self._prefix] if ledgers else dataclasses.replace(self._begun, unheard=["all places"])
             if not self._ledgers:
                 self._finish(exit_code, failure)
             return self._ledgers[self._prefix]

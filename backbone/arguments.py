@@ -62,8 +62,11 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
         raise ValueError(f"mode {shown(mode)} must be online, offline or disabled")
     _check_names({"name": variables.get("name"), "group": variables.get("run_group")} | from_environment | init)
     _check_project_and_entity(init["project"], given("entity"))
-    _as_tags(variables.get("tags", "").split(",") if variables.get("tags") else ())
-    init = {**own, **from_environment, **init} | {key: _as_tags(init[key]) for key in init if key == "tags"}
+    if "tags" in init:
+        init = {**init, "tags": _as_tags(init["tags"])}
+    elif variables.get("tags"):
+        _as_tags(variables["tags"].split(","))
+    init = {**own, **from_environment, **init}
     check_run_id(init["id"])
     if not isinstance(init["dir"], str | os.PathLike):
         raise TypeError(f"dir must be a path, not {shown(init['dir'])}")
@@ -102,7 +105,7 @@ def _check_project_and_entity(project: str, entity: Any) -> None:
 
 
 def _as_tags(tags: Any) -> list[str]:
-    """In a list, because an iterator can be read once."""
+    """A list of them, because an iterator can be read only once. Raises TypeError or ValueError for what is no tag."""
     if not isinstance(tags, Iterable):
         raise TypeError(f"tags must be a sequence of strings, not {shown(tags)}")
     tags = [tags] if isinstance(tags, str) else [*tags]

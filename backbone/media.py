@@ -162,7 +162,7 @@ def continue_table(table: wandb.Table, logged: Sequence[tuple[int, str]], number
 
 
 def logged_increments(table: wandb.Table, logged: Sequence[tuple[int, str]], number: int) -> list[tuple[int, str]]:
-    """What is logged of a table with a row, behind what was `logged` before."""
+    """A table's increments when it has been logged with a row, as `continue_table` takes them. logged: those before."""
     before = [each for each in logged if each[0] < number]
     before = before or [(-1, name) for name in table._previous_increments_paths or ()]  # where wandb has looked itself
     return [*before, (number, table._get_artifact_entry_ref_url())]

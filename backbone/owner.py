@@ -195,7 +195,5 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
     process.forget(letter.address)  # the folder stays, so that somebody can try again
     problem = stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"that takes more than {seconds} s"
     told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
-    return {
-        each: dataclasses.replace(begun, prefix=each, unheard=["all who logged"], warnings=told)
-        for each in run.prefixes
-    }
+    lost = dataclasses.replace(begun, unheard=["all places"], warnings=told)
+    return {prefix: dataclasses.replace(lost, prefix=prefix) for prefix in run.prefixes}

@@ -166,7 +166,7 @@ class OpenFiles:
         except OSError as error:
             if is_from_outside(error):
                 raise
-            if folder.exists() and not lost:
+            if folder.exists() and not lost:  # else there is one already: it has been tried before
                 leave_note(folder, process.name)
             return None
 

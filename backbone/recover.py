@@ -134,8 +134,7 @@ def main(arguments: list[str]) -> int:
     wait, folders = "--wait" in arguments, [Path(argument) for argument in arguments if argument != "--wait"]
     folders = folders or abandoned()
     if len(folders) > 1:  # each in a process of its own: where a wandb-core dies, only a new process gets a new one
-        command = [sys.executable, "-m", __spec__.name, *(["--wait"] if wait else [])]
-        codes = [subprocess.run([*command, str(folder)]).returncode for folder in folders]
+        codes = [subprocess.run([sys.executable, "-m", __spec__.name, str(folder)]).returncode for folder in folders]
         return int(any(codes))
     for folder in folders:
         try:

@@ -96,7 +96,7 @@ class Axes:
             self._run.define_metric(f"{prefix}*", **axis)
         self._run.define_metric(f"{prefix}step", hidden=True)
         for key, op in best.items():
-            name = f"{prefix}{key}".replace(".", "\\.")  # which would be nesting
+            name = wandb_internals.metric_name(prefix + key)
             self._run.define_metric(name, **axis, summary=f"{op},last")
         self._run.define_metric(f"{prefix}workers", **axis, hidden=True)
 

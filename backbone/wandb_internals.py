@@ -39,11 +39,16 @@ def add_reference(artifact: wandb.Artifact, file: str, reference: str) -> None:
     artifact.manifest.add_entry(ArtifactManifestEntry(path=file, ref=reference, digest=reference))
 
 
+def metric_name(key: str) -> str:
+    """A key as `define_metric` wants it: a bare `.` in it would be nesting."""
+    return key.replace(".", "\\.")
+
+
 def define_by_name(run: wandb.Run, key: str, axis: str) -> None:
-    """Gives one key its step axis. `define_metric` would take `*` in its name for a pattern, and `.` for nesting."""
+    """Gives one key its step axis. `define_metric` would take `*` in its name for a pattern."""
     from wandb.proto.wandb_internal_pb2 import MetricRecord
 
-    record = MetricRecord(name=key.replace(".", "\\."), step_metric=axis)
+    record = MetricRecord(name=metric_name(key), step_metric=axis)
     record.options.defined = True
     run._metric_callback(record)
 

@@ -91,7 +91,7 @@ def test_a_file_is_one_idea_and_a_function_one_screen():
     for path in [*ROOMS, ROOT / "common.py", ROOT / "session.py"]:
         tree = ast.parse(path.read_text())
         assert path not in ROOMS or len(path.read_text().splitlines()) <= 220, path
-        assert path not in ROOMS or max(functions(tree, ast.ClassDef).values(), default=0) <= 150, path
+        assert max(functions(tree, ast.ClassDef).values(), default=0) <= 150, path
         assert max(functions(tree, (ast.FunctionDef, ast.AsyncFunctionDef)).values(), default=0) <= 40, path
 
 

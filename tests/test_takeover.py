@@ -409,7 +409,7 @@ def test_a_run_whose_private_folder_is_gone_with_its_actor_is_no_reason_to_stop(
     wait_for(lambda: not is_there(made))
     shutil.rmtree(made._address.folder)
     ledger = made.finish()
-    assert (ledger.ok, ledger.unheard) == (False, ["all who logged"])
+    assert (ledger.ok, ledger.unheard) == (False, ["all places"])
 
 
 @pytest.mark.slow
