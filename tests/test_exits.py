@@ -245,6 +245,17 @@ def test_stop_run_interrupts_a_demo_as_ctrl_c_does(start, server, tmp_path):
         assert f"{len(log.rows)} rows from" in stdout
 
 
+def test_a_signal_while_ray_starts_interrupts_behind_that():
+    signals, reached = session._Signals(), []
+    try:
+        with pytest.raises(KeyboardInterrupt), signals.held():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("the end of it")
+        assert (reached, signals.status) == (["the end of it"], 130)
+    finally:
+        signals.give_back()
+
+
 def test_a_demo_has_a_live_bar_for_each_pipeline_on_a_terminal(run, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -110,7 +110,14 @@ def test_names_that_the_server_would_refuse_are_refused(refused, monkeypatch, in
     refused(ValueError, why, **init)
 
 
+def test_tags_may_come_from_an_iterator_which_can_be_read_once(run):
+    with run(tags=map(str, (1, 2))) as made:
+        pass
+    assert Log(made.path).run["tags"] == ["1", "2"]
+
+
 def test_what_can_not_be_right_is_named(refused, run):
+    refused(TypeError, "tags must be a sequence of strings, not 5", tags=5)
     refused(TypeError, "settings must be a mapping or wandb.Settings, not 5", settings=5)
     refused(TypeError, "dir must be a path, not 5", dir=5)
     refused(ValueError, "job_type 5 must be a string of at most 128 characters", job_type=5)

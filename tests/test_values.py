@@ -465,7 +465,7 @@ def test_a_key_that_is_no_string_is_refused(key, value):
         as_report({"a": {(1, 2): 1.0}})
 
 
-@pytest.mark.parametrize("key", ["", "_step", "workers", "a\ud800"])
+@pytest.mark.parametrize("key", ["", "_step", "workers", "\\", "a\ud800"])
 def test_a_key_that_would_be_lost_or_is_taken_is_refused(key):
     for _ in range(2):  # the keys that are known are not looked at again
         with pytest.raises(ValueError, match="metric key"):

@@ -121,10 +121,12 @@ def test_by_define_metric_neither_a_star_nor_a_dot_stands_for_itself(begin):
     with pytest.raises(wandb.Error):
         run.define_metric("f1*macro", step_metric="step")
     run.define_metric("a.b", summary="max")
+    run.define_metric(wandb_internals.metric_name("c.d"), summary="max")
     for value in (1, 3, 2):
-        run.log({"a.b": value})
+        run.log({"a.b": value, "c.d": value})
     run.finish()
-    assert Log(Path(run.sync_dir)).summary["a.b"] == 2
+    summary = Log(Path(run.sync_dir)).summary
+    assert (summary["a.b"], summary["c.d"]) == (2, {"max": 3})
 
 
 # Troubles
