@@ -44,7 +44,7 @@ def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
         raise TypeError(f"metrics must be a mapping from key to value, not {shown(metrics)}")
     are_known = _KNOWN_KEYS.issuperset(metrics) and _TEXTS.issuperset(map(type, metrics))
     if are_known and _FLOATS.issuperset(map(type, metrics.values())):  # as most reports are: this is quicker
-        return dict(metrics)
+        return metrics
     report: dict[str, Any] = {}
     for key, value in metrics.items():
         if type(value) is float and type(key) is str and key in _KNOWN_KEYS and key not in report:
