@@ -156,6 +156,12 @@ def test_all_batches_of_a_policy_version_are_in_rows_of_that_version(recipe):
     assert len({row["step"] for row in log.rows}) == len(log.rows)
 
 
+def test_workers_that_kill_themselves_have_logged_all(recipe, capsys):
+    [log] = recipe("killed_workers")
+    assert [(row["step"], row["workers"]) for row in log.rows] == [(step, 6) for step in range(300)]
+    assert "killed-workers: 300 rows from 1800 reports, 0 lost\n" in capsys.readouterr().out
+
+
 def test_the_tasks_of_a_step_make_its_row(recipe):
     [log] = recipe("plain_tasks")
     assert [(row["step"], row["workers"], row["rollouts"]) for row in log.rows] == [(step, 16, 16) for step in range(3)]
