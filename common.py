@@ -84,16 +84,16 @@ class InferencePipelineActor(PipelineActor):
 
 
 class Handle:
-    """What all who log to a run have of it. It is plain data, so it can be pickled; `WandbRun` says more."""
+    """A reference to a run: whoever has it can log. It is plain data, so it can be pickled; `WandbRun` says more."""
 
     def __init__(self, address: Address, prefix: str, started: Started):
         self._address, self._prefix, self._speaks_for = address, prefix, ""
         self._made: owner.Owned | None = None  # see `_owned`
         self._ledgers: Ledgers = {}  # of a finished run, by prefix; shared with its views
         self._finishing = threading.RLock()  # shared with them, too
-        self._begun, self.config, self.project, self._pipeline = started
-        self.name, self.id, self.mode = self._begun.name, self._begun.id, self._begun.mode
-        self.url, self.path = self._begun.url, self._begun.path
+        self._at_start, self.config, self.project, self._pipeline = started
+        self.name, self.id, self.mode = self._at_start.name, self._at_start.id, self._at_start.mode
+        self.url, self.path = self._at_start.url, self._at_start.path
         self._outbox = process.outbox(address)
         self._outbox.copies += 1
 
@@ -119,8 +119,9 @@ class Handle:
     def log(self, metrics: Mapping[str, Any], step: int, commit: bool = False, *, label: str = "") -> None:
         """Logs metrics of one worker for one step. Takes microseconds: it appends them to a file of this process.
 
-        When it has returned, they are with the kernel, and get into a row whatever becomes of the process. It waits
-        only while 4,096 reports of this process are unread.
+        When it has returned, the kernel has them, so they outlive the process. It waits while 4,096 reports or 32 MB of
+        this process are unread, but not for a reader that makes no progress in five seconds. Where there is no room on
+        the disk, or 1 GB is unread, they are lost: a warning says so once, and the ledger counts it.
 
         metrics: key -> number (the worker's measurement), array, tensor or list of numbers (samples), string, W&B
         data type, or a figure or data frame, which becomes one; nested mappings become paths. `reduce_reports` says
@@ -162,7 +163,7 @@ class Handle:
     def logging_handler(self, label: str = "") -> logging.Handler:
         """A handler for `logging` that brings lines to the run's Logs, each with `label`: 1,000 a minute at most."""
         values.check_label(label)
-        return said.LogHandler(lambda text: self._say("line", values.encodable(text), label))
+        return said.LogHandler(lambda text: self._say("log_line", values.encodable(text), label))
 
     def _say(self, kind: str, value: Any, label: str = "") -> None:
         self._outbox.put(records.SAID, self._pipeline, 0, pickle.dumps((kind, value)), label)
@@ -196,7 +197,7 @@ class Handle:
             folder = self.path / "artifacts" / uuid.uuid4().hex
             send = None if self._address.is_here and self.path.is_dir() else functools.partial(self._ask, "stage")
             what |= staging.stage(content, folder, send) | dict(folder=str(folder))
-        self._say("log", what)
+        self._say("log_artifact", what)
 
     def use_artifact(self, name: str) -> None:
         """Records that this run uses artifact `name`, such as "checkpoint:step-10".
@@ -206,7 +207,7 @@ class Handle:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be an artifact's name, not {name!r}")
-        self._say("use", dict(name=values.as_text(name)))
+        self._say("use_artifact", dict(name=values.as_text(name)))
 
     def expect(self, workers: int) -> None:
         """From now on so many workers make a step complete, because some have left or joined.
@@ -311,7 +312,7 @@ class WandbRun(Handle):
         with self._finishing:
             if self._is_view and not self._ledgers:
                 ledgers = self._ask("finish", exit_code, failure, self._prefix)
-                return ledgers[self._prefix] if ledgers else dataclasses.replace(self._begun, unheard=["all places"])
+                return ledgers[self._prefix] if ledgers else dataclasses.replace(self._at_start, unheard=["all places"])
             if not self._ledgers:
                 self._finish(exit_code, failure)
             return self._ledgers[self._prefix]
@@ -326,7 +327,7 @@ class WandbRun(Handle):
             gone = error
             self._outbox.exit = exit_code, failure
             self._outbox.say_exit()
-            ledgers = owner.finish_without_actor(self._owned, error, self._begun)
+            ledgers = owner.finish_without_actor(self._owned, error, self._at_start)
         except RunFinishedError:
             if self._ledgers:  # a signal handler has finished it meanwhile
                 return

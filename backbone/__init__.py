@@ -2,35 +2,55 @@
 
     worker: log → outbox → pipeline actor: inbox → steps → row → W&B
 
-A *report* is one call of `log`. A worker's process appends its reports to files of its own, its *outbox*. The *pipeline
-actor* reads the outboxes of its node; on other nodes a *relay* does, and brings it what is there. A *row* is what W&B
-has of a step: all reports of it, reduced to one.
+A *report* is one call of `log`. A *row* is what W&B has of a step: all reports of it, reduced to one. This page tells
+the whole way. The functions at the left are the way as code, in this order.
 
-The way of a report is a dozen functions. Read these in this order, and what is around them when you need it:
+**In the worker.** A process that logs has an *outbox*: files below `wandb-run-…/outboxes` in the temporary folder.
+Its records are in *segments* of 1 MB, and each record is appended with one `os.write`. So when `log` has returned,
+the kernel has the report, whatever becomes of the process. Beside the segments is the outbox's *page*. The process
+holds a lock on it as long as it lives, and counts there what is lost. The reader writes there how far it has read.
 
-in the worker
-`Handle.log`                     common.py: a `WandbRun` is a handle
-`as_report`, `pack_report`       values.py: what may be logged, and how it is packed
-`Outbox.put`                     outbox.py: appends it to this process's files, and waits if too much is unread
-`OpenFiles.write`                records.py: these files; process.py knows who logs, files.py where they are
+`log` waits while 4,096 reports or 32 MB of the process are unread. It waits no longer for a reader that makes no
+progress in five seconds. A report is lost if the disk is full, or if 1 GB is unread. The page says so to the ledger.
 
-in the pipeline actor
-`Host._read_on`                  host.py: reads again and again; actor.py has what others can ask of the actor
-`Run.read`                       run.py: does all that follows
-`Reader.read`                    reading.py: finds the node's outboxes; tail.py reads one, page.py says who lives
-`Inbox.take`                     inbox.py: whose a report is, and which pipeline's
-`Steps.log`, `Steps.end`         steps.py: when a step is over
-`Pipeline._row`                  pipeline.py: reports in, numbered rows out
-`reduce_reports`                 reduction.py: the reports of a step as one row
-`Run._save`                      run.py: first to the state (state.py, an SQLite file), then to W&B
-`Writer.log`                     writer.py: the W&B run, which starting.py starts
+`Handle.log`                          common.py: a `WandbRun` is a handle
+`as_report`, `pack_report`            values.py: what may be logged, and how it is packed
+`Outbox.put`, `Backpressure.check`    outbox.py, page.py: whether it waits, or loses a report
+`OpenFiles.write`, `Segments.append`  records.py: the record; process.py knows who logs, files.py where the files are
 
-on another node
-`Relay.read`                     relay.py: the same reading; the pipeline actor takes what it brings
+**In the pipeline actor.** It looks at all outboxes of its node up to fifty times a second. One reading has 1 MB at
+most. Its records are in the order of time, also across readings: where an outbox is not read to its end, what is
+later in the others waits for the next reading. Whose page has no lock any more has ended, which is a record, too.
+
+When a step is over, its reports become a row. That is so when `workers` have reported it and are done with it, before
+a second attempt at it begins, by the clock after a minute, or at `finish`. The head of steps.py has the rules.
+
+A row and its number are first in the *state*, an SQLite file, together with how far is read. Then segments that are
+read to their end are removed, and W&B gets the row. If the actor dies in between, the next one logs the row again: it
+compares the numbers in the state with those that W&B has.
+
+`Host._read_on`, `Host._read`         host.py: one reading after the other; actor.py has what others can ask
+`Run.read`                            run.py: does all that follows
+`Reader.read`, `Reader._read_tails`   reading.py: what is new, in the order of time; tail.py reads one outbox
+`Inbox.take`, `Inbox._take_record`    inbox.py: whose a report is, which pipeline's, and who has ended
+`Pipeline.log`                        pipeline.py: keeps the report until its step is over
+`Steps.log`, `Steps.end`              steps.py: what they mean for the steps
+`Steps._close_complete`               steps.py: whether a step is over; `Steps.tick` asks the clock
+`Pipeline._row`                       pipeline.py: its reports as a row with a number
+`reduce_reports`                      reduction.py: the rules by which they become one
+`Run._save`                           run.py: first to the state (state.py), then to W&B
+`Writer.log`                          writer.py: the W&B run, which starting.py starts
+`Writer._log_missing`                 writer.py: after a restart, what W&B has not got
+
+**On another node.** A *relay*, a small actor, reads the outboxes there in the same way. The pipeline actor calls it
+again and again. Each call says that the reading before is safe, so that the relay may remove what is read.
+
+`Relay.read`                          relay.py: one such call
 
 What happens when something dies:
 
-a worker           The lock of its page is free, so the reader says that it has ended. `Steps.end` needs no more of it.
+a worker           The kernel frees the lock on its page, so the reader says that it has ended. A step that it has not
+                   reported waits ten seconds for it, because Ray may start it again.
 a relay            Another one is started. What was not committed is still on its node.
 a node             What it has not brought is named in the ledger, which is not `ok`.
 the pipeline actor Ray starts it again, and takeover.py opens its state. Rows that W&B misses are logged again.
@@ -41,8 +61,8 @@ all of Ray         recover.py finishes the run without the actor: its owner call
 The process that makes a run: arguments.py checks what the code says, owner.py starts the pipeline actor, calls.py calls
 it, exits.py says how the process ends.
 
-What else workers log: said.py has alerts, config, summary and log lines. staging.py brings an artifact's files to the
-run's folder, artifacts.py logs them. media.py knows W&B's data types.
+What else workers log: said.py has alerts, config, summary and log lines. A new kind of thing belongs there. staging.py
+brings an artifact's files to the run's folder, artifacts.py logs them. media.py knows W&B's data types.
 
 What these share: ledger.py is the account. nodes.py knows the nodes. What is not public is in ray_internals.py,
 wandb_internals.py, transaction_log.py and media.py.

@@ -32,7 +32,7 @@ class Artifacts:
 
     def __init__(self, state: State, writer: Writer, lock: threading.RLock):
         self._state, self._writer, self._lock = state, writer, lock
-        self._threads = {"log": ThreadPoolExecutor(1), "use": ThreadPoolExecutor(1)}
+        self._threads = {"log_artifact": ThreadPoolExecutor(1), "use_artifact": ThreadPoolExecutor(1)}
         self._futures: list[Future] = []
         self._finishing = threading.Lock()
         self._last = 0  # of those that are begun
@@ -48,10 +48,10 @@ class Artifacts:
         for id_, task, client, done in self._state.db.execute(query, (self._last,)).fetchall():
             self._last = id_
             kind, what = pickle.loads(task)
-            if done and kind == "log":
+            if done and kind == "log_artifact":
                 shutil.rmtree(what["folder"], ignore_errors=True)  # the actor may have died before it did that
             elif not done and client not in self._on_disk and is_on:
-                work = {"log": self._log, "use": self._use}[kind]
+                work = {"log_artifact": self._log, "use_artifact": self._use}[kind]
                 self._futures.append(self._threads[kind].submit(work, id_, **what))
 
     def _log(self, id_: int, name: str, type: str, metadata: dict, aliases: list, folder: str, **content: Any) -> None:

@@ -57,8 +57,7 @@ class Host:
         address, init = self._letter.address, self._letter.init
         stop = dict(stop_fn=(address.folder / exits.STOP).touch)  # called when "Stop run" is pressed
         settings = wandb_internals.with_endpoints(init["settings"], *nodes.node_metrics())
-        init = init | dict(settings=settings | stop)
-        run = open_run(init, address, self._letter.process, self.lock, self._hear)
+        run = open_run(init | dict(settings=settings | stop), address, self._letter.process, self.lock, self._hear)
         self.run, self._relays = run, Relays(address, run.inbox.positions, run.inbox.place_is_gone)
 
     def _hear(self, warning: str) -> None:
@@ -81,12 +80,13 @@ class Host:
                     readings = []
                     if is_alive(self._letter.address.folder, self._letter.process):
                         seen_alive = began
-                    is_over = began > seen_alive + 5  # so long its call of `leave` may take to arrive
+                    is_over = began > seen_alive + 5  # an owner's call of `leave` may take so long to arrive
             if is_over:
                 return self._end_with_owner()  # without the lock, which the artifacts need
             pause = 0.02 if any(not reading.is_empty for _, reading in readings) else min(0.5, 1.2 * pause)
             is_cut = any(reading.is_cut for _, reading in readings)
-            time.sleep(0.001 if is_cut else max(pause, 4 * (time.monotonic() - began)))  # others want the lock, too
+            # Others need the lock, too: this has it for a fifth of the time at most, unless there is much to read.
+            time.sleep(0.001 if is_cut else max(pause, 4 * (time.monotonic() - began)))
 
     def _read(self, look: bool = False) -> Sequence[tuple[str, Reading]]:
         """One reading, with what relays have brought. A fault ends this process: the next goes on from the state."""

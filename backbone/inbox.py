@@ -31,13 +31,13 @@ class Box:
     position: Position = dataclasses.field(default_factory=Position)
     lost: dict[int, int] = dataclasses.field(default_factory=dict)  # reports, by pipeline
     exit: tuple[int, str | None] | None = None  # it ends by itself; an owner's exit code and failure
-    ended: bool = False  # all of it is read; kept until its files are gone, else they were a new outbox's
+    ended: bool = False  # all of it is read. It is kept until its files are gone, or they would look like a new outbox
 
 
 class Inbox:
     """The outboxes of all nodes, as far as they have been read. What changes is on the disk with the next commit.
 
-    owner: name of the process whose end ends the run: then `owner_end` is a fact, its exit code and failure.
+    owner: name of the process whose end ends the run. Then the state's fact `owner_end` is its exit code and failure.
     """
 
     def __init__(self, state: State, pipelines: list[Pipeline], owner: str):
@@ -65,7 +65,8 @@ class Inbox:
         """Takes what is new in a place. The reading before must have been committed by its reader."""
         if reading.is_last or reading.has_left:
             self._state.note(places=self.places - {place})
-        # Whoever had ended by the reading before is forgotten, unless an actor died before it could remove the files.
+        # An outbox that ended in an earlier reading is forgotten, unless this reading names it again: then an actor had
+        # saved that end, and died before it removed the files.
         again = {(place, record.outbox) for record in reading.records}
         for key in [key for key, box in self.boxes.items() if key[0] == place and box.ended and key not in again]:
             del self.boxes[key]
@@ -115,7 +116,7 @@ class Inbox:
             if OTHER in box.lost and OTHER not in before:
                 self._state.unheard(f"{box.process}: there was no room for alerts, config, log lines or the like")
             for pipeline in self._pipelines:
-                # They are reports that are in no row, which is how the ledger knows of them.
+                # They count as reports that are in no row. So the ledger says that they are lost.
                 number = pipeline.number
                 pipeline.counts["reports"] += box.lost.get(number, 0) - before.get(number, 0)
 

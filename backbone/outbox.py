@@ -43,38 +43,38 @@ class Outbox:
         return (files := self._files) is not None and files.is_closed
 
     def put(self, kind: int, pipeline: int, step: int, content: bytes, label: str = "") -> bool:
-        """Takes a record; whether it could: where there is no room it is lost, and counted. Waits if many are unread.
+        """Appends a record. Returns whether it was written; if not, it is lost, and counted. Waits if many are unread.
 
         Raises RunFinishedError, RuntimeError where the run can't be reached from this process, and what `record` does.
         """
         if self.is_finished:
             raise run_is_finished(self.address.name)
-        files, size = self._files, len(content)
-        has_room = (files.has_room(size) or self._wait(size)) if files else self.open()
+        may_write = self._may_write(len(content))
         with self._lock:
             now, files = time.monotonic(), self._files  # another thread may have replaced them
-            is_written = has_room and files and files.write(kind, pipeline, step, content, now, label)
+            is_written = files.write(kind, pipeline, step, content, now, label) if may_write and files else False
             if not is_written and not self.is_closed:
                 self._lose(pipeline if kind in (REPORT, COMMIT) else OTHER, 1)
-            # After the record: a relay that goes says so, and then reads once more, so one of them sees the other.
+            # Only after the record is written: a relay that goes marks the page first, and then reads once more. So
+            # either it finds this record, or this finds its mark.
             if now >= self._next_look:
-                self.keep_reachable(now, pipeline)
+                self.keep_reachable(now)
         if self.is_finished or self.is_closed:
-            self.is_finished = True  # so that this was the last record
+            self.is_finished = True  # the next call raises at once
             raise run_is_finished(self.address.name)
-        return bool(is_written)
+        return is_written
 
-    def _wait(self, size: int) -> bool:
-        """Waits for the reader; whether there is room for so many bytes then."""
-        while (files := self._files) and not files.is_closed:
-            written = files.segments.records, files.segments.bytes
-            if (room := files.room.look(files.page.read, written, size, files.folder)) is not None:
-                return room
+    def _may_write(self, size: int) -> bool:
+        """Opens the files, or waits for the reader, where that is necessary. Returns whether there is room then."""
+        if not (files := self._files):
+            return self.open()
+        while (may_write := files.may_write(size)) is None and not files.is_closed:
             self.keep_reachable(time.monotonic())
             time.sleep(0.002)
-        return True
+            files = self._files or files
+        return may_write is not False
 
-    def keep_reachable(self, now: float, pipeline: int = 0) -> None:
+    def keep_reachable(self, now: float) -> None:
         """Once a second: opens it anew if somebody has removed it, and tells the run of it if nobody reads it."""
         with self._lock:
             if now < self._next_look or not (files := self._files):
@@ -85,7 +85,7 @@ class Outbox:
                 self.close()
                 self.open()
                 if lost > 0:
-                    self._lose(pipeline, lost)
+                    self._lose(files.pipeline, lost)
             elif files.page.state == NOBODY_READS:
                 self._find_folder()
 

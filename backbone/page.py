@@ -88,11 +88,11 @@ class Page:
         os.close(self._file)
 
 
-class Room:
-    """How far a process may write: where much is unread, `put` waits for the reader.
+class Backpressure:
+    """Limits what a process may have unread: at the limit `put` waits for the reader.
 
-    A reader that does not get on for `PATIENCE` seconds is taken for stuck. From then on nobody waits for it, and only
-    `BACKLOG` is a limit, until it gets on again.
+    A reader that makes no progress for `PATIENCE` seconds is taken for stuck. From then on nobody waits for it, and
+    only `BACKLOG` is a limit, until it makes progress again.
     """
 
     LIMIT, LIMIT_BYTES = 4096, 32 << 20  # unread records and bytes with which `put` waits
@@ -104,7 +104,7 @@ class Room:
         self._read, self._deadline = (-1, -1), 0.0  # how far the reader is, and until when it is waited for there
         self._stuck: tuple[int, int] | None = None  # where it was taken for stuck
 
-    def look(self, read: tuple[int, int], written: tuple[int, int], size: int, folder: Path) -> bool | None:
+    def check(self, read: tuple[int, int], written: tuple[int, int], size: int, folder: Path) -> bool | None:
         """Whether so many bytes may be written; None: not now, but the reader may get on.
 
         read, written: records and bytes.

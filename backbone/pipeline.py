@@ -68,32 +68,36 @@ class Pipeline:
 
     def make_rows(self) -> list[Row]:
         """Makes the rows of the steps that are over, and gives each its number."""
-        closed, self.steps.over = self.steps.over, []
+        over, self.steps.over = self.steps.over, []
         warnings, self.steps.warnings = self.steps.warnings, []
         for kind, what in warnings:
             self._warn(kind, what)
-        return [row for step, open_step in closed for row in self._row(step, open_step)]
+        rows = [self._row(step, open_step) for step, open_step in over]
+        return [row for row in rows if row]
 
-    def _row(self, step: int, closed: OpenStep) -> list[Row]:
-        """All reports of a step as a row; as none if none of them can be read."""
-        # By their content, so that the order in which they came has no effect.
-        reports = sorted((self._take(id_) for ids in closed.reports.values() for id_ in ids), key=lambda it: it.metrics)
+    def _row(self, step: int, finished: OpenStep) -> Row | None:
+        """Reduces all reports of a step to a row. None if none of them can be read."""
+        reports = [self._take(id_) for ids in finished.reports.values() for id_ in ids]
+        reports.sort(key=lambda report: report.metrics)  # so that the order in which they came has no effect
         read = [(metrics, report.who) for report in reports if (metrics := self._unpack(report)) is not None]
         if not read:
-            return []
+            return None
         metrics, who = zip(*read, strict=True)
         row = reduce_reports(metrics, self.reduction, self._warn, who)
-        added = _add(row, self.totals, self.reduction)
+        added = _add_to_totals(row, self.totals, self.reduction)
         for key in row.keys() & added.keys():
             self._warn("logged and computed", f"{key!r} is logged, and a running sum as well: the sum is kept")
-        row |= added | {"step": step, "workers": len(closed.speakers)}
+        row |= added | {"step": step, "workers": len(finished.speakers)}
+        self._remember(step, row)
+        self.counts.update(rows=1, partial=finished.partial)
+        fitting, packed = self._fit({self.prefix + key: value for key, value in row.items()})
+        return self._state.add_row(self.number, len(read), fitting, packed, max(each.wall_time for each in reports))
+
+    def _remember(self, step: int, row: Mapping[str, Any]) -> None:
         self._improve(row)
         self.latest |= {key: row[key] for key in self.reduction.best if isinstance(row.get(key), int | float)}
-        self.counts.update(rows=1, partial=closed.partial)
         if step >= self.last_row.get("step", 0):
             self.last_row = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        fitting, packed = self._fit({self.prefix + key: value for key, value in row.items()})
-        return [self._state.add_row(self.number, len(read), fitting, packed, max(it.wall_time for it in reports))]
 
     def _improve(self, row: Mapping[str, Any]) -> None:
         for key, op in self.reduction.best.items():
@@ -153,7 +157,7 @@ class Pipeline:
         self._state.do("UPDATE pipelines SET state = ? WHERE number = ?", state, self.number, key=self.number)
 
 
-def _add(row: Mapping[str, Any], totals: dict[str, float], reduction: Reduction) -> dict[str, float]:
+def _add_to_totals(row: Mapping[str, Any], totals: dict[str, float], reduction: Reduction) -> dict[str, float]:
     """Adds a row to the running sums; what they are now, under the keys of a row."""
     keys = [key for key in row if reduction.rule(key).total and isinstance(row[key], int | float)]
     for key in keys:

@@ -22,7 +22,7 @@ from .tail import OutboxTail
 
 
 class Reading(NamedTuple):
-    """What is new. `Reader.commit` is to be called when it is safe."""
+    """What is new. `Reader.acknowledge` is to be called when it is safe."""
 
     records: list[Record]  # in the order of time
     is_cut: bool = False  # there is more to read
@@ -146,11 +146,11 @@ class Reader:
         for name in self._names():
             page.see(f"{self._folder}/{name}.page", state)
 
-    def commit(self, reading: Reading) -> None:
-        """What it has is safe."""
+    def acknowledge(self, reading: Reading) -> None:
+        """It is safe in the run's state. Removes segments that are read to their end, and all of who has ended."""
         ended = {record.outbox for record in reading.records if record.kind in (records.ENDED, records.VANISHED)}
         for name, end in {record.outbox: record.end for record in reading.records}.items():
-            self._tails[name].commit(end, self._state, name in ended)
+            self._tails[name].acknowledge(end, self._state, name in ended)
         for name in ended:
             del self._tails[name]
         self._dying -= ended

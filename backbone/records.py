@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .page import CLOSED, Page, Position, Room, is_from_outside, leave_note
+from .page import CLOSED, Backpressure, Page, Position, is_from_outside, leave_note
 from .values import encodable
 
 if TYPE_CHECKING:  # it knows of Ray
@@ -69,9 +69,10 @@ def parse(content: bytes) -> Iterator[tuple[int, tuple, bytes]]:
 class Segments:
     """The segments that a process writes.
 
-    In the middle of `append` a signal handler or a destructor may run, and append as well, or raise. So each write sets
-    a mark, and takes it away when the counts fit. If it is still there, or another call's is, the next call counts what
-    was written. Python runs handlers behind calls, so between lines that must not be torn apart there is none.
+    In the middle of `append` a signal handler or a destructor may run, and append as well, or raise. Then `records` and
+    `bytes` may be wrong. So each write sets a mark before it, and clears it when the counts are right. A call that
+    finds a mark counts the records in the file anew. Python runs handlers only after a call, so lines that have none
+    between them can't be torn apart.
 
     path: of a segment by its number.
     """
@@ -147,12 +148,14 @@ class OpenFiles:
 
     def __init__(self, folder: Path, process: Process, lost: Mapping[int, int]):
         name = uuid.uuid4().hex
-        self.folder, self.process, self.room = folder, process, Room()
+        self.folder, self.process, self.backpressure = folder, process, Backpressure()
         self.who = ("", "")  # name and label of the worker that has logged last
+        self.pipeline = 0  # to which
         self.segments = Segments(lambda number: f"{folder}/{name}.{number}")
         try:
-            # The relay that reads it must stay, because it notices deaths, and who has no Ray could not call it back.
-            # It need not for the processes that Ray keeps idle, for more tasks.
+            # A relay leaves when it is idle, unless a page asks it to stay. An actor's page asks, because only a relay
+            # notices its death, and so does that of a process without Ray, which could not ask for another relay. A
+            # process for plain tasks does not ask: Ray keeps it idle for long, and it can ask for a relay later.
             self.page = Page(folder / f"{name}.page", process.name, process.parent, lost, stays=not process.in_task)
         except BaseException:
             self.segments.remove()
@@ -181,9 +184,12 @@ class OpenFiles:
         self.segments.settle()
         return self.page.read[1] >= self.segments.bytes
 
-    def has_room(self, size: int) -> bool:
-        """Whether so many bytes may be written without a look at how far the reader is."""
-        return self.segments.records < self.room.records and self.segments.bytes + size <= self.room.bytes
+    def may_write(self, size: int) -> bool | None:
+        """Whether so many bytes may be written; None: not now, but the reader may get on."""
+        segments, limits = self.segments, self.backpressure
+        if segments.records < limits.records and segments.bytes + size <= limits.bytes:
+            return True  # as most often; this is quicker
+        return limits.check(self.page.read, (segments.records, segments.bytes), size, self.folder)
 
     def write(self, kind: int, pipeline: int, step: int, content: bytes, now: float, label: str) -> bool:
         """Whether the record could be written."""
@@ -192,6 +198,7 @@ class OpenFiles:
             if not self.segments.append(record(WHO, about, now), 0):
                 return False
             self.who = who  # not before: an interrupt would leave reports that are taken for somebody else's
+        self.pipeline = pipeline
         return self.segments.append(record(kind, content, now, pipeline, step), 1)
 
     def close(self) -> None:

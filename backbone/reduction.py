@@ -87,7 +87,7 @@ def reduce_reports(
     warn: Warn = lambda kind, what: None,
     who: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The reports of one step as one row. who: whose each of them is. The rule sits in the value:
+    """The reports of one step as one row. who: the worker that each is from. The kind of a value says how:
 
     - a scalar is a worker's measurement: averaged over the reports that have it, unless `reduction` names its key
     - an array (any shape) holds samples: pooled over the reports before any statistic is taken; the statistics become

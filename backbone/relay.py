@@ -39,8 +39,8 @@ class Relay:
         self._last, self._heard, self._closed = Reading([]), time.monotonic(), False
 
     def read(self) -> Reading:
-        """What is new; after a second without news, nothing. Called again, it takes what it has brought for safe."""
-        self._reader.commit(self._last)
+        """What is new, or nothing after a second. Each call acknowledges the reading that the one before returned."""
+        self._reader.acknowledge(self._last)
         self._last, deadline = Reading([]), time.monotonic() + 1
         while time.monotonic() < deadline:
             self._last = self._reader.read(look=self._closed)

@@ -91,8 +91,8 @@ class Run:
     def read(self, brought: Sequence[tuple[str, Reading]] = (), look: bool = False) -> list[tuple[str, Reading]]:
         """Reads the outboxes at home once, takes what relays have brought from other nodes, and gives rows to W&B.
 
-        look: see `Reader.read`. Returns the readings that are safe now. Raises sqlite3.OperationalError as long as the
-        disk is full, and reads nothing new until then; ServiceDiedError if wandb-core is dead.
+        look: see `Reader.read`. Returns the readings that are safe now. Raises ServiceDiedError if wandb-core is dead,
+        and sqlite3.OperationalError if the disk is full: the next call saves them before it reads on at home.
         """
         if not self._held:
             if not self.paused:  # a second at most, because this process may have been stopped
@@ -137,7 +137,7 @@ class Run:
         self.state.note(clock=self.inbox.clock)
         self.state.commit()
         for _, reading in [held for held in self._held if held[0] == HOME]:
-            self.reader.commit(reading)
+            self.reader.acknowledge(reading)
         rows, self._rows = self._rows, []
         if self.writer.run:  # else they are logged at its start
             for row in rows:
@@ -147,7 +147,7 @@ class Run:
             self.artifacts.go_on()
         if self.state.facts.get("mode") == "disabled":
             self.state.arrived(row.number for row in rows)
-        with contextlib.suppress(sqlite3.OperationalError):  # the readings are safe: it is made up for with the next
+        with contextlib.suppress(sqlite3.OperationalError):  # what fails here stays queued for the next commit
             self.state.commit()  # which increments of tables W&B has, and what it has refused
 
     # The end
@@ -155,7 +155,7 @@ class Run:
     def read_to_end(self, deadline: float) -> None:
         """Closes the outboxes at home: nothing more is taken there, and what is there is read."""
         self.reader.close()
-        while readings := self._with_room(lambda: self.read(look=True), deadline):
+        while readings := self._retry_on_full_disk(lambda: self.read(look=True), deadline):
             if all(reading.is_empty for _, reading in readings):
                 return
 
@@ -163,10 +163,10 @@ class Run:
         """Closes all steps of pipelines with the reports that came."""
         for pipeline in pipelines:
             pipeline.steps.finish()
-        self._with_room(self._save, deadline)
+        self._retry_on_full_disk(self._save, deadline)
 
-    def _with_room(self, call: Callable[[], Any], deadline: float) -> Any:
-        """What a call returns that needs room on the disk. It is repeated while there is none, until `deadline`."""
+    def _retry_on_full_disk(self, call: Callable[[], Any], deadline: float) -> Any:
+        """Calls, and calls again while the disk is full, until `deadline`. Returns what the call returns."""
         while True:
             try:
                 return call()

@@ -19,22 +19,21 @@ if TYPE_CHECKING:
     import wandb
 
 
+def _add_used(run: wandb.Run, names: list[str]) -> None:
+    """Adds to the artifacts that the run's config says it has used."""
+    used = dict.fromkeys([*run.config.get("used_artifacts", ()), *names])
+    run.config.update({"used_artifacts": [*used]}, allow_val_change=True)
+
+
 # What W&B is told, by its kind.
 TELL: dict[str, Callable[[wandb.Run, Any], object]] = {
     "config": lambda run, value: run.config.update(value, allow_val_change=True),
     "summary": lambda run, value: run.summary.update(value),
-    "used": lambda run, value: run.config.update({"used_artifacts": _with(run, value)}, allow_val_change=True),
+    "used_artifacts": _add_used,
     "alert": lambda run, value: run.alert(**value),
-    "lines": lambda run, value: run.write_logs(value),
+    "log_lines": lambda run, value: run.write_logs(value),
 }
-
-
-KNOWN = {"config": {}, "summary": {}, "used": []}  # what is told again after a restart
-
-
-def _with(run: wandb.Run, used: list[str]) -> list[str]:
-    """The artifacts that a run has used, and these."""
-    return [*dict.fromkeys([*run.config.get("used_artifacts", ()), *used])]
+KNOWN = {"config": {}, "summary": {}, "used_artifacts": []}  # what is told again after a restart
 
 
 def alert(title: str, text: str, level: Any, wait_duration: Any) -> dict[str, Any]:
@@ -63,18 +62,24 @@ class Said:
             kind, value = pickle.loads(content)
         except Exception as error:  # a class of the user's that this process can't import
             return self._state.unheard(f"{who}: {line(error)}")
-        if kind == "line":
-            return self._lines.append(f"{who}: {value}")
-        if kind in ("log", "use"):  # an artifact
+        facts = self._state.facts
+        if kind == "log_line":
+            self._lines.append(f"{who}: {value}")
+        elif kind == "log_artifact":
             self._state.do("INSERT INTO artifacts (task) VALUES (?)", content)
-            if kind == "log" or value["name"] in self._state.facts.get("used", ()):
-                return None
-            kind, value = "used", [value["name"]]
-        if kind == "alert" and self._is_repeated(value, wall_time):
-            return None
-        if kind in KNOWN:
-            before = self._state.facts.get(kind, KNOWN[kind])
-            self._state.note(**{kind: before + value if kind == "used" else before | value})
+        elif kind == "use_artifact":
+            self._state.do("INSERT INTO artifacts (task) VALUES (?)", content)
+            if value["name"] not in (used := facts.get("used_artifacts", [])):
+                self._state.note(used_artifacts=[*used, value["name"]])
+                self._tell("used_artifacts", [value["name"]])
+        elif kind == "alert":
+            if not self._is_repeated(value, wall_time):
+                self._tell(kind, value)
+        else:
+            self._state.note(**{kind: facts.get(kind, {}) | value})
+            self._tell(kind, value)
+
+    def _tell(self, kind: str, value: Any) -> None:
         self._state.note(said=[*self._state.facts.get("said", ()), (kind, value)])
 
     def _is_repeated(self, alert: dict[str, Any], wall_time: float) -> bool:
@@ -90,7 +95,7 @@ class Said:
         lines, self._lines = self._lines, []
         if news := self._state.facts.get("said", []):
             self._state.note(said=[])
-        return [*news, ("lines", "\n".join(lines))] if lines else news
+        return [*news, ("log_lines", "\n".join(lines))] if lines else news
 
     def forget(self, keys: Collection[str]) -> None:
         """A row has these keys: what was told before of the summary of one is not to be told again."""

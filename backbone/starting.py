@@ -51,7 +51,7 @@ def wandb_init(state: State, init: dict[str, Any]) -> tuple[wandb.Run, float]:
             shutil.rmtree(failed)
         run = wandb.init(**init | dict(mode="offline"))
     if not run.disabled:
-        _make_room(folder, run)
+        _keep_staging_beside(folder, run)
     return run, timeout
 
 
@@ -68,7 +68,7 @@ def _to_go_on(init: dict[str, Any], mode: str) -> dict[str, Any]:
     return init
 
 
-def _make_room(folder: Path, run: wandb.Run) -> None:
+def _keep_staging_beside(folder: Path, run: wandb.Run) -> None:
     """Puts what wandb stages beside the run: else it is in the home folder, and gone when `wandb sync` needs it."""
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         os.environ[name] = os.environ.get(name) or f"{run.sync_dir}/artifacts"

@@ -28,12 +28,12 @@ class Worker:
     name: str
     speaks_for: str  # whom it is counted as: itself, or, for a child process, its parent
     task: str  # what all attempts of a task share; nothing for others
-    born: int  # births and ends are counted together, so that it is known which came first
+    birth: int  # its number among all births and ends of workers, in their order
     step: int = -1  # the last one that it has reported
     busy_with: int | None = None  # that step, until it is done with it
     regular: bool = False  # it has reported more than one
     heard: float = 0.0  # when it last reported, in seconds of the pipeline's clock
-    end: int = 0  # where its end comes among births and ends; 0 as long as it lives
+    end: int = 0  # the number of its end among them; 0 as long as it lives
     end_time: float = 0.0
     steps: set[int] = dataclasses.field(default_factory=set)  # open ones that it has reported
 
@@ -42,21 +42,21 @@ class Worker:
 class OpenStep:
     """A step that has no row yet."""
 
-    reports: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # worker -> what stands for its reports
+    reports: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # worker -> the ids of its reports
     speakers: set[str] = dataclasses.field(default_factory=set)  # whom these workers are counted as
     busy: int = 0  # how many of these workers are not done with it
     heard: float = 0.0
-    death: float = math.inf  # the first death among its workers, as `Worker.end`
+    first_death: float = math.inf  # among its workers, as `Worker.end`
     tasks: dict[str, str] = dataclasses.field(default_factory=dict)  # task -> the attempt that has reported it last
     partial: bool = False  # in the end: fewer workers have reported it than make a step complete
 
-    def add(self, worker: Worker, report: int, now: float) -> None:
+    def add(self, worker: Worker, report_id: int, now: float) -> None:
         if worker.name not in self.reports:
             self.speakers.add(worker.speaks_for)
             self.busy += 1
             if worker.task:
                 self.tasks[worker.task] = worker.name
-        self.reports.setdefault(worker.name, []).append(report)
+        self.reports.setdefault(worker.name, []).append(report_id)
         self.heard = now
 
 
@@ -77,22 +77,24 @@ class Steps:
         self.open: dict[int, OpenStep] = {}  # oldest first
         self.known: dict[str, Worker] = {}  # the living, and those of the ended that still matter
         self._ended: dict[str, Worker] = {}  # the last that have ended; without tasks and children
-        self._order, self._newest = 0, -1  # births and ends so far; the highest step that was complete
-        self._usual, self._last = 0.0, math.nan  # time between two rows of rule 1; when the last one was made
-        self._waiting, self._most = 0, 0  # reports in open steps; workers that have been warned of
+        self._events = 0  # births and ends so far
+        self._newest = -1  # the highest step that was complete
+        self._usual, self._last = 0.0, math.nan  # seconds between two rows of rule 1, and when the last was made
+        self._waiting = 0  # reports in open steps
+        self._warned_of = 0  # workers: the largest number that a warning has named
 
-    def log(self, name: str, step: int, report: int, commit: bool, now: float, parent: str = "", task: str = ""):
+    def log(self, name: str, step: int, report_id: int, commit: bool, now: float, parent: str = "", task: str = ""):
         """Takes a report of a worker. parent: the worker that a child process is counted as. task: see `Worker`."""
         if not (worker := self.known.get(name)):
-            self._order += 1
-            worker = self.known[name] = Worker(name, parent or name, task, self._order)
+            self._events += 1
+            worker = self.known[name] = Worker(name, parent or name, task, self._events)
         stood = worker.busy_with
         if worker.end:  # a task has another handle, or somebody had removed the outbox of a process that lives
             worker.end = 0
             self._ended.pop(name, None)
         if open_step := self.open.get(step):
-            was_done = name in open_step.reports and stood != step
-            if was_done or open_step.death < worker.born or open_step.tasks.get(task, name) != name:
+            is_again = name in open_step.reports and stood != step
+            if is_again or open_step.first_death < worker.birth or open_step.tasks.get(task, name) != name:
                 self._close(step)  # rule 2
         before = self._newest if worker.step < 0 else worker.step
         if step < before and not task:
@@ -103,29 +105,28 @@ class Steps:
         worker.regular |= worker.step not in (-1, step)
         worker.step, worker.busy_with, worker.heard = step, step, now
         worker.steps.add(step)
-        self.open.setdefault(step, OpenStep()).add(worker, report, now)
+        self.open.setdefault(step, OpenStep()).add(worker, report_id, now)
         self._waiting += 1
         if commit:
             self._done(worker)
-        self._close_complete(dict.fromkeys((stood, step)), now)
+        self._close_complete([stood, step], now)
         while self._waiting > self.MAX_WAITING:
             self._close(next(iter(self.open)))  # rule 4
 
     def end(self, name: str, now: float, died: bool = False) -> None:
         """A worker will report nothing more: it has said so, or has died."""
-        worker = self.known.get(name)
-        if not worker or worker.end:
+        if not (worker := self.known.get(name)) or worker.end:
             return
         self._done(worker)
-        self._order += 1
-        worker.end, worker.end_time = self._order, now
-        death = self._order if died and worker.speaks_for == name else math.inf
+        self._events += 1
+        worker.end, worker.end_time = self._events, now
+        death = self._events if died and worker.speaks_for == name else math.inf
         if not worker.task and worker.speaks_for == name:
             self._ended[name] = worker
         if len(self._ended) > 100 + 2 * self.workers:
             self._forget(self._ended.pop(next(iter(self._ended))))
         for step in worker.steps:
-            self.open[step].death = min(self.open[step].death, death)
+            self.open[step].first_death = min(self.open[step].first_death, death)
         self._close_complete(sorted(worker.steps), now)
         self._forget(worker)
 
@@ -162,7 +163,7 @@ class Steps:
             open_step.busy -= 1
         worker.busy_with = None
 
-    def _close_complete(self, steps: list[int] | dict[int | None, None], now: float) -> None:
+    def _close_complete(self, steps: list[int | None], now: float) -> None:
         """Rule 1, and how often a step is complete."""
         for step in steps:
             if not (open_step := self.open.get(step)) or open_step.busy:
@@ -195,15 +196,14 @@ class Steps:
         """How many of the ended it does not wait for: they ended ten seconds ago, while one that reported it lived."""
         if open_step.tasks:
             return 0
-        births = (self.known[name].born for name in open_step.reports if not self.known[name].end)
+        births = (self.known[name].birth for name in open_step.reports if not self.known[name].end)
         first_birth = min(births, default=math.inf)
         ended = [each for name, each in self._ended.items() if each.end > first_birth and name not in open_step.reports]
-        gone = sum(now - each.end_time >= self.GRACE for each in ended)
-        return min(gone, self.workers - len(living(self.known)))
+        return min(sum(now - each.end_time >= self.GRACE for each in ended), self.workers - len(living(self.known)))
 
     def _warn_of_many(self, n: int) -> None:
-        if n > max(self.workers, self._most):
-            self._most = n
+        if n > max(self.workers, self._warned_of):
+            self._warned_of = n
             told = f"{n} workers log to a pipeline that was told of {self.workers}: pass workers={n}"
             self.warnings.append(("many workers", told))
 

@@ -60,7 +60,7 @@ class OutboxTail:
         """Something that the reader says of it; without a time, before all that was logged."""
         return Record(at, self.name, kind, 0, 0, 0.0, content, self.position)
 
-    def commit(self, end: Position, state: int, has_ended: bool) -> None:
+    def acknowledge(self, end: Position, state: int, has_ended: bool) -> None:
         """Notes that it is read for good up to `end`, and removes what is of no further use."""
         last = end.segment + has_ended
         for segment in range(self._first, last):

@@ -199,7 +199,7 @@ def pack(report: Mapping[str, Any], what: str = "metric") -> bytes:
 
 
 def pack_report(report: Mapping[str, Any], what: str = "metric") -> tuple[bytes, list[media.Increment]]:
-    """The same, and the growing tables in it, which must `note` when it has been logged."""
+    """A report as bytes, and the growing tables in it. Call `note` of each when the report is written."""
     if "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values())):
         return pickle.dumps(report, pickle.HIGHEST_PROTOCOL), []
     return _dumps(report, what), [value for value in report.values() if isinstance(value, media.Increment)]

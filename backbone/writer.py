@@ -56,7 +56,7 @@ class Writer:
 
     # Starting
 
-    def start(self, pipelines: Sequence[tuple[str, Mapping[str, str]]] = ()) -> None:
+    def start(self, pipelines: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         """Starts the run, or goes on with that of these pipelines; logs what is in the state and not in the run."""
         facts = self._state.facts
         mine = facts.get("paths", [])
@@ -68,24 +68,23 @@ class Writer:
         own = [] if run.disabled else [run.sync_dir]
         before = TransactionLogs(self._before).numbers
         first = max(run.starting_step, 1 + max(before, default=-1), facts.get("first", 0))
-        self._state.note(
-            id=run.id,
-            name=run.name or self._init.get("name") or run.id,
-            mode=mode,
-            url=(run.url if mode == "online" else None) or facts.get("url"),
-            paths=mine + own,
-            first=first,
-            begun=True,
-        )
+        url = (run.url if mode == "online" else None) or facts.get("url")
+        self._state.note(id=run.id, name=run.name or self._init.get("name") or run.id, url=url)
+        self._state.note(mode=mode, paths=mine + own, first=first, begun=True)
         self.logs.add(own)
         for prefix, best in pipelines:
             self.axes.define(prefix, best)
+        self._log_missing(mode)
+
+    def _log_missing(self, mode: str) -> None:
+        """Logs the rows that are in the state, and that W&B has not got."""
         if mode == "online":  # what a dead actor has left in its folder may not have been sent
-            has, highest = (lambda number: number < run.starting_step), run.starting_step - 1
+            first = self.run.starting_step
+            missing = self._state.missing(lambda number: number < first, first - 1)
         else:
-            has, highest = self.has, max(self.logs.numbers, default=-1)
             self._state.arrived(self.logs.numbers.intersection(self._state.waiting()))
-        for row in self._state.missing(has, highest):
+            missing = self._state.missing(self.has, max(self.logs.numbers, default=-1))
+        for row in missing:
             self.log(row)
 
     def resumed(self) -> Resumed:

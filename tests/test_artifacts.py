@@ -118,16 +118,16 @@ def staged(made: Opened, name: str, content: bytes, **more) -> dict:
 def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opened, tmp_path):
     made = opened()
     made.join()
-    made.tell("log", **staged(made, "first", b"1", aliases=["best"]))
-    made.tell("use", name="other:latest")
+    made.tell("log_artifact", **staged(made, "first", b"1", aliases=["best"]))
+    made.tell("use_artifact", name="other:latest")
     made.artifacts.finish(time.monotonic() + 60)
-    task = pickle.dumps(("log", staged(made, "second", b"2")))
+    task = pickle.dumps(("log_artifact", staged(made, "second", b"2")))
     made.state.db.execute("INSERT INTO artifacts (task) VALUES (?)", (task,))  # and killed before W&B had it
     made.abandon()
     made = opened()
     table, reference = wandb.Table(columns=["x"], data=[[1]]), "s3://bucket/weights"  # whose library isn't here
-    made.tell("log", **staged(made, "third", b"3", table=table, at=reference))
-    made.tell("use", name="other:best")
+    made.tell("log_artifact", **staged(made, "third", b"3", table=table, at=reference))
+    made.tell("use_artifact", name="other:best")
     made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     first, second = (Log(path) for path in folders(tmp_path))
@@ -149,7 +149,7 @@ def test_one_table_may_be_logged_in_many_rows_and_artifacts(opened, tmp_path):
     table = wandb.Table(columns=["reward"], data=[[0.5]])
     for step in range(3):
         made.say(step, {"rollouts": table})
-        made.tell("log", **staged(made, "trajectories", b"notes", rollouts=table))
+        made.tell("log_artifact", **staged(made, "trajectories", b"notes", rollouts=table))
         made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.rows, account.lost_values, account.lost_artifacts, account.warnings) == (3, 0, 0, [])
@@ -182,8 +182,8 @@ def test_an_artifact_that_can_not_be_logged_is_counted_and_named(opened):
     made.join()
     what = staged(made, "gone", b"1")
     Path(what["folder"], "a.bin").unlink()
-    made.tell("log", **what)
-    made.tell("log", **staged(made, "there", b"2"))
+    made.tell("log_artifact", **what)
+    made.tell("log_artifact", **staged(made, "there", b"2"))
     made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.lost_artifacts, account.ok) == (1, False)
@@ -194,7 +194,7 @@ def test_an_artifact_is_logged_once_though_the_actor_has_died_and_reads_it_again
     made = opened()
     made.join()
     for _ in range(2):  # by the user
-        made.tell("log", **staged(made, "checkpoint", b"1"))
+        made.tell("log_artifact", **staged(made, "checkpoint", b"1"))
     made.artifacts.finish(time.monotonic() + 60)
     made.abandon()
     made = opened()
@@ -209,7 +209,7 @@ def test_an_artifact_that_the_state_has_no_room_for_waits_until_there_is_some(op
     made.join()
     made.state.db.execute("PRAGMA max_page_count = 1")  # or what there is
     with pytest.raises(sqlite3.Error):
-        made.tell("log", **staged(made, "large", b"1") | dict(metadata={"text": "x" * 1_000_000}))
+        made.tell("log_artifact", **staged(made, "large", b"1") | dict(metadata={"text": "x" * 1_000_000}))
     made.state.db.execute("PRAGMA max_page_count = 1073741823")
     assert made.finish()[""].ok
     assert [artifact["name"] for artifact in Log(folders(tmp_path)[0]).of("artifact")] == ["large"]
@@ -227,11 +227,11 @@ def test_online_the_copies_are_gone_when_the_server_has_them(opened, tmp_path, s
     made = opened(mode="online")
     made.join()
     for step in range(3):
-        made.tell("log", **staged(made, f"checkpoint-{step}", b"%d" % step))
+        made.tell("log_artifact", **staged(made, f"checkpoint-{step}", b"%d" % step))
     made.artifacts.finish(time.monotonic() + 60)
     assert {artifact["state"] for artifact in server.artifacts.values()} == {"COMMITTED"}
     assert not [*tmp_path.rglob("a.bin")]
-    task = pickle.dumps(("log", staged(made, "last", b"3")))
+    task = pickle.dumps(("log_artifact", staged(made, "last", b"3")))
     made.state.db.execute("INSERT INTO artifacts (task, done) VALUES (?, 1)", (task,))  # and killed before it went
     made.abandon()
     made = opened(mode="online")
@@ -244,7 +244,9 @@ def test_of_a_table_in_an_artifact_what_is_beyond_w_b_s_limit_is_told(opened, tm
     monkeypatch.setattr(wandb.Table, "MAX_ARTIFACT_ROWS", 3)
     made = opened()
     made.join()
-    made.tell("log", **staged(made, "rollouts", b"1", table=wandb.Table(columns=["x"], data=[[i] for i in range(5)])))
+    made.tell(
+        "log_artifact", **staged(made, "rollouts", b"1", table=wandb.Table(columns=["x"], data=[[i] for i in range(5)]))
+    )
     made.artifacts.finish(time.monotonic() + 60)
     account = made.finish()[""]
     assert (account.lost_artifacts, account.ok) == (1, False)
@@ -263,7 +265,7 @@ def test_no_temporary_file_is_left_of_the_media_in_an_artifact(opened):
     for _ in range(2):
         cells = [[page, wandb.Html("in a table"), np.zeros((300, 2))]]
         table = wandb.Table(columns=["page", "other", "array"], data=cells)
-        made.tell("log", **staged(made, "pages", b"1", page=page, table=table))
+        made.tell("log_artifact", **staged(made, "pages", b"1", page=page, table=table))
     made.artifacts.finish(time.monotonic() + 60)
     del page, cells, table
     gc.collect()  # wandb's tables refer to themselves
@@ -286,7 +288,7 @@ def test_an_artifact_s_description_has_none_of_the_caller_s_classes():
 def test_offline_a_restart_forgets_no_artifact_that_was_used(opened, tmp_path):
     made = opened()
     made.join()
-    made.tell("use", name="other:latest")
+    made.tell("use_artifact", name="other:latest")
     made.artifacts.finish(time.monotonic() + 60)
     made.abandon()
     made = opened()
@@ -300,7 +302,7 @@ def test_what_a_reference_to_a_file_stands_for_is_the_content_that_it_has(opened
     made.join()
     for step in range(2):
         weights.write_text(f"of step {step}")
-        made.tell("log", **staged(made, f"step-{step}", b"", weights=weights.as_uri()))
+        made.tell("log_artifact", **staged(made, f"step-{step}", b"", weights=weights.as_uri()))
         made.artifacts.finish(time.monotonic() + 60)
     made.finish()
     [log] = (Log(path) for path in folders(tmp_path))

@@ -30,7 +30,7 @@ from backbone import outbox, page, process, records
 from backbone.files import OUTBOXES, Address, this_machine
 from backbone.ledger import RunFinishedError
 from backbone.outbox import Outbox
-from backbone.page import OTHER, Position, Room, is_alive, lost_by_pipeline
+from backbone.page import OTHER, Backpressure, Position, is_alive, lost_by_pipeline
 from backbone.reading import Reader
 from backbone.records import BEGUN, ENDED, LOST, REPORT, SAID, VANISHED, WHO, Record
 
@@ -117,7 +117,7 @@ def read(reader: Reader, until: Callable[[list[Record]], object] | None = None) 
     def go_on() -> object:
         reading = reader.read(look=True)
         found.extend(reading.records)
-        reader.commit(reading)
+        reader.acknowledge(reading)
         return until(found) and not reading.is_cut if until else reading.is_empty
 
     wait_for(go_on, every=0.002)
@@ -217,7 +217,7 @@ def test_hundreds_of_time_outs_out_of_a_signal_handler_cost_no_report_whose_put_
     address, child, monkeypatch
 ):
     monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
-    monkeypatch.setattr(Room, "LIMIT", 10**9)
+    monkeypatch.setattr(Backpressure, "LIMIT", 10**9)
 
     def work(pipe, box: Outbox) -> None:
         never_waits()
@@ -297,7 +297,7 @@ def test_an_exception_at_any_place_of_put_harms_no_other_report(address, child, 
 
 def test_a_signal_handler_may_log_in_the_middle_of_put(address, child, monkeypatch):
     monkeypatch.setattr("backbone.records.SEGMENT", 2_000)
-    monkeypatch.setattr(Room, "LIMIT", 10**9)
+    monkeypatch.setattr(Backpressure, "LIMIT", 10**9)
 
     def work(pipe, box: Outbox) -> None:
         handled, done = itertools.count(10**6), []
@@ -341,7 +341,7 @@ def test_a_signal_handler_may_log_or_raise_while_the_outbox_is_opened(address, c
 
 
 def test_a_destructor_may_log_whenever_the_collector_runs(address, child, monkeypatch):
-    monkeypatch.setattr(Room, "LIMIT", 10**9)
+    monkeypatch.setattr(Backpressure, "LIMIT", 10**9)
 
     class Cycle:
         def __init__(self, box: Outbox, number: int):
@@ -387,7 +387,7 @@ def test_threads_share_an_outbox(address, child, monkeypatch):
 
 def test_forks_log_also_while_another_thread_does_and_forks_of_forks(address, child, monkeypatch):
     """Each has an outbox of its own, is counted as the process that it comes from, and leaves that one's alone."""
-    monkeypatch.setattr(Room, "LIMIT", 10**9)
+    monkeypatch.setattr(Backpressure, "LIMIT", 10**9)
 
     def fork(box: Outbox, number: int, again: bool) -> int:
         if pid := os.fork():
@@ -439,9 +439,9 @@ def test_who_looks_at_a_page_at_the_same_time_is_not_taken_for_its_process(addre
 
 def test_a_fork_that_outlives_its_parent_keeps_no_lock_of_it(address, child, monkeypatch):
     """Also where another thread was in the middle of `put`, which in the fork has the files for ever."""
-    waits, look = threading.Event(), Room.look
-    monkeypatch.setattr(Room, "LIMIT", 1)
-    monkeypatch.setattr(Room, "look", lambda *arguments: (waits.set(), look(*arguments))[1])
+    waits, check = threading.Event(), Backpressure.check
+    monkeypatch.setattr(Backpressure, "LIMIT", 1)
+    monkeypatch.setattr(Backpressure, "check", lambda *arguments: (waits.set(), check(*arguments))[1])
 
     def work(pipe, box: Outbox) -> None:
         put(box, 0)
@@ -565,8 +565,8 @@ def test_where_not_even_an_outbox_can_be_opened_that_is_counted_too(disk, take, 
 
 
 def test_put_waits_for_the_reader_where_so_many_records_are_unread(address, child, monkeypatch):
-    monkeypatch.setattr(Room, "LIMIT", 10)
-    monkeypatch.setattr(Room, "PATIENCE", float("inf"))
+    monkeypatch.setattr(Backpressure, "LIMIT", 10)
+    monkeypatch.setattr(Backpressure, "PATIENCE", float("inf"))
 
     def work(pipe, box: Outbox) -> None:
         waited = told_once(pipe)
@@ -579,7 +579,7 @@ def test_put_waits_for_the_reader_where_so_many_records_are_unread(address, chil
         assert waits.told() == first + 10  # this one waits
         reading = reader.read(look=True)
         assert numbers(reading.records) == [*range(first, first + 10)]
-        reader.commit(reading)
+        reader.acknowledge(reading)
     waits.wait()
     assert numbers(read(reader)) == [*range(30, 35)]
 
@@ -600,8 +600,8 @@ def told_once(pipe) -> Callable[[int], None]:
 def test_put_waits_where_so_many_bytes_are_unread_and_a_larger_record_passes_when_nothing_is(
     address, child, monkeypatch
 ):
-    monkeypatch.setattr(Room, "LIMIT_BYTES", 1_000)
-    monkeypatch.setattr(Room, "PATIENCE", float("inf"))
+    monkeypatch.setattr(Backpressure, "LIMIT_BYTES", 1_000)
+    monkeypatch.setattr(Backpressure, "PATIENCE", float("inf"))
 
     def work(pipe, box: Outbox) -> None:
         waited = told_once(pipe)
@@ -614,7 +614,7 @@ def test_put_waits_where_so_many_bytes_are_unread_and_a_larger_record_passes_whe
         assert waits.told() == waiting
         reading = reader.read(look=True)
         assert numbers(reading.records) == before
-        reader.commit(reading)
+        reader.acknowledge(reading)
     waits.wait()
     assert numbers(read(reader)) == [4]
 
@@ -623,9 +623,9 @@ def test_put_waits_where_so_many_bytes_are_unread_and_a_larger_record_passes_whe
 def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_backlog_is_lost(
     address, child, monkeypatch, disk_is_full
 ):
-    monkeypatch.setattr(Room, "LIMIT", 10)
-    monkeypatch.setattr(Room, "PATIENCE", 0.0)
-    monkeypatch.setattr(Room, "BACKLOG", 5_000)
+    monkeypatch.setattr(Backpressure, "LIMIT", 10)
+    monkeypatch.setattr(Backpressure, "PATIENCE", 0.0)
+    monkeypatch.setattr(Backpressure, "BACKLOG", 5_000)
     # Nearly: a backlog must not fill it.
     monkeypatch.setattr("backbone.page.disk_is_full", lambda path: disk_is_full)
 
@@ -832,7 +832,7 @@ def test_what_put_took_without_an_error_is_read_and_whoever_comes_later_is_told_
     address, child, monkeypatch
 ):
     """Processes that log on and on, and others that log for the first time, while the run is being finished."""
-    monkeypatch.setattr(Room, "LIMIT", 10**9)
+    monkeypatch.setattr(Backpressure, "LIMIT", 10**9)
 
     def log_on(pipe, box: Outbox, name: int) -> None:
         number = 0
@@ -905,8 +905,8 @@ def test_a_run_that_is_finished_in_the_middle_of_put_has_its_report_or_put_raise
 
 
 def test_a_process_that_waits_for_room_is_told_that_the_run_is_finished(address, child, monkeypatch):
-    monkeypatch.setattr(Room, "LIMIT", 10)
-    monkeypatch.setattr(Room, "PATIENCE", float("inf"))
+    monkeypatch.setattr(Backpressure, "LIMIT", 10)
+    monkeypatch.setattr(Backpressure, "PATIENCE", float("inf"))
 
     def work(pipe, box: Outbox) -> None:
         on_sleep(lambda: pipe.send("waits"))
@@ -984,7 +984,7 @@ def test_a_reading_that_leaves_something_behind_is_in_the_order_of_time_with_the
     while not (reading := reader.read()).is_empty:
         epochs += numbers(reading.records)
         cut += reading.is_cut
-        reader.commit(reading)
+        reader.acknowledge(reading)
     assert cut > 3
     assert epochs == [epoch for epoch in range(100) for _ in pair]
 
@@ -1006,7 +1006,7 @@ def test_a_reader_that_dies_before_it_has_committed_is_followed_by_one_that_read
             positions |= {record.outbox: record.end for record in reading.records}
             found += numbers(reading.records)
         if life % 3 == 2 or (life % 3 and committed == "nowhere"):
-            reader.commit(reading)  # else it dies just after that
+            reader.acknowledge(reading)  # else it dies just after that
     assert life > 10
     assert found == [*range(1_000)]
     assert positions == {name: Position(*end) for name, end in positions.items()}
@@ -1083,8 +1083,8 @@ def test_where_somebody_cleans_the_temporary_folder_logging_goes_on_and_what_cou
 
 
 def test_threads_log_on_while_somebody_cleans_the_temporary_folder_again_and_again(address, child, monkeypatch):
-    monkeypatch.setattr(Room, "LIMIT", 8)
-    monkeypatch.setattr(Room, "PATIENCE", 0.0)
+    monkeypatch.setattr(Backpressure, "LIMIT", 8)
+    monkeypatch.setattr(Backpressure, "PATIENCE", 0.0)
 
     def work(pipe, box: Outbox) -> None:
         sys.setswitchinterval(1e-6)
@@ -1144,7 +1144,7 @@ def away(tmp_path, monkeypatch) -> Address:
 
 def test_flush_waits_on_another_node_until_all_has_left_whatever_has_interrupted_put(away, monkeypatch):
     """At home it returns at once."""
-    monkeypatch.setattr(Room, "LIMIT", 10**9)
+    monkeypatch.setattr(Backpressure, "LIMIT", 10**9)
 
     def work(pipe) -> None:
         box = process.outbox(away)

@@ -607,7 +607,7 @@ def test_an_actor_that_dies_when_it_has_read_an_outbox_to_its_end_reads_no_repor
     for _ in range(max(1, deaths)):
         with monkeypatch.context() as patch:
             if deaths:
-                patch.setattr(Reader, "commit", lambda *_: None)
+                patch.setattr(Reader, "acknowledge", lambda *_: None)
             made.run.read(look=True)
         assert steps(made) == [0, 1, 2]
         made = again(made)

@@ -340,8 +340,8 @@ def test_an_artifact_that_is_used_at_each_step_is_noted_once(opened):
     made = opened()
     made.join()
     for _ in range(3):
-        made.tell("use", name="checkpoint:latest")
-    assert made.state.facts["used"] == ["checkpoint:latest"]
+        made.tell("use_artifact", name="checkpoint:latest")
+    assert made.state.facts["used_artifacts"] == ["checkpoint:latest"]
     assert made.state.db.execute("SELECT count(*) FROM artifacts").fetchone() == (3,)
 
 

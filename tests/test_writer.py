@@ -505,7 +505,7 @@ def test_artifacts_and_rows_have_one_deadline(tmp_path, server, opened, monkeypa
     what = staging.check("model", "model", None, ()) | staging.stage(
         staging.contents("model", {"a": b"1"}), folder, None
     )
-    made.tell("log", **what, folder=str(folder))
+    made.tell("log_artifact", **what, folder=str(folder))
     account = made.finish()[""]
     commit.set()
     assert seconds == [1.0]
