@@ -120,12 +120,11 @@ class Handle:
         """Logs metrics of one worker for one step. Takes microseconds: it appends them to a file of this process.
 
         When it has returned, the kernel has them, so they outlive the process. It waits while 4,096 reports or 32 MB of
-        this process are unread, but not for a reader that makes no progress in five seconds. Where there is no room on
-        the disk, or 1 GB is unread, they are lost: a warning says so once, and the ledger counts it.
+        it are unread, but only five seconds for a reader that makes no progress. They are lost if the disk is full, or
+        1 GB is unread. Then a warning says so, once, and the ledger counts them.
 
-        metrics: key -> number (the worker's measurement), array, tensor or list of numbers (samples), string, W&B
-        data type, or a figure or data frame, which becomes one; nested mappings become paths. `reduce_reports` says
-        what becomes of them. A later change of an array doesn't change what was logged. A table with
+        metrics: key -> number, array, tensor or list of numbers (samples), string, W&B data type, or a figure or data
+        frame, which becomes one; nested mappings become paths. `reduce_reports` says what becomes of them. A table with
         `log_mode="INCREMENTAL"` is for one pipeline: only rows are sent that were not logged before under its key.
         step: the pipeline's own, a whole number from 0, in several calls if you like. The metrics may have it, too.
         commit: nothing more comes from this worker for this step. Otherwise its next step says so.
