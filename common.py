@@ -87,7 +87,7 @@ class Handle:
     """A reference to a run: whoever has it can log. It is plain data, so it can be pickled; `WandbRun` says more."""
 
     def __init__(self, address: Address, prefix: str, started: Started):
-        self._address, self._prefix, self._speaks_for = address, prefix, ""
+        self._address, self._prefix, self._counted_as = address, prefix, ""
         self._made: owner.Owned | None = None  # see `_owned`
         self._ledgers: Ledgers = {}  # of a finished run, by prefix; shared with its views
         self._finishing = threading.RLock()  # shared with them, too
@@ -100,11 +100,11 @@ class Handle:
     def __getstate__(self) -> dict[str, Any]:
         self._outbox.hand_on()
         here = dict(_made=None, _ledgers={}, _finishing=None, _outbox=None)
-        return self.__dict__ | here | dict(_speaks_for=self._outbox.process.speaker)
+        return self.__dict__ | here | dict(_counted_as=self._outbox.process.children_counted_as)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _finishing=threading.RLock())
-        self._outbox = process.outbox(self._address, self._speaks_for)
+        self._outbox = process.outbox(self._address, self._counted_as)
         self._outbox.copies += 1
 
     def __del__(self) -> None:

@@ -24,7 +24,7 @@ class Box:
     """An outbox, as far as the run knows it."""
 
     process: str  # whose it is
-    parent: str  # the worker that a child process is counted as
+    counted_as: str  # the worker that a child process is counted as
     name: str  # of the worker that logs there now
     task: str = ""  # what all attempts of a task share, if it is one
     label: str = ""  # what that worker wants to be called
@@ -75,7 +75,7 @@ class Inbox:
             box = self.boxes.get((place, record.outbox))
             if record.kind == records.BEGUN:
                 about = json.loads(record.content)
-                self.boxes[place, record.outbox] = Box(about["name"], about["parent"], about["name"])
+                self.boxes[place, record.outbox] = Box(about["name"], about["counted_as"], about["name"])
             elif box:
                 self._take_record(box, record)
         for name, end in {record.outbox: record.end for record in reading.records}.items():
@@ -88,7 +88,7 @@ class Inbox:
             report = Report(record.wall_time, box.label or box.name, record.content)
             is_last = record.kind == records.COMMIT
             pipeline = self._pipelines[record.pipeline]
-            pipeline.log(report, box.name, record.step, is_last, self.clock, box.parent, box.task)
+            pipeline.log(report, box.name, record.step, is_last, self.clock, box.counted_as, box.task)
         elif record.kind == records.WHO:
             now = json.loads(record.content)
             if box.task and box.name != now["name"]:

@@ -43,12 +43,12 @@ class Position(NamedTuple):
 class Page:
     """The page of an outbox of this process, which sees there what the reader writes."""
 
-    def __init__(self, path: Path, process: str, parent: str, lost: Mapping[int, int], stays: bool):
+    def __init__(self, path: Path, process: str, counted_as: str, lost: Mapping[int, int], stays: bool):
         hidden = path.with_name(f".{path.stem}")
         content = b"".join(struct.pack("<Q", lost.get(pipeline, 0)) for pipeline in range(PIPELINES + 1))
         begin = READ.pack(NOBODY_READS, 0, 0, 0, 0).ljust(STAYS_AT, b"\0") + bytes([stays])
         content = begin.ljust(LOST_AT, b"\0") + content
-        content += json.dumps(dict(name=process, parent=parent)).encode()
+        content += json.dumps(dict(name=process, counted_as=counted_as)).encode()
         self._pid = os.getpid()
         self._file = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:

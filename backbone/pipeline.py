@@ -56,13 +56,13 @@ class Pipeline:
         self._improve(best)
         self._state.do("UPDATE pipelines SET reduction = ? WHERE number = ?", pickle.dumps(reduction), self.number)
 
-    def log(self, report: Report, worker: str, step: int, commit: bool, now: float, parent: str, task: str) -> None:
+    def log(self, report: Report, worker: str, step: int, commit: bool, now: float, counted_as: str, task: str) -> None:
         """Takes a report. For all else that happens to a step there is `steps`; see there for the arguments."""
         self.counts["reports"] += 1
         self._last_id += 1
         key = self.number, self._last_id
         self._state.do("INSERT INTO reports VALUES (?, ?, ?, ?, ?)", *key, *report, key=key)
-        self.steps.log(worker, step, self._last_id, commit, now, parent, task)
+        self.steps.log(worker, step, self._last_id, commit, now, counted_as, task)
 
     # Rows
 

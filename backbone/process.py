@@ -33,20 +33,20 @@ _name = _new_name()
 class Process:
     """A process without Ray.
 
-    speaks_for: the worker that it is counted as, if it is a child of a process that logs, too.
+    counted_as: the worker that it is counted as, if it is a child of a process that logs, too.
     """
 
     in_task, ray = False, None
     task = ""  # what all attempts of a task share
 
-    def __init__(self, speaks_for: str = ""):
+    def __init__(self, counted_as: str = ""):
         self.name = self.last = _name  # who logs here; who has logged last
-        self.parent = speaks_for
+        self.counted_as = counted_as
 
     @property
-    def speaker(self) -> str:
+    def children_counted_as(self) -> str:
         """The worker that children of this process are counted as."""
-        return self.parent or self.last
+        return self.counted_as or self.last
 
     def who(self) -> str:
         """The worker that logs now."""
@@ -135,13 +135,13 @@ class RayProcess(Process):
             raise run_is_finished(address.name)
 
 
-def outbox(address: Address, speaks_for: str = "") -> Outbox:
-    """This process's outbox for a run. speaks_for: see `Process`."""
+def outbox(address: Address, counted_as: str = "") -> Outbox:
+    """This process's outbox for a run. counted_as: see `Process`."""
     found = _outboxes.get(address.nonce)
     if not found:
         for nonce in [nonce for nonce, other in _outboxes.items() if other.is_closed and not other.copies]:
             _outboxes.pop(nonce).close(finished=True)
-        process = RayProcess() if which_ray() else Process(speaks_for)
+        process = RayProcess() if which_ray() else Process(counted_as)
         found = _outboxes.setdefault(address.nonce, Outbox(address, process))
     found.process.note_task()
     return found
@@ -171,7 +171,7 @@ def _after_fork() -> None:
     _name = _new_name()
     ray_internals.leave()
     for box in _outboxes.values():
-        box.begin_in_fork(Process(box.process.speaker))
+        box.begin_in_fork(Process(box.process.children_counted_as))
 
 
 def _at_exit() -> None:

@@ -131,7 +131,7 @@ class Reader:
             if name not in self._tails:
                 with contextlib.suppress(FileNotFoundError):  # somebody has just removed it
                     process = os.readlink(f"{self._folder}/{name}.lost")
-                    self._begin(name, Position(), json.dumps(dict(name=process, parent="")).encode(), found)
+                    self._begin(name, Position(), json.dumps(dict(name=process, counted_as="")).encode(), found)
         if time.monotonic() > self._next_touch:  # some systems clean their temporary folder of what is old
             self._next_touch = time.monotonic() + 3600
             _touch(self._private)

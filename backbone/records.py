@@ -156,7 +156,7 @@ class OpenFiles:
             # A relay leaves when it is idle, unless a page asks it to stay. An actor's page asks, because only a relay
             # notices its death, and so does that of a process without Ray, which could not ask for another relay. A
             # process for plain tasks does not ask: Ray keeps it idle for long, and it can ask for a relay later.
-            self.page = Page(folder / f"{name}.page", process.name, process.parent, lost, stays=not process.in_task)
+            self.page = Page(folder / f"{name}.page", process.name, process.counted_as, lost, stays=not process.in_task)
         except BaseException:
             self.segments.remove()
             raise

@@ -26,7 +26,7 @@ class Worker:
     """One life of somebody who logs."""
 
     name: str
-    speaks_for: str  # whom it is counted as: itself, or, for a child process, its parent
+    counted_as: str  # whom it is counted as: itself, or, for a child process, its parent
     task: str  # what all attempts of a task share; nothing for others
     birth: int  # its number among all births and ends of workers, in their order
     step: int = -1  # the last one that it has reported
@@ -52,7 +52,7 @@ class OpenStep:
 
     def add(self, worker: Worker, report_id: int, now: float) -> None:
         if worker.name not in self.reports:
-            self.speakers.add(worker.speaks_for)
+            self.speakers.add(worker.counted_as)
             self.busy += 1
             if worker.task:
                 self.tasks[worker.task] = worker.name
@@ -83,11 +83,11 @@ class Steps:
         self._waiting = 0  # reports in open steps
         self._warned_of = 0  # workers: the largest number that a warning has named
 
-    def log(self, name: str, step: int, report_id: int, commit: bool, now: float, parent: str = "", task: str = ""):
-        """Takes a report of a worker. parent: the worker that a child process is counted as. task: see `Worker`."""
+    def log(self, name: str, step: int, report_id: int, commit: bool, now: float, counted_as: str = "", task: str = ""):
+        """Takes a report of a worker. counted_as: whom, if not as itself. task: see `Worker`."""
         if not (worker := self.known.get(name)):
             self._events += 1
-            worker = self.known[name] = Worker(name, parent or name, task, self._events)
+            worker = self.known[name] = Worker(name, counted_as or name, task, self._events)
         stood = worker.busy_with
         if worker.end:  # a task has another handle, or somebody had removed the outbox of a process that lives
             worker.end = 0
@@ -120,8 +120,8 @@ class Steps:
         self._done(worker)
         self._events += 1
         worker.end, worker.end_time = self._events, now
-        death = self._events if died and worker.speaks_for == name else math.inf
-        if not worker.task and worker.speaks_for == name:
+        death = self._events if died and worker.counted_as == name else math.inf
+        if not worker.task and worker.counted_as == name:
             self._ended[name] = worker
         if len(self._ended) > 100 + 2 * self.workers:
             self._forget(self._ended.pop(next(iter(self._ended))))
@@ -217,4 +217,4 @@ def _few(step: int, open_step: OpenStep, steps: Steps) -> str:
 
 def living(known: dict[str, Worker], regular: bool = False) -> set[str]:
     """Whom those are counted as that have logged, more than one step if `regular`, and live; without tasks."""
-    return {each.speaks_for for each in known.values() if not each.end and not each.task and each.regular >= regular}
+    return {each.counted_as for each in known.values() if not each.end and not each.task and each.regular >= regular}

@@ -39,7 +39,7 @@ class Event(NamedTuple):
 
 
 def begun(process: str, parent: str = "") -> Event:
-    return Event(process, records.BEGUN, json.dumps(dict(name=process, parent=parent)).encode())
+    return Event(process, records.BEGUN, json.dumps(dict(name=process, counted_as=parent)).encode())
 
 
 def who(process: str, name: str, label: str = "", task: str | None = None) -> Event:

@@ -420,8 +420,8 @@ def test_forks_log_also_while_another_thread_does_and_forks_of_forks(address, ch
     assert sorted(found) == [0, *(100 * i + n for i in range(1, 21) for n in range(10))]
     assert len(numbers(records)) - len(found) == on
     about = [json.loads(record.content) for record in records if record.kind == BEGUN]
-    assert sorted(each["parent"] for each in about) == ["", *[name] * 40]
-    [mine] = [each["name"] for each in about if not each["parent"]]
+    assert sorted(each["counted_as"] for each in about) == ["", *[name] * 40]
+    [mine] = [each["name"] for each in about if not each["counted_as"]]
     assert mine == name
     assert is_alive(address.folder, name)  # none of the forks has freed its lock
 
