@@ -45,7 +45,8 @@ def paced(args: Args) -> Iterator[int]:
 def ray_session(args: Args) -> Iterator[None]:
     """Ray for the length of a demo: joins the cluster at `args.address` or starts one here.
 
-    Ends the program with status 130 after Ctrl-C, 143 after SIGTERM and 1 after an exception, told in one line.
+    Ends the program with status 130 after Ctrl-C, 143 after SIGTERM, 2 if there is no Ray at the address, and 1 after
+    any other exception, told in one line.
     """
     status, failure, signals = 0, None, _Signals()
     steps, where = f"{args.steps} steps of training and of inference", args.address or "this machine"
@@ -63,7 +64,8 @@ def ray_session(args: Args) -> Iterator[None]:
         print(f"{failure}{hint}", file=sys.stderr)
     finally:
         signals.interrupt = False
-        exits.unfinished.finish(status if status == PREEMPTED else int(status != 0), failure)
+        of_runs = status if status == PREEMPTED else int(status != 0)  # their exit code, if they are not finished yet
+        exits.unfinished.finish(of_runs, failure)
         if ray.is_initialized() and not ray_answers():  # its shutdown would take long, and say much
             sys.stdout.flush()
             sys.stderr.flush()
@@ -87,7 +89,7 @@ class _Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """What comes meanwhile interrupts behind it."""
+        """Holds them back. If one has come meanwhile, raises KeyboardInterrupt in the end."""
         self.catch()
         yield
         self.catch()  # Ray has set its own
@@ -134,7 +136,7 @@ def run_to_end(args: Args, **pipelines: tuple[WandbRun, Sequence[ray.ObjectRef]]
         exit_code = _exit_code(error)
         raise
     finally:
-        exits.unfinished.finish(exit_code, failure)
+        exits.unfinished.finish(exit_code, failure)  # all at the same time; then `run.finish` returns the ledger
         for run in runs.values():
             with contextlib.suppress(Exception):  # it can't be finished, which has been told
                 ledgers.append(run.finish(exit_code, failure=failure))

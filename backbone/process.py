@@ -40,13 +40,13 @@ class Process:
     task = ""  # what all attempts of a task share
 
     def __init__(self, counted_as: str = ""):
-        self.name = self.last = _name  # who logs here; who has logged last
+        self.name = self.worker = _name  # this process; the worker that has logged last in it
         self.counted_as = counted_as
 
     @property
     def children_counted_as(self) -> str:
         """The worker that children of this process are counted as."""
-        return self.counted_as or self.last
+        return self.counted_as or self.worker
 
     def who(self) -> str:
         """The worker that logs now."""
@@ -87,19 +87,19 @@ class RayProcess(Process):
         self.in_task = not self._is_driver and not actor
         self.task = self.name if self.in_task else ""
         if actor:
-            self.name = self.last = self.name.replace("process", actor, 1)
+            self.name = self.worker = self.name.replace("process", actor, 1)
 
     def who(self) -> str:
         if self._is_driver and which_ray() is not self.ray:
             raise RuntimeError("Ray is not running any more, so nothing can be logged")
         self.note_task()
-        return self.last
+        return self.worker
 
     def note_task(self) -> None:
         if self.in_task and threading.current_thread() is threading.main_thread():  # other threads have no task's id
             task, attempt = get_runtime_context().get_task_id(), ray_internals.current_attempt()
             if (task, attempt) != self._attempt:  # a retry may come in the same process, and has the same id
-                self.last = f"task {task[:16]} {attempt} on {socket.gethostname()}" if task else self.name
+                self.worker = f"task {task[:16]} {attempt} on {socket.gethostname()}" if task else self.name
                 self.task, self._attempt = task[:16] if task else self.name, (task, attempt)
 
     def _find_elsewhere(self, address: Address) -> Path:

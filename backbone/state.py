@@ -1,8 +1,9 @@
-"""What must survive the pipeline actor. Memory is the truth, an SQLite file its shadow.
+"""What must survive the pipeline actor, in an SQLite file.
 
-Statements queue up and are committed once for each reading of the outboxes, before a row goes to W&B. So whoever opens
-the file of a dead actor goes on exactly there. Nothing is synced to the disk: what is with the kernel outlives the
-process. Knows nothing of Ray and wandb.
+Steps, counts and facts are objects in memory. What changes is queued as SQL, too, and committed once for each reading
+of the outboxes, before a row goes to W&B. So whoever opens the file of a dead actor goes on exactly there. What reports
+and rows hold is in the file alone as soon as it is committed. Nothing is synced to the disk: what is with the kernel
+outlives the process. Knows nothing of Ray and wandb. The facts are listed in takeover.py.
 """
 
 from __future__ import annotations

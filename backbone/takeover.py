@@ -1,4 +1,22 @@
-"""Opens a run as whoever had it before has left it: an actor that died, or an earlier run of its id."""
+"""Opens a run as whoever had it before has left it: an actor that died, or an earlier run of its id.
+
+Besides tables a state has these facts of the run, by name:
+
+address                         of its private folder; `earlier`: of the earlier run, until this one has started
+id, name, mode, url, paths      of the W&B run, with all its folders; `begun`: it was started in this life of the id
+first                           the lowest number that a row may have, because W&B has the ones below
+clock                           of the steps, in seconds
+places                          on other nodes that have outboxes
+owner_end, end                  exit code and failure: as the owner has ended, and as `finish` was told
+restarts, deaths                of the actor; those in a row without a row of the run; `rows_at_restart`
+warnings, unheard               first of a kind and how many; places where reports may be missing
+refused, lost_artifacts         how many values besides metrics, and artifacts, W&B has not taken
+config, summary, used_artifacts what workers have said, to be told again after a restart; `said`: not told yet
+alerted                         title -> when it went out
+increments                      of growing tables: key -> what W&B has
+tried_again                     a new process was tried, because wandb-core had not written all rows
+uploaded, ledgers               in the end
+"""
 
 from __future__ import annotations
 
