@@ -335,7 +335,7 @@ class WandbRun(Handle):
         self._ledgers.update(ledgers)
         exits.unfinished.remove(self)
         if self._owned and not gone:
-            self._owned.leave()  # behind that, because a signal handler may finish the run at any moment
+            self._owned.leave()  # last, because a signal handler may finish the run at any moment
 
 
 def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, init: Mapping[str, Any]) -> None:

@@ -148,7 +148,7 @@ class Host:
             os._exit(1)  # Ray repeats the call on the next actor
 
     def _watch_owner(self) -> None:
-        """While the run is being finished: Ray may leave this process two seconds behind the end of its owner."""
+        """While the run is being finished: Ray may end this process two seconds after its owner."""
         while (run := self.run) and not run.state.is_finished:
             if not is_alive(self._letter.address.folder, self._letter.process):
                 recover.start(self._letter.address.folder, orphan=True)

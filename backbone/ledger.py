@@ -52,7 +52,7 @@ class Ledger:
 
     prefix: str = ""
     reports: int = 0  # calls of `log`
-    rows: int = 0  # that are in a transaction log or on the server
+    rows: int = 0  # that are in a transaction log or on the server; as long as the run goes on, that were made
     partial: int = 0  # of the rows: on fewer workers than the pipeline has
     lost: int = 0  # reports that are in no row
     lost_values: int = 0  # that could not be reduced, or that W&B refused, config and the like too; the rest is there

@@ -176,7 +176,7 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
     """
     letter, folder, stderr = run.letter, run.letter.address.folder, b""
     if ray_internals.which_ray() and ray_internals.ray_answers():
-        ray_internals.delete(letter.address.key("open"))  # behind that nobody logs for the first time elsewhere
+        ray_internals.delete(letter.address.key("open"))  # after that nobody begins to log elsewhere
         places = ray_internals.keys(letter.address.key("place"))
         with contextlib.suppress(OSError):  # the folder is gone
             write_private(folder / PLACES, pickle.dumps([key.decode().rpartition("/")[2] for key in places]))

@@ -159,7 +159,7 @@ def see(path: str | Path, state: int | None = None) -> Seen | None:
             lives = False
         except OSError:
             lives = True
-        content = os.pread(file, SIZE, 0)  # behind that: who has died has counted all that was lost
+        content = os.pread(file, SIZE, 0)  # only now: who has died has counted all that was lost
         if state not in (None, content[0]):
             os.pwrite(file, bytes([state]), 0)
     finally:

@@ -216,5 +216,5 @@ def _few(step: int, open_step: OpenStep, steps: Steps) -> str:
 
 
 def living(known: dict[str, Worker], regular: bool = False) -> set[str]:
-    """Whom those are counted as that have logged, more than one step if `regular`, and live; without tasks."""
+    """The workers that live, without tasks, children as their parents. regular: those of more than one step."""
     return {each.counted_as for each in known.values() if not each.end and not each.task and each.regular >= regular}
