@@ -26,12 +26,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from backbone import arguments, calls, exits, owner, process, ray_internals, records, said, staging, values
-from backbone.actor import PipelineActor, pipeline_actor
-from backbone.calls import ActorGoneError
+from backbone import arguments, artifacts, exits, owner, process, ray_internals, records, said, values
+from backbone.actor import ActorGoneError, PipelineActor, call, pipeline_actor
 from backbone.files import Address
 from backbone.ledger import Ledger, Ledgers, RunFinishedError, line, run_is_finished
-from backbone.nodes import node_metrics
+from backbone.ray_internals import node_metrics
 from backbone.reduction import Reduction, reduce_reports
 from backbone.run import Started
 
@@ -191,11 +190,11 @@ class Handle:
         Raises ValueError for a name, type or alias that W&B refuses, OSError for a file that can't be read, TypeError
         for what can't be sent, and RunFinishedError after `finish`.
         """
-        what, content = staging.check(name, type, metadata, aliases), staging.contents(name, files)
+        what, content = artifacts.check(name, type, metadata, aliases), artifacts.contents(name, files)
         if self.path:  # else it is a disabled run
             folder = self.path / "artifacts" / uuid.uuid4().hex
             send = None if self._address.is_here and self.path.is_dir() else functools.partial(self._ask, "stage")
-            what |= staging.stage(content, folder, send) | dict(folder=str(folder))
+            what |= artifacts.stage(content, folder, send) | dict(folder=str(folder))
         self._say("log_artifact", what)
 
     def use_artifact(self, name: str) -> None:
@@ -223,7 +222,7 @@ class Handle:
         return self._ask("progress", self._prefix) or (Ledger(self.name, self.id), {})
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return calls.call(self._address, self._owned.actor if self._owned else None, method, *arguments)
+        return call(self._address, self._owned.actor if self._owned else None, method, *arguments)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Calls the pipeline actor; its troubles are no reason to stop the caller."""

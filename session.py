@@ -20,7 +20,7 @@ import backbone
 import common
 from arguments import Args, parse_args, shown, wandb_command
 from backbone import exits, wandb_internals
-from backbone.calls import uncoloured
+from backbone.actor import uncoloured
 from backbone.ledger import line
 from backbone.ray_internals import ray_answers
 from backbone.writer import PREEMPTED

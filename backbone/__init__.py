@@ -58,14 +58,14 @@ wandb-core         The pipeline actor ends itself, and comes back with a new one
 the owner          The process that made the run: the pipeline actor finishes the run as that has ended.
 all of Ray         recover.py finishes the run without the actor: its owner calls it, the dying actor does, or you.
 
-The process that makes a run: arguments.py checks what the code says, owner.py starts the pipeline actor, calls.py calls
-it, exits.py says how the process ends.
+The process that makes a run: arguments.py checks what the code says, owner.py starts the pipeline actor, exits.py says
+how the process ends.
 
-What else workers log: said.py has alerts, config, summary and log lines. A new kind of thing belongs there. staging.py
-brings an artifact's files to the run's folder, artifacts.py logs them. media.py knows W&B's data types.
+What else workers log: said.py has alerts, config, summary and log lines. A new kind of thing belongs there.
+artifacts.py brings an artifact's files to the run's folder, and logs them. media.py knows W&B's data types.
 
-What these share: ledger.py is the account. nodes.py knows the nodes. What is not public is in ray_internals.py,
-wandb_internals.py, transaction_log.py and media.py.
+What these share: ledger.py is the account. What is not public is in ray_internals.py, wandb_internals.py,
+transaction_log.py and media.py.
 """
 
 import os

@@ -23,7 +23,8 @@ import ray
 from ray.runtime_context import get_runtime_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from . import arguments, calls, exits, process, ray_internals, recover
+from . import arguments, exits, process, ray_internals, recover
+from .actor import NAMESPACE, ActorGoneError, call
 from .files import NETWORK, Address, Letter, make_runs_folder, this_machine, this_view, write_letter, write_private
 from .ledger import Ledger, Ledgers, line
 from .reduction import Reduction
@@ -49,20 +50,20 @@ class Owned:
 
     def join(self, prefix: str, reduction: Reduction, workers: int) -> Started:
         """Adds a pipeline to the run, which the first one starts. Raises what the start raises, in one line."""
-        call = functools.partial(calls.call, self.letter.address, self.actor)
+        ask = functools.partial(call, self.letter.address, self.actor)
         try:
-            started = call("join", prefix, reduction, workers)
+            started = ask("join", prefix, reduction, workers)
         except Exception as error:
             if not self.prefixes:
                 self.undo.close()
             hint = "; run `wandb login`, set WANDB_API_KEY or pass mode='offline'" if "API key" in str(error) else ""
             why = line(error).removesuffix(". Use `wandb login` to log in")
-            kind = RuntimeError if isinstance(error, calls.ActorGoneError) else type(error)
+            kind = RuntimeError if isinstance(error, ActorGoneError) else type(error)
             raise kind(f"W&B run {self.letter.address.name!r} can't start: {why}{hint}") from None
         except BaseException as error:  # Ctrl-C, or what a signal handler raises: let it get ready, and end as that
             with contextlib.suppress(Exception):
-                call("join", prefix, reduction, workers)
-                call("finish", *exits.how_it_ends(error), prefix if self.prefixes else None)
+                ask("join", prefix, reduction, workers)
+                ask("finish", *exits.how_it_ends(error), prefix if self.prefixes else None)
                 if not self.prefixes:
                     self.leave()
             raise
@@ -128,7 +129,7 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
         make_runs_folder(init["dir"])
         ray_internals.put(address.key("open"), b"")
         here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
-        options = dict(name=address.actor, namespace=calls.NAMESPACE, scheduling_strategy=here)
+        options = dict(name=address.actor, namespace=NAMESPACE, scheduling_strategy=here)
         actor = pipeline.options(**options).remote(address.folder)
         undo.callback(ray.kill, actor)
         return Owned(actor, told, stop, undo.pop_all())

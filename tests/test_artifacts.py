@@ -9,7 +9,8 @@ import sqlite3
 import time
 from pathlib import Path
 
-from backbone import staging
+from backbone import artifacts
+from backbone.actor import PipelineActor
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from wandb.sdk.data_types._private import MEDIA_TMP
 
 
 def names(files) -> list[str]:
-    return sorted(staging.contents("model", files)["files"])
+    return sorted(artifacts.contents("model", files)["files"])
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_links_to_folders_and_files_are_followed(tree, tmp_path):
     assert names({"x": top}) == [f"x/{name}" for name in expected]
     (tmp_path / "link").symlink_to(top)
     assert names(str(tmp_path / "link")) == expected
-    what = staging.stage(staging.contents("model", top), tmp_path / "staged", None)
+    what = artifacts.stage(artifacts.contents("model", top), tmp_path / "staged", None)
     copy = tmp_path / "staged" / "weights" / "deep" / "layer"
     assert sorted(what["files"]) == expected
     assert (copy.read_text(), copy.is_symlink()) == ("weights", False)
@@ -70,7 +71,7 @@ def test_a_link_to_a_folder_that_it_is_in_is_not_followed(tree):
 def test_a_broken_link_is_told_at_the_caller(tree, where):
     top = tree(**{f"{where}weights": "->gone", "config": "c"})
     with pytest.raises(FileNotFoundError, match="weights"):
-        staging.contents("model", top)
+        artifacts.contents("model", top)
 
 
 def test_what_is_no_file_is_left_out_and_waited_for_by_nobody(tree):
@@ -96,7 +97,7 @@ def test_a_staged_file_is_a_copy_that_a_later_change_does_not_change(tree, tmp_p
     content = os.urandom(3_000_001)
     top, staged = tree(empty="", weights=""), tmp_path / "staged"
     (top / "weights").write_bytes(content)
-    staging.stage(staging.contents("model", {"a": top, "b": b"bytes"}), staged, None)
+    artifacts.stage(artifacts.contents("model", {"a": top, "b": b"bytes"}), staged, None)
     with open(top / "weights", "r+b") as file:
         file.write(b"step 20")
     assert (staged / "a" / "weights").read_bytes() == content
@@ -109,10 +110,10 @@ def test_a_staged_file_is_a_copy_that_a_later_change_does_not_change(tree, tmp_p
 
 def staged(made: Opened, name: str, content: bytes, **more) -> dict:
     """What `WandbRun.log_artifact` says, when the files are in a folder."""
-    what, found = staging.check(name, "model", None, more.pop("aliases", ())), {"a.bin": content, **more}
-    found = staging.contents(name, found)
+    what, found = artifacts.check(name, "model", None, more.pop("aliases", ())), {"a.bin": content, **more}
+    found = artifacts.contents(name, found)
     folder = Path(made.writer.run.sync_dir, "artifacts", f"{name}-{len(list(Path(made.init['dir']).rglob('*')))}")
-    return what | staging.stage(found, folder, None) | dict(folder=str(folder))
+    return what | artifacts.stage(found, folder, None) | dict(folder=str(folder))
 
 
 def test_artifacts_are_logged_once_over_a_restart_and_their_files_are_kept(opened, tmp_path):
@@ -162,16 +163,16 @@ def test_a_folder_comes_to_another_node_in_pieces_as_it_is(tmp_path):
     source, arrived, sizes = tmp_path / "source", tmp_path / "arrived", []
     (source / "deep").mkdir(parents=True)
     (source / "empty").touch()
-    (source / "deep" / "weights.bin").write_bytes(os.urandom(2 * staging.PIECE + 5))
+    (source / "deep" / "weights.bin").write_bytes(os.urandom(2 * artifacts.PIECE + 5))
 
     def send(to: Path, offset: int, piece: bytes) -> None:
         sizes.append(len(piece))
-        staging.put_piece(to, offset, piece)
+        PipelineActor.stage(None, to, offset, piece)
 
-    found = staging.contents("model", {"part": source, "notes.txt": b"x"})
-    what = staging.stage(found, arrived, send)
+    found = artifacts.contents("model", {"part": source, "notes.txt": b"x"})
+    what = artifacts.stage(found, arrived, send)
     assert sorted(what["files"]) == ["notes.txt", "part/deep/weights.bin", "part/empty"]
-    assert sorted(sizes) == [0, 1, 5, staging.PIECE, staging.PIECE]
+    assert sorted(sizes) == [0, 1, 5, artifacts.PIECE, artifacts.PIECE]
     assert (arrived / "notes.txt").read_bytes() == b"x"
     for path in ("empty", "deep/weights.bin"):
         assert (arrived / "part" / path).read_bytes() == (source / path).read_bytes()
@@ -279,8 +280,8 @@ class Stage(enum.StrEnum):
 
 def test_an_artifact_s_description_has_none_of_the_caller_s_classes():
     """The pipeline actor could not read it, and the artifact would be lost."""
-    what = staging.check(Stage.TRAIN, Stage.TRAIN, {"stage": Stage.TRAIN}, [Stage.TRAIN])
-    names = staging.contents("model", {Stage.TRAIN: "s3://bucket/weights"})
+    what = artifacts.check(Stage.TRAIN, Stage.TRAIN, {"stage": Stage.TRAIN}, [Stage.TRAIN])
+    names = artifacts.contents("model", {Stage.TRAIN: "s3://bucket/weights"})
     assert type(what["metadata"]["stage"]) is str
     assert {*map(type, (what["name"], what["type"], *what["aliases"], *names["references"]))} == {str}
 

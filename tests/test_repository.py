@@ -134,18 +134,18 @@ def test_nothing_starts_or_joins_a_ray_by_asking_for_it():
     """
     assert {"get_runtime_context", "get_actor"} <= ray.AUTO_INIT_APIS
     for path in [*ROOMS, ROOT / "common.py"]:
-        there = {"calls.py": {"get_actor"}, "relay.py": {"get", "wait"}}.get(path.name, set())
+        there = {"actor.py": {"get_actor"}, "relay.py": {"get", "wait"}}.get(path.name, set())
         assert not calls(path) & {f"ray.{name}" for name in ray.AUTO_INIT_APIS - {"kill"} - there}, path
 
 
 JOINS = """
 from pathlib import Path
-from backbone import calls
+from backbone import actor
 from backbone.files import Address
 import ray
 try:
-    calls.call(Address("n", "nonce", Path("nowhere"), "", "", ""), "progress", "")
-except calls.ActorGoneError:
+    actor.call(Address("n", "nonce", Path("nowhere"), "", "", ""), "progress", "")
+except actor.ActorGoneError:
     pass
 assert not ray.is_initialized()
 """
@@ -170,7 +170,7 @@ WITHOUT_RAY = [
     "run",
     "takeover",
 ]
-WITHOUT_RAY += ["writer", "starting", "artifacts", "staging", "recover", "exits", "values", "media", "files"]
+WITHOUT_RAY += ["writer", "starting", "artifacts", "recover", "exits", "values", "media", "files"]
 WITHOUT_RAY += ["ledger", "transaction_log", "wandb_internals"]
 
 

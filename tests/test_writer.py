@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from backbone import ledger, staging, transaction_log
+from backbone import artifacts, ledger, transaction_log
 from backbone import writer as writer_room
 from backbone.ledger import Ledger
 from backbone.reduction import Reduction
@@ -502,8 +502,8 @@ def test_artifacts_and_rows_have_one_deadline(tmp_path, server, opened, monkeypa
     made.join()
     made.say(0, {"a": 1.0})
     folder = tmp_path / "artifact"
-    what = staging.check("model", "model", None, ()) | staging.stage(
-        staging.contents("model", {"a": b"1"}), folder, None
+    what = artifacts.check("model", "model", None, ()) | artifacts.stage(
+        artifacts.contents("model", {"a": b"1"}), folder, None
     )
     made.tell("log_artifact", **what, folder=str(folder))
     account = made.finish()[""]
