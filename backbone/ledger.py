@@ -128,11 +128,21 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
         content = {}
         for pipeline in pipelines:
             row_reports = {number: reports for number, reports, _ in rows_of(state, pipeline)}
-            content[pipeline.prefix] = dataclasses.asdict(ledgers[pipeline.prefix]) | {"row_reports": row_reports}
+            more = {"row_reports": row_reports, "totals": pipeline.totals, "best": pipeline.best}  # for the next life
+            content[pipeline.prefix] = dataclasses.asdict(ledgers[pipeline.prefix]) | more
         if paths := state.facts.get("paths"):
             written = Path(paths[-1], f"{FILE}.tmp")
             written.write_text(json.dumps(content, default=str))
             written.rename(Path(paths[-1], FILE))
+
+
+def kept(folders: Sequence[Path]) -> dict[str, Any]:
+    """What the ledgers in a run's folders, oldest first, say of each pipeline at last, by prefix."""
+    found = {}
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            found |= json.loads((folder / FILE).read_text())
+    return found
 
 
 def count(folder: Path) -> Ledgers:
@@ -144,6 +154,7 @@ def count(folder: Path) -> Ledgers:
     ledgers = {}
     for prefix, each in content.items():
         row_reports = {int(number): reports for number, reports in each.pop("row_reports").items()}
+        del each["totals"], each["best"]
         each["paths"] = [folder.parent / Path(path).name for path in each["paths"]]
         ledger = ledgers[prefix] = Ledger(**each)
         if ledger.mode == "online" and ledger.uploaded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
 from collections import Counter
@@ -49,11 +50,22 @@ class Pipeline:
             pipelines.append(pipeline)
         return pipelines
 
-    def begin(self, reduction: Reduction, workers: int, totals: Mapping[str, float], best: Mapping[str, float]) -> None:
-        """Takes reports from now on. totals, best: running sums and best values of the run that is resumed."""
+    def begin(self, reduction: Reduction, workers: int, kept: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """Takes reports from now on, and goes on with running sums and best values of the run that is resumed.
+
+        kept: what its ledger's file has of this pipeline. summary: W&B's, of the run.
+        """
         self.reduction, self.steps.workers = reduction, workers
-        self.totals = {key: value for key, value in totals.items() if reduction.rule(key).total} | self.totals
-        self._improve(best)
+        known = dict(kept.get("totals", {}))
+        for name, value in summary.items():
+            key = name.removeprefix(self.prefix).removesuffix("_total")
+            if name == f"{self.prefix}{key}_total" and isinstance(value, int | float) and math.isfinite(value):
+                known[key] = value
+        self.totals = {key: value for key, value in known.items() if reduction.rule(key).total} | self.totals
+        self._improve(kept.get("best", {}))
+        for key, op in reduction.best.items():
+            with contextlib.suppress(KeyError, TypeError):  # a server has max and last of a key below it
+                self._improve({key: summary[self.prefix + key][op]})
         self._state.do("UPDATE pipelines SET reduction = ? WHERE number = ?", pickle.dumps(reduction), self.number)
 
     def log(self, report: Report, worker: str, step: int, commit: bool, now: float, counted_as: str, task: str) -> None:

@@ -69,8 +69,7 @@ class Run:
         if not pipeline:
             self.writer.axes.define(prefix, reduction.best)
             pipeline = self.add(prefix, reduction, workers)
-        before = self.writer.resumed()
-        pipeline.begin(reduction, workers, before.totals(prefix), before.best(prefix, reduction.best))
+        pipeline.begin(reduction, workers, *self.writer.resumed(prefix))
         self._save()
         known = [(each.prefix, each.reduction, each.steps.workers) for each in self.pipelines]
         write_private(self.address.folder / "pipelines", pickle.dumps(known))

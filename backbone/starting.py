@@ -1,21 +1,18 @@
-"""Starts a W&B run, or goes on with it: its step axes, and what there was of it before."""
+"""Starts a W&B run, or goes on with it, and gives its pipelines their step axes."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import itertools
-import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from . import transaction_log, wandb_internals
+from . import wandb_internals
 from .ledger import line
-from .reduction import BETTER
 from .state import State
 
 if TYPE_CHECKING:  # importing it takes a second, and workers don't need it
@@ -106,37 +103,3 @@ class Axes:
             for key in [key for key in keys if key.startswith(prefix) and key not in known]:
                 known.add(key)
                 wandb_internals.define_by_name(self._run, key, f"{prefix}step")
-
-
-class Resumed(NamedTuple):
-    """What there was of a run before it was resumed: its folders here, and its summary on the server."""
-
-    folders: list[Path]
-    summary: dict[str, Any]
-
-    def totals(self, prefix: str) -> dict[str, float]:
-        """A pipeline's running sums."""
-        last: dict[str, str] = {}  # the last row can lack keys that an earlier one has
-        for row in self._rows():
-            last |= row
-        found = {key: json.loads(value) for key, value in last.items()} | self.summary
-        totals = {key.removesuffix("_total"): value for key, value in found.items() if key.endswith("_total")}
-        return {key.removeprefix(prefix): n for key, n in totals.items() if key.startswith(prefix) and _is_number(n)}
-
-    def best(self, prefix: str, best: Mapping[str, str]) -> dict[str, float]:
-        """A pipeline's best values. best: key -> max or min."""
-        found = {}
-        for key, op in best.items():
-            values = [json.loads(row[prefix + key]) for row in self._rows() if prefix + key in row]
-            with contextlib.suppress(KeyError, TypeError):  # a server has max and last of a key below it
-                values.append(self.summary[prefix + key][op])
-            if numbers := [*filter(_is_number, values)]:
-                found[key] = BETTER[op](numbers)
-        return found
-
-    def _rows(self) -> Iterator[dict[str, str]]:
-        return itertools.chain.from_iterable(map(transaction_log.rows, self.folders))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

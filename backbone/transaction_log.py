@@ -84,12 +84,6 @@ def records(folder: Path) -> Iterator[Any]:
     return Tail(folder).records()
 
 
-def rows(folder: Path) -> Iterator[dict[str, str]]:
-    """A run folder's rows: key -> value, as JSON."""
-    for record in records(folder):
-        yield {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-
-
 def artifacts(folder: Path) -> set[str]:
     """The client ids of the artifacts in a run folder: all that tells two versions apart there."""
     return {record.artifact.client_id for record in records(folder) if record.HasField("artifact")}

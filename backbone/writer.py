@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import media, transaction_log, wandb_internals
-from .ledger import line
+from .ledger import kept, line
 from .said import TELL, Said
-from .starting import Axes, Resumed, wandb_init
+from .starting import Axes, wandb_init
 from .state import Row, State
 from .transaction_log import TransactionLogs
 
@@ -87,11 +87,11 @@ class Writer:
         for row in missing:
             self.log(row)
 
-    def resumed(self) -> Resumed:
-        """What has become of the run before, if it is resumed."""
+    def resumed(self, prefix: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """What there was of a pipeline before, if the run is resumed: in its last folder here, and on the server."""
         if not (self._init.get("resume") or os.environ.get("WANDB_RESUME")):
-            return Resumed([], {})
-        return Resumed(self._before, dict(self.run.summary) if self.run.resumed else {})
+            return {}, {}
+        return kept(self._before).get(prefix, {}), dict(self.run.summary) if self.run.resumed else {}
 
     # Rows
 

@@ -19,7 +19,6 @@ from backbone.files import (
     state_path,
     this_machine,
 )
-from backbone.starting import Resumed
 from backbone.state import State
 
 import pytest
@@ -192,7 +191,6 @@ OPEN = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from backbone.files import state_path
-from backbone.starting import Resumed
 from backbone.state import State
 path = state_path(Path(sys.argv[1]), "p", "run")
 state = State(path, patience=float(sys.argv[2]))
@@ -518,19 +516,6 @@ def test_ids_that_look_like_patterns_are_taken_by_the_letter(tmp_path):
     assert transaction_log.folders(tmp_path, "p", "a[1]") == [bracket]
     assert transaction_log.folders(tmp_path, "p", "a1") == [plain]
     assert transaction_log.folders(tmp_path, "p", "a.") == transaction_log.folders(tmp_path, "p", "*") == []
-
-
-def test_totals_are_those_of_the_pipeline_s_own_keys():
-    metrics = {
-        "training/tokens_total": 5,
-        "training/loss": 0.5,
-        "inference/rollouts_total": 7,
-        "tokens_total": 1,
-        "training/n_total": float("nan"),
-        "training/text_total": "x",
-    }
-    assert Resumed([], metrics).totals("training/") == {"tokens": 5}
-    assert Resumed([], {"a_total": 2}).totals("") == {"a": 2}
 
 
 def test_a_state_says_what_is_wrong_with_the_disk(tmp_path):

@@ -191,12 +191,26 @@ def test_a_total_leaves_out_what_is_no_number(kept):
 def test_totals_go_on_from_those_of_the_run_that_is_resumed(kept):
     made, rule = kept(), Reduction(totals=("n",))
     pipeline = made.run.pipeline("")
-    pipeline.begin(rule, 1, {"n": 100, "other": 5}, {})
+    pipeline.begin(rule, 1, {"totals": {"n": 100, "other": 5}}, {})
     made.say(0, {"n": 1})
-    pipeline.begin(rule, 1, {"n": 7}, {})  # a restart: what it counted itself is right
+    pipeline.begin(rule, 1, {"totals": {"n": 7}}, {"n_total": 8})  # a restart: what it counted itself is right
     made.say(1, {"n": 1})
     assert of(made.rows, "n_total") == [101, 102]
     assert pipeline.totals == {"n": 102}
+
+
+def test_totals_of_a_server_are_those_of_the_pipeline_s_own_keys(kept):
+    pipeline = kept("training/").run.pipeline("training/")
+    summary = {
+        "training/tokens_total": 5,
+        "training/loss": 0.5,
+        "inference/rollouts_total": 7,
+        "tokens_total": 1,
+        "training/n_total": math.nan,
+        "training/text_total": "x",
+    }
+    pipeline.begin(Reduction(totals=("*",)), 1, {"totals": {"tokens": 3, "other": 1}}, summary)
+    assert pipeline.totals == {"tokens": 5, "other": 1}
 
 
 def test_a_missing_weight_is_warned_of_once_with_its_count(kept):

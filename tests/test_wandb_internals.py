@@ -58,9 +58,6 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
     folder = Path(run.sync_dir)
     log = Log(folder)
     assert transaction_log.TransactionLogs([folder]).numbers == {row["_step"] for row in log.rows} == {3, 5}
-    last = {key: json.loads(value) for row in transaction_log.rows(folder) for key, value in row.items()}
-    assert (last["a"], last["x/tokens_total"], last["gone"], last["text"]) == (2, 7, 1, "ü")
-    assert last["nan"] != last["nan"]
     found = transaction_log.artifacts(folder)
     assert found == {artifact["client_id"] for artifact in log.of("artifact")}
     assert found == {wandb_internals.client_id(artifact) for artifact in artifacts}
@@ -69,7 +66,7 @@ def test_the_records_of_a_log_say_what_leet_says(begin):
 
 def test_a_folder_without_a_log_has_no_records(tmp_path):
     assert transaction_log.TransactionLogs([tmp_path]).numbers == set()
-    assert [*transaction_log.rows(tmp_path)] == []
+    assert [*transaction_log.records(tmp_path)] == []
 
 
 def test_the_log_is_written_as_often_as_is_asked_for(begin):

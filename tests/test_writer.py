@@ -21,7 +21,6 @@ from backbone import writer as writer_room
 from backbone.ledger import Ledger
 from backbone.reduction import Reduction
 from backbone.run import Run
-from backbone.starting import Resumed
 from backbone.takeover import DEATHS, GivenUpError, open_run
 
 import numpy as np
@@ -421,10 +420,11 @@ def test_passing_troubles_of_the_server_lose_nothing(tmp_path, server):
 
 
 def test_best_values_are_found_in_a_summary_as_wandb_has_it(opened):
-    summary = opened().writer.run.summary
+    made = opened()
+    pipeline, summary = made.join("", Reduction()), made.writer.run.summary
     summary.update({"reward": {"max": 3.0, "last": 1.0}, "loss": 0.5})
-    best = Resumed([], dict(summary)).best("", {"reward": "max", "loss": "min", "another": "max"})
-    assert best == {"reward": 3.0}
+    pipeline.begin(Reduction(best={"reward": "max", "loss": "min", "another": "max"}), 1, {}, dict(summary))
+    assert pipeline.best == {"reward": 3.0}
 
 
 def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, server):
@@ -554,6 +554,17 @@ def test_a_run_that_is_resumed_offline_has_numbers_and_totals_behind_those_of_it
     rows = logged(tmp_path)
     assert numbers(rows) == list(range(9))
     assert [row["n_total"] for row in rows if "n" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_totals_of_a_pipeline_that_the_last_life_had_not_go_on_as_well(opened, tmp_path):
+    for life, prefix in enumerate(("a/", "b/", "a/")):
+        made = opened(life=str(life), resume="allow")
+        made.join(prefix, Reduction(totals=("n",)))
+        made.say(0, {"n": 1}, prefix)
+        made.finish()
+        made.close()
+    rows = logged(tmp_path)
+    assert [row.get("a/n_total") for row in rows] == [1, None, 2]
 
 
 def test_lives_in_several_time_zones_come_in_the_order_in_which_they_were(opened, tmp_path, monkeypatch):
