@@ -153,10 +153,10 @@ def count(folder: Path) -> Ledgers:
     content: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
     ledgers = {}
     for prefix, each in content.items():
-        row_reports = {int(number): reports for number, reports in each.pop("row_reports").items()}
-        del each["totals"], each["best"]
-        each["paths"] = [folder.parent / Path(path).name for path in each["paths"]]
-        ledger = ledgers[prefix] = Ledger(**each)
+        row_reports = {int(number): reports for number, reports in each["row_reports"].items()}
+        ledger = Ledger(**{field.name: each[field.name] for field in dataclasses.fields(Ledger)})
+        ledger.paths = [folder.parent / Path(path).name for path in ledger.paths]
+        ledgers[prefix] = ledger
         if ledger.mode == "online" and ledger.uploaded:
             continue  # what the server had before a restart need not be here
         logged = TransactionLogs(path for path in ledger.paths if path.exists()).numbers
