@@ -140,7 +140,7 @@ class Host:
                     deadline = catch_up(run, self._relays, self._read, deadline, closing=prefix is None)
                     run.end([each for each in run.pipelines if prefix in (None, each.prefix)], deadline)
                 if prefix is not None:
-                    return {prefix: account(run.state, run.pipeline(prefix))}
+                    return {prefix: account(run.state, run.pipeline(prefix), lambda number: True)}
             ledgers = run.finish(exit_code, failure, deadline)
             recover.write_ledgers(folder, ledgers)
             return ledgers

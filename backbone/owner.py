@@ -194,7 +194,9 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
         forget(letter.address)
         return ledgers
     process.forget(letter.address)  # the folder stays, so that somebody can try again
-    problem = stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"that takes more than {seconds} s"
+    lines = stderr.decode(errors="replace").strip().splitlines()  # wandb's among them, maybe below the reason
+    reasons = [each for each in lines if each.startswith(f"{folder}: ")] or lines
+    problem = reasons[-1] if reasons else f"that takes more than {seconds} s"
     told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
     lost = dataclasses.replace(begun, unheard=["all places"], warnings=told)
     return {prefix: dataclasses.replace(lost, prefix=prefix) for prefix in run.prefixes}

@@ -56,11 +56,13 @@ class Pipeline:
         kept: what its ledger's file has of this pipeline. summary: W&B's, of the run.
         """
         self.reduction, self.steps.workers = reduction, workers
-        known = dict(kept.get("totals", {}))
+        here, on_server = kept.get("totals", {}), {}
         for name, value in summary.items():
             key = name.removeprefix(self.prefix).removesuffix("_total")
             if name == f"{self.prefix}{key}_total" and isinstance(value, int | float) and math.isfinite(value):
-                known[key] = value
+                on_server[key] = value
+        is_ahead = max(map(int, kept.get("row_reports", ())), default=-1) > summary.get("_step", -1)  # of the server
+        known = on_server | here if is_ahead else here | on_server
         self.totals = {key: value for key, value in known.items() if reduction.rule(key).total} | self.totals
         self._improve(kept.get("best", {}))
         for key, op in reduction.best.items():

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import re
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _BLOCK, _HEADER = 32_768, struct.Struct("<IHB")  # LevelDB's log format: checksum, length, kind of a chunk
-_FULL, _LAST = 1, 4
+_DAMAGED, _FULL, _FIRST, _LAST = 0, 1, 2, 4
+_BEGIN = 7  # behind a file's header
 
 
 class Tail:
@@ -23,21 +25,29 @@ class Tail:
     """
 
     def __init__(self, folder: Path):
-        self._folder, self._position = folder, 7  # behind the file's header
+        self.folder, self._position = folder, _BEGIN
 
     def records(self) -> Iterator[Any]:
         """The records since the last call, as `wandb_internal_pb2.Record`s, up to where it was cut."""
         from wandb.proto.wandb_internal_pb2 import Record
 
-        for path in self._folder.glob("*.wandb"):
+        for path in self.folder.glob("*.wandb"):
             parts = []
             with path.open("rb") as file:
                 for kind, part, end in _chunks(file, self._position):
-                    parts.append(part)
-                    if kind in (_FULL, _LAST):
+                    if kind in (_DAMAGED, _FULL, _FIRST):
+                        parts = [part] if kind else []
+                    elif parts:
+                        parts.append(part)
+                    if parts and kind in (_FULL, _LAST):
                         self._position = end
                         yield Record.FromString(b"".join(parts))
-                        parts = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was read is still there."""
+        found = self.folder.glob("*.wandb")
+        return self._position == _BEGIN or any(path.stat().st_size >= self._position for path in found)
 
     def numbers(self) -> list[int]:
         """W&B's own step (`_step`) of each new row."""
@@ -45,15 +55,19 @@ class Tail:
 
 
 def _chunks(file: BinaryIO, position: int) -> Iterator[tuple[int, bytes, int]]:
-    """Chunks from a position on: kind, content and the position behind. By blocks, for a log may have gigabytes."""
+    """Chunks from a position on: kind, content and the position behind. By blocks, for a log may have gigabytes.
+
+    Where a block is damaged, the rest of it is left out, as by W&B.
+    """
     file.seek(position - position % _BLOCK)
     while block := file.read(_BLOCK):
         begin, at = position - position % _BLOCK, position % _BLOCK
         while at + _HEADER.size <= len(block):  # the end of a block is filled up
-            _, length, kind = _HEADER.unpack_from(block, at)
+            checksum, length, kind = _HEADER.unpack_from(block, at)
             content, at = at + _HEADER.size, at + _HEADER.size + length
-            if not kind or at > len(block):
-                return
+            if not kind or at > len(block) or zlib.crc32(block[content - 1 : at]) != checksum:
+                yield _DAMAGED, b"", begin + at
+                break
             yield kind, block[content:at], begin + at
         if len(block) < _BLOCK:  # it may have grown meanwhile
             return
@@ -73,7 +87,10 @@ class TransactionLogs:
         self._tails += [Tail(Path(folder)) for folder in folders]
 
     def look(self) -> list[int]:
-        """Reads on; the numbers of the rows that have come."""
+        """Reads on; the numbers of the rows that have come. Anew where somebody has removed or cut a log."""
+        if not all(tail.is_whole for tail in self._tails):
+            self._tails = [Tail(tail.folder) for tail in self._tails]
+            self.numbers.clear()
         new = [number for tail in self._tails for number in tail.numbers()]
         self.numbers.update(new)
         return new
