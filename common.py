@@ -21,17 +21,18 @@ import pickle
 import re
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from backbone import arguments, artifacts, exits, owner, process, ray_internals, records, said, values
+from backbone import reduction as reducing
 from backbone.actor import ActorGoneError, PipelineActor, call, pipeline_actor
 from backbone.files import Address
 from backbone.ledger import Ledger, Ledgers, RunFinishedError, line, run_is_finished
 from backbone.ray_internals import node_metrics
-from backbone.reduction import Reduction, reduce_reports
+from backbone.reduction import Reduction
 from backbone.run import Started
 
 import numpy as np
@@ -335,6 +336,17 @@ class WandbRun(Handle):
         exits.unfinished.remove(self)
         if self._owned and not gone:
             self._owned.leave()  # last, because a signal handler may finish the run at any moment
+
+
+def reduce_reports(
+    reports: Sequence[Mapping[str, Any]],
+    reduction: Reduction,
+    warn: Callable[[str, str], None] = lambda kind, what: None,
+    who: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The row of a step's reports, each as `log` takes it. For the rules see `backbone.reduction.reduce_reports`."""
+    taken = [values.as_report(report, report.get("step", 0)) for report in reports]
+    return reducing.reduce_reports(taken, reduction, warn, who)
 
 
 def _check(project: Any, pipeline: Any, workers: Any, prefix: Any, share: Any, init: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-OUTBOXES, CLOSED_FOLDER = "outboxes", "closed"  # folder of a run's outboxes, and its name in the end
+OUTBOXES, CLOSED_FOLDER, LEDGERS = "outboxes", "closed", "ledgers"
 
 
 class Address(NamedTuple):
@@ -126,12 +126,15 @@ def disk_is_full(path: Path) -> bool:
     return found.free < found.total / 10
 
 
-def state_path(folder: Path, project: str, run_id: str) -> Path:
-    """Where the state of a run below `folder` is: in `folder`, or on this node where that has no locks (Lustre)."""
+def state_path(folder: Path, project: str, run_id: str, temporary: Path) -> Path:
+    """Where the state of a run below `folder` is: in `folder`, or on this node where that has no locks (Lustre).
+
+    temporary: the owner's temporary folder, because Ray's processes may have another one.
+    """
     name = f"{run_id}.{digest(project)}.state"  # in another project a run may have the same id
     if has_locks(folder):
         return folder / f".{name}"
-    return Path(tempfile.gettempdir(), f"wandb-run-{digest(folder.absolute())}-{name}")
+    return Path(temporary, f"wandb-run-{digest(folder.absolute())}-{name}")
 
 
 def digest(text: str | Path) -> str:
@@ -213,5 +216,5 @@ def move_in(letter: Letter) -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it takes a third of the time of `run.log`
     os.environ.setdefault("WANDB_PROGRAM", letter.argv[0])
     sys.argv = letter.argv  # wandb records it; that of a Ray worker is Ray's own, addresses and all
-    if os.path.isdir(letter.directory):
-        os.chdir(letter.directory)
+    # Where that is gone, this process may be in the same, and wandb starts in none.
+    os.chdir(letter.directory if os.path.isdir(letter.directory) else letter.address.folder)

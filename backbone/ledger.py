@@ -116,7 +116,8 @@ def summary(state: State, pipelines: Sequence[Pipeline]) -> dict[str, int]:
 
 def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> None:
     """Makes the ledgers of a finished run. They stay in its state until they have arrived, and in its folder."""
-    writer.logs.look()
+    # Read anew, and not on: what was seen may have been removed or damaged since.
+    writer.logs = TransactionLogs(state.facts.get("paths", ()))
     ledgers = {pipeline.prefix: account(state, pipeline, writer.has) for pipeline in pipelines}
     if lost := sum(ledger.lost for ledger in ledgers.values()):
         state.warn("lost", f"{lost} reports are in no row")

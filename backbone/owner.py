@@ -107,7 +107,7 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
     pipeline: the actor class. init: for `wandb.init`. Raises ValueError, TypeError or OSError for what can't work; then
     nothing is left of it.
     """
-    context, init = get_runtime_context(), arguments.as_given(init)
+    context, init, directory = get_runtime_context(), arguments.as_given(init), _directory()
     with contextlib.ExitStack() as undo:
         nonce = uuid.uuid4().hex
         environ, claim, aside = environment_of_actor(init.get("id"), nonce)
@@ -124,7 +124,7 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
         box = process.outbox(address)
         box.open()
         job = "" if ray_internals.in_driver() else context.get_job_id()
-        told = Letter(address, box.process.name, job, init, environ, os.getcwd(), command_line())
+        told = Letter(address, box.process.name, job, init, environ, directory, command_line())
         write_letter(told)
         make_runs_folder(init["dir"])
         ray_internals.put(address.key("open"), b"")
@@ -133,6 +133,14 @@ def start_actor(pipeline: Any, init: dict[str, Any]) -> Owned:
         actor = pipeline.options(**options).remote(address.folder)
         undo.callback(ray.kill, actor)
         return Owned(actor, told, stop, undo.pop_all())
+
+
+def _directory() -> str:
+    """Where this process is. Raises FileNotFoundError if somebody has removed it: wandb starts in none."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise FileNotFoundError("the working directory is gone: call os.chdir() with one that is there") from None
 
 
 def environment_of_actor(own_id: str | None, nonce: str) -> tuple[dict[str, str], str, str]:
@@ -194,9 +202,14 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
         forget(letter.address)
         return ledgers
     process.forget(letter.address)  # the folder stays, so that somebody can try again
-    lines = stderr.decode(errors="replace").strip().splitlines()  # wandb's among them, maybe below the reason
-    reasons = [each for each in lines if each.startswith(f"{folder}: ")] or lines
-    problem = reasons[-1] if reasons else f"that takes more than {seconds} s"
+    problem = _reason(stderr, folder) or f"that takes more than {seconds} s"
     told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
     lost = dataclasses.replace(begun, unheard=["all places"], warnings=told)
     return {prefix: dataclasses.replace(lost, prefix=prefix) for prefix in run.prefixes}
+
+
+def _reason(stderr: bytes, folder: Path) -> str:
+    """Why `recover` could not finish the run of a folder. Other libraries may have written to stderr behind it."""
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    reasons = [each for each in lines if each.startswith(f"{folder}: ")] or lines
+    return reasons[-1] if reasons else ""

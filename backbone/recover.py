@@ -20,15 +20,13 @@ import threading
 import time
 from pathlib import Path
 
-from .files import Letter, is_private_folder, move_in, read_letter, state_path, write_private
+from .files import LEDGERS, Letter, is_private_folder, move_in, read_letter, state_path, write_private
 from .inbox import GONE
 from .ledger import Ledgers, line
 from .page import is_alive
 from .run import Run
 from .state import State
 from .takeover import read_what_is_left
-
-LEDGERS = "ledgers"  # a file in the private folder, when the run is finished
 
 
 def recover(folder: Path, wait: bool = False) -> Ledgers:
@@ -44,6 +42,8 @@ def recover(folder: Path, wait: bool = False) -> Ledgers:
         if not state.is_finished:
             _finish(run)
         write_ledgers(folder, state.facts["ledgers"])
+        if earlier := state.facts.get("earlier"):  # whose rows these are, too
+            shutil.rmtree(earlier.folder, ignore_errors=True)
         state.remove()
     ledgers = read_ledgers(folder)
     clean(letter)
@@ -52,10 +52,13 @@ def recover(folder: Path, wait: bool = False) -> Ledgers:
 
 def _open_state(letter: Letter, wait: bool) -> State | None:
     """None if the run has been finished meanwhile."""
-    path = state_path(Path(letter.init["dir"], "wandb"), letter.init["project"], letter.init["id"])
-    while not (letter.address.folder / LEDGERS).exists():
+    folder, init = letter.address.folder, letter.init
+    path = state_path(Path(init["dir"], "wandb"), init["project"], init["id"], folder.parent)
+    while not (folder / LEDGERS).exists():
         if not path.exists():
-            raise FileNotFoundError(f"{path} is gone")
+            if (folder / "pipelines").exists() and not (folder / LEDGERS).exists():
+                raise FileNotFoundError(f"{path} is gone")
+            return None  # the run had not begun, or another process has just finished it
         try:
             state = State(path, patience=0.1)
         except OSError:
@@ -90,7 +93,8 @@ def write_ledgers(folder: Path, ledgers: Ledgers) -> None:
 
 
 def read_ledgers(folder: Path) -> Ledgers:
-    return pickle.loads((folder / LEDGERS).read_bytes())
+    """None of a run that had not begun."""
+    return pickle.loads((folder / LEDGERS).read_bytes()) if (folder / LEDGERS).exists() else {}
 
 
 def clean(letter: Letter) -> None:
@@ -131,10 +135,12 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    wait, folders = "--wait" in arguments, [Path(argument) for argument in arguments if argument != "--wait"]
+    wait = "--wait" in arguments  # and absolute, because the run's own directory becomes this process's
+    folders = [Path(argument).absolute() for argument in arguments if argument != "--wait"]
     folders = folders or abandoned()
     if len(folders) > 1:  # each in a process of its own: where a wandb-core dies, only a new process gets a new one
-        codes = [subprocess.run([sys.executable, "-m", __spec__.name, str(folder)]).returncode for folder in folders]
+        command = [sys.executable, "-m", __spec__.name]
+        codes = [subprocess.run([*command, str(each)]).returncode for each in folders if each.exists()]
         return int(any(codes))
     for folder in folders:
         try:

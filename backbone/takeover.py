@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .files import Address, state_path
+from .files import LEDGERS, Address, is_private_folder, state_path
 from .run import Run
 from .said import KNOWN
 from .state import State
@@ -38,7 +38,7 @@ PLACES = "places"  # a file in the private folder: other places that have outbox
 
 
 class GivenUpError(RuntimeError):
-    """The pipeline actor dies whenever it goes on."""
+    """The pipeline actor is not to go on."""
 
 
 def open_run(
@@ -48,12 +48,16 @@ def open_run(
 
     hear: is told warnings.
 
-    Raises GivenUpError after some deaths of actors without a row in between, OSError where the id is in use.
+    Raises GivenUpError after some deaths of actors without a row in between, or where another process has finished the
+    run meanwhile, OSError where the id is in use.
     """
     folder = Path(init["dir"], "wandb")
     folder.mkdir(parents=True, exist_ok=True)
-    state = State(state_path(folder, init["project"], init["id"]))
+    state = State(state_path(folder, init["project"], init["id"], address.folder.parent))
     before = state.facts.get("address")
+    if not before and ((address.folder / LEDGERS).exists() or not is_private_folder(address.folder)):
+        state.remove()  # it has just been made anew: who had the other one has removed it behind the ledgers
+        raise GivenUpError("another process has finished the run")
     if before and before.nonce == address.nonce:
         run = Run(state, init, address, owner, lock)
         _count_restart(run)

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 _BLOCK, _HEADER = 32_768, struct.Struct("<IHB")  # LevelDB's log format: checksum, length, kind of a chunk
 _DAMAGED, _FULL, _FIRST, _LAST = 0, 1, 2, 4
-_BEGIN = 7  # behind a file's header
 
 
 class Tail:
@@ -25,13 +24,13 @@ class Tail:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self._position = folder, _BEGIN
+        self._folder, self._position = folder, 7  # behind the file's header
 
     def records(self) -> Iterator[Any]:
         """The records since the last call, as `wandb_internal_pb2.Record`s, up to where it was cut."""
         from wandb.proto.wandb_internal_pb2 import Record
 
-        for path in self.folder.glob("*.wandb"):
+        for path in self._folder.glob("*.wandb"):
             parts = []
             with path.open("rb") as file:
                 for kind, part, end in _chunks(file, self._position):
@@ -42,12 +41,6 @@ class Tail:
                     if parts and kind in (_FULL, _LAST):
                         self._position = end
                         yield Record.FromString(b"".join(parts))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all that was read is still there."""
-        found = self.folder.glob("*.wandb")
-        return self._position == _BEGIN or any(path.stat().st_size >= self._position for path in found)
 
     def numbers(self) -> list[int]:
         """W&B's own step (`_step`) of each new row."""
@@ -87,10 +80,7 @@ class TransactionLogs:
         self._tails += [Tail(Path(folder)) for folder in folders]
 
     def look(self) -> list[int]:
-        """Reads on; the numbers of the rows that have come. Anew where somebody has removed or cut a log."""
-        if not all(tail.is_whole for tail in self._tails):
-            self._tails = [Tail(tail.folder) for tail in self._tails]
-            self.numbers.clear()
+        """Reads on; the numbers of the rows that have come."""
         new = [number for tail in self._tails for number in tail.numbers()]
         self.numbers.update(new)
         return new

@@ -76,7 +76,7 @@ class Kept:
     def _open(self) -> Run:
         runs = Path(self.init["dir"], "wandb")
         runs.mkdir(exist_ok=True)
-        state = State(state_path(runs, self.init["project"], self.init["id"]))
+        state = State(state_path(runs, self.init["project"], self.init["id"], runs.parent))
         return Run(state, self.init, self.address, "owner", threading.RLock())
 
     def join(self, prefix: str = "", reduction: Reduction | None = None, workers: int = 1) -> Pipeline:

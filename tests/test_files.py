@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +29,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    return state_path(tmp_path, "p", "run")
+    return state_path(tmp_path, "p", "run", tmp_path)
 
 
 def left(path: Path) -> list[bytes]:
@@ -189,10 +190,11 @@ def test_nothing_is_left_of_a_state_that_is_removed(path):
 
 OPEN = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
+import tempfile
 from pathlib import Path
 from backbone.files import state_path
 from backbone.state import State
-path = state_path(Path(sys.argv[1]), "p", "run")
+path = state_path(Path(sys.argv[1]), "p", "run", Path(tempfile.gettempdir()))
 state = State(path, patience=float(sys.argv[2]))
 state.note(name="n")
 state.commit()
@@ -321,9 +323,9 @@ def test_without_locks_sqlite_could_not_be_used_there(tmp_path, without_locks):
 
 def test_a_folder_that_has_locks_holds_the_state(tmp_path):
     assert has_locks(tmp_path)
-    assert state_path(tmp_path, "p", "run").parent == tmp_path
-    assert state_path(tmp_path, "p", "run").match(".run.*.state")
-    assert state_path(tmp_path, "p", "run") != state_path(tmp_path, "q", "run")
+    assert state_path(tmp_path, "p", "run", tmp_path).parent == tmp_path
+    assert state_path(tmp_path, "p", "run", tmp_path).match(".run.*.state")
+    assert state_path(tmp_path, "p", "run", tmp_path) != state_path(tmp_path, "q", "run", Path(tempfile.gettempdir()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -423,7 +425,7 @@ def test_what_is_unpickled_is_a_file_of_this_user_alone(tmp_path):
 @pytest.mark.parametrize("id_", ["7", "seed-7", "a[1]", "x y", "ü" * 64, "x" * 128, "a.b", "-", "*"])
 def test_an_id_that_can_be_a_file_s_name_is_taken(id_, tmp_path):
     check_run_id(id_)
-    State(state_path(tmp_path, "p" * 128, id_)).close()
+    State(state_path(tmp_path, "p" * 128, id_, tmp_path)).close()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import enum
 import json
+import os
 import re
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arguments import parse_args
-from backbone import exits, recover
+from backbone import exits, owner, recover
 from common import PipelineActor, WandbRun, pipeline_actor
 
 import pytest
@@ -371,3 +372,19 @@ def test_each_of_the_runs_that_are_left_is_finished_as_far_as_it_can_be(run, cap
     assert (sound.finish().rows, sound.finish().ok) == (1, True)
     broken._address = address
     broken.finish()
+
+
+def test_the_reason_why_a_run_could_not_be_finished_is_found_among_what_others_say(tmp_path):
+    said = f"wandb: a line\n{tmp_path}: database or disk is full\n--- Logging error ---\nArguments: ()\n".encode()
+    assert owner._reason(said, tmp_path) == f"{tmp_path}: database or disk is full"
+    assert owner._reason(b"Killed\n", tmp_path) == "Killed"
+    assert owner._reason(b"", tmp_path) == ""
+
+
+def test_where_the_working_directory_is_gone_that_is_said_before_anything_starts(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError, match="the working directory is gone: call os.chdir"):
+        run()

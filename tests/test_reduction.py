@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import common
 from backbone.reduction import Reduction, reduce_reports
 from common import InferencePipelineActor, TrainingPipelineActor
 
@@ -378,3 +379,12 @@ def test_values_that_can_t_be_reduced_are_counted_and_harm_no_other(warned):
     row = reduced(warned, {"a": 1.0, "page": Contrary("a")}, {"a": 3.0, "page": Contrary("b")})
     assert row == {"a": 2.0}
     assert warned == [("refused page", "the values of 'page' can't be reduced to one: incomparable")]
+
+
+def test_the_public_function_takes_reports_as_log_does():
+    reports = [{"a": [1, 2, 3], "time": {"step_s": np.float32(2.0)}, "b": None}, {"a": [4], "time": {"step_s": 1}}]
+    row = common.reduce_reports(reports, Reduction(worst=("time/step_s",)), who=("x", "y"))
+    slowest = {"time/step_s": 1.5, "time/step_s/max": 2.0, "time/step_s/worst": "x"}
+    assert row == {"a/mean": 2.5, "a/min": 1.0, "a/max": 4.0} | slowest
+    with pytest.raises(ValueError, match="metric key '_x'"):
+        common.reduce_reports([{"_x": 1}], Reduction())

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,10 +294,22 @@ def test_the_ledger_is_in_the_runs_folder_and_summary_and_can_be_counted_anew(op
     assert str(ledgers["a/"]) in done.stdout
 
     [log] = folder.glob("*.wandb")
-    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])  # as somebody's disk may do
-    done = recount()
-    assert done.returncode == 1
-    assert sum(int(line.split(", ")[1].split()[0]) for line in done.stdout.splitlines() if " lost" in line) > 0
+    content = log.read_bytes()
+    middle = content.index(b'"x"' if b'"x"' in content else b"a/x")
+    for damaged in (
+        content[: len(content) // 2],  # as somebody's disk may do
+        content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        content[:middle] + bytes(50) + content[middle + 50 :],
+    ):
+        log.write_bytes(damaged)
+        done = recount()
+        assert (done.returncode, done.stderr) == (1, "")
+        assert sum(int(line.split(", ")[1].split()[0]) for line in done.stdout.splitlines() if " lost" in line) > 0
+    made.close()
+    again = opened(life="later", resume="allow")  # which is not kept from it by the damage
+    again.join("a/")
+    again.say(3, {"x": 1.0}, "a/")
+    assert again.finish()["a/"].ok
 
     (folder / "ledger.json").write_text('{"a/": {')
     for _ in range(2):
@@ -305,6 +318,20 @@ def test_the_ledger_is_in_the_runs_folder_and_summary_and_can_be_counted_anew(op
         assert " is no folder of a finished run: " in done.stderr
         assert done.stderr.count("\n") == 1
         (folder / "ledger.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_a_log_that_is_removed_or_cut_before_the_end_is_lost_and_told(opened, tmp_path, how):
+    made = opened()
+    made.join()
+    for step in range(20):
+        made.say(step, {"x": 1.0})
+    [folder] = folders(tmp_path)
+    wait_for(lambda: (made.run.read(), len(made.writer.logs.numbers) == 20)[1])
+    [log] = folder.glob("*.wandb")
+    shutil.rmtree(folder) if how == "removed" else os.truncate(log, 100)
+    [ledger] = made.finish().values()
+    assert (ledger.rows, ledger.lost, ledger.ok) == (0, 20, False)
 
 
 def test_a_handler_for_all_lines_waits_for_nobody_in_the_middle_of_log():

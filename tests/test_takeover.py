@@ -1,12 +1,14 @@
 """When the pipeline actor can't finish its run: it is started anew, or others do it from what it has left."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +20,12 @@ from backbone.page import is_alive
 from backbone.run import Run
 from backbone.state import State
 from backbone.steps import Steps
+from backbone.takeover import GivenUpError, open_run
 from common import InferencePipelineActor, PipelineActor, WandbRun, pipeline_actor
 
 import pytest
 import ray
+import wandb
 from conftest import ONE_EACH, ROOT, Log, folders, read_rows, wait_for
 from processes import below, check_ledger, everything, pipeline_process
 from ray._private import state
@@ -212,12 +216,59 @@ def test_runs_that_nobody_finishes_any_more_are_finished_by_hand_and_others_are_
     assert done.stderr.count("\n") == 1
 
 
+def letter(folder: Path, **init) -> Letter:
+    """Of a run whose private folder this is, and whose owner is dead."""
+    folder.mkdir(mode=0o700)
+    address = Address("n", "nonce", folder, "", "", "")
+    init = dict(dir=str(folder.parent), project="p", id="r", mode="offline", settings={}) | init
+    made = Letter(address, "owner", "", init, {}, str(folder.parent), ["program"])
+    write_letter(made)
+    return made
+
+
+def test_a_run_that_had_not_begun_is_nothing_to_recover(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    folder = letter(tmp_path / "private").address.folder
+    done = recover(str(folder), **os.environ)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not folder.exists()
+
+
+def test_an_actor_that_comes_back_when_its_run_has_been_finished_goes_and_leaves_nothing(tmp_path):
+    """Another process was quicker, and has removed the state."""
+    told = letter(tmp_path / "private")
+    recovering.write_ledgers(told.address.folder, {})
+    with pytest.raises(GivenUpError, match="another process has finished the run"):
+        open_run(told.init, told.address, "owner", threading.RLock())
+    assert [*(tmp_path / "wandb").iterdir()] == []
+
+
+def test_whoever_runs_a_run_is_somewhere_even_if_the_owner_s_directory_is_gone(tmp_path):
+    told = dataclasses.replace(letter(tmp_path / "private"), directory=str(tmp_path / "gone"))
+    write_letter(told)
+    code = f"""
+import os, pathlib
+from backbone.files import move_in, read_letter
+os.mkdir("mine"), os.chdir("mine"), os.rmdir("../mine")
+move_in(read_letter(pathlib.Path({str(told.address.folder)!r})))
+print(os.getcwd())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(told.address.folder), done.stderr
+
+
 def test_whoever_waits_for_an_actor_gives_up_where_a_later_run_has_taken_its_place(tmp_path):
     (tmp_path / "wandb").mkdir()
     tmp_path.chmod(0o700)
     address = Address("n", "earlier", tmp_path, "", "", "")
     write_letter(Letter(address, "owner", "", dict(dir=str(tmp_path), project="p", id="again"), {}, str(tmp_path), []))
-    state = State(state_path(tmp_path / "wandb", "p", "again"))
+    state = State(state_path(tmp_path / "wandb", "p", "again", tmp_path.parent))
     state.note(address=address._replace(nonce="later"))
     state.commit()
     state.close()
@@ -232,7 +283,8 @@ def test_a_start_that_fails_leaves_an_earlier_run_of_its_id_to_recover(run, tmp_
     kill_all(leave(tmp_path, **environment | {"TMPDIR": str(scratch)}))
     with pytest.raises(ValueError, match="can't start"):
         run(id="again", settings={"no_such_setting": 1})
-    done = recover(**environment | {"TMPDIR": str(scratch)})
+    [folder] = scratch.glob("wandb-run-*")
+    done = recover(os.path.relpath(folder, ROOT), **environment | {"TMPDIR": str(scratch)})
     assert done.stdout.startswith("n: 100 rows from 100 reports, 0 lost\n"), done.stdout + done.stderr
 
 
@@ -585,6 +637,23 @@ def test_what_another_process_has_finished_is_not_counted_anew(run):
     made.log({"loss": 1.0}, 0)
     recovering.write_ledgers(made._address.folder, {"": theirs})
     assert made.finish() == theirs
+
+
+class Unreadable(wandb.Histogram):
+    """It can be sent, and nobody can make it again."""
+
+    def __reduce__(self) -> tuple:
+        return int, ("no number",)
+
+
+def test_a_view_that_is_finished_knows_what_its_steps_have_lost(run):
+    first = run(prefix="a/")
+    view = WandbRun("p", share=first, prefix="b/")
+    view.log({"a": Unreadable([1.0])}, 0)
+    view.log({"a": 1.0}, 1)
+    ledger = view.finish()
+    assert (ledger.reports, ledger.rows, ledger.lost, ledger.ok) == (2, 1, 1, False)
+    first.finish()
 
 
 def test_each_kind_of_warning_is_one_line_with_its_count(run):

@@ -439,6 +439,15 @@ def test_a_resumed_run_s_rows_and_totals_go_on_from_the_server_s(tmp_path, serve
     assert [row["n_total"] for row in rows] == list(range(1, 11))
 
 
+def test_totals_go_on_also_from_a_life_that_the_server_has_not_got(tmp_path, server):
+    for life, mode in enumerate(("online", "offline", "online")):
+        init = dict(life=str(life), mode=mode, resume="allow")
+        stdout, stderr = writing(tmp_path, 3, init, "lambda step: dict(n=1)", online(server)).communicate(timeout=60)
+        assert json.loads(stdout.splitlines()[-1])[:3] == [3, 3, 0], stderr[-800:]
+        last = max(folders(tmp_path), key=lambda folder: folder.stat().st_mtime)
+        assert [row["n_total"] for row in read_rows(last)] == [3 * life + n for n in (1, 2, 3)]
+
+
 @pytest.mark.slow
 def test_a_restart_online_sends_again_nothing_that_somebody_may_have_edited_in_the_app(tmp_path, server):
     sent, answer = [], server.graphql
