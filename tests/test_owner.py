@@ -386,5 +386,5 @@ def test_where_the_working_directory_is_gone_that_is_said_before_anything_starts
     (tmp_path / "gone").mkdir()
     os.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with pytest.raises(FileNotFoundError, match="the working directory is gone: call os.chdir"):
+    with pytest.raises(FileNotFoundError, match=r"the working directory is gone: call os\.chdir"):
         run()
