@@ -120,8 +120,8 @@ class Handle:
         """Logs metrics of one worker for one step. Takes microseconds: it appends them to a file of this process.
 
         When it has returned, the kernel has them, so they outlive the process. It waits while 4,096 reports or 32 MB of
-        it are unread, but only five seconds for a reader that makes no progress. They are lost if the disk is full, or
-        1 GB is unread. Then a warning says so, once, and the ledger counts them.
+        it are unread, but only five seconds for a reader that makes no progress. Then they are lost with 1 GB unread,
+        or with less than a tenth of the disk free; and whenever they can't be written. The ledger counts them.
 
         metrics: key -> number, array, tensor or list of numbers (samples), string, W&B data type, or a figure or data
         frame, which becomes one; nested mappings become paths. `reduce_reports` says what becomes of them. A table with

@@ -117,7 +117,7 @@ def write_private(path: Path, content: bytes) -> None:
     os.replace(name, path)
 
 
-def disk_is_full(path: Path) -> bool:
+def disk_is_nearly_full(path: Path) -> bool:
     """Whether less than a tenth is free: nobody wants a backlog to take the last of a disk."""
     try:
         found = shutil.disk_usage(path)

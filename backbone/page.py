@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from .files import disk_is_full, fcntl
+from .files import disk_is_nearly_full, fcntl
 
 PIPELINES = 256  # of a run at most: a record has one byte for the number
 OTHER = PIPELINES  # stands where a pipeline's number does, for what was said besides reports
@@ -115,7 +115,7 @@ class Backpressure:
             self.records, self.bytes = read[0] + self.LIMIT, read[1] + self.LIMIT_BYTES
             return True
         if read == self._stuck:
-            return unread + size <= self.BACKLOG and not disk_is_full(folder)
+            return unread + size <= self.BACKLOG and not disk_is_nearly_full(folder)
         if read != self._read:
             self._read, self._deadline = read, now + self.PATIENCE
         elif now > self._deadline:

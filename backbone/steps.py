@@ -4,7 +4,8 @@ A *worker* is one life of somebody who logs: an actor's process, an attempt of a
 a step when it has reported it and then another, or has said so (`commit=True`), or has ended. A step becomes a row
 
 1. when all who have reported it are done with it, and they are `workers`. Who ended ten seconds ago or longer need not
-   have reported it. Until then somebody may take the place: a restart, actors that are made anew for each step;
+   have reported it, if somebody who has, and lives, had logged before that end, and no task reports it. Until then
+   somebody may take the place: a restart, actors that are made anew for each step;
 2. before a report is taken that is a second attempt: by a worker that was done with the step (the next epoch, a
    rewind), by one that first logged after a worker of that step had died (a restart), or by another attempt of a task;
 3. by the clock: a step that `workers` have reported, when nothing has come for it for a minute; any other, after ten
@@ -61,10 +62,7 @@ class OpenStep:
 
 
 class Steps:
-    """The open steps of a pipeline and where its workers stand. Times are in seconds of one clock.
-
-    workers: so many make a step complete. All of this can be pickled.
-    """
+    """The open steps of a pipeline; `workers` make one complete. Times are seconds of one clock. It can be pickled."""
 
     MINUTE = 60.0
     GRACE = 10.0  # in which somebody may take the place of one who has ended

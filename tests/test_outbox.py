@@ -619,15 +619,15 @@ def test_put_waits_where_so_many_bytes_are_unread_and_a_larger_record_passes_whe
     assert numbers(read(reader)) == [4]
 
 
-@pytest.mark.parametrize("disk_is_full", [False, True])
+@pytest.mark.parametrize("disk_is_nearly_full", [False, True])
 def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_backlog_is_lost(
-    address, child, monkeypatch, disk_is_full
+    address, child, monkeypatch, disk_is_nearly_full
 ):
     monkeypatch.setattr(Backpressure, "LIMIT", 10)
     monkeypatch.setattr(Backpressure, "PATIENCE", 0.0)
     monkeypatch.setattr(Backpressure, "BACKLOG", 5_000)
     # Nearly: a backlog must not fill it.
-    monkeypatch.setattr("backbone.page.disk_is_full", lambda path: disk_is_full)
+    monkeypatch.setattr("backbone.page.disk_is_nearly_full", lambda path: disk_is_nearly_full)
 
     def work(pipe, box: Outbox) -> None:
         told, waited = warnings(), []
@@ -646,16 +646,16 @@ def test_a_reader_that_stands_still_is_waited_for_once_and_what_is_beyond_the_ba
     assert waited == [10]
     assert len(told) == 1
     found = numbers(before := read(reader))
-    assert found == [*range(10 if disk_is_full else len(found))]
-    assert disk_is_full or 10 < len(found) < 100
+    assert found == [*range(10 if disk_is_nearly_full else len(found))]
+    assert disk_is_nearly_full or 10 < len(found) < 100
     assert lost(before) == 100 - len(found)
     waits.pipe.send("go on")
     waited, told = waits.told()
     assert waited == [110]
     assert len(told) == 1
     records = read(reader, has_ended)
-    assert numbers(records) == [*range(100, 110 if disk_is_full else 115)]
-    assert lost(before + records) == 100 - len(found) + 5 * disk_is_full
+    assert numbers(records) == [*range(100, 110 if disk_is_nearly_full else 115)]
+    assert lost(before + records) == 100 - len(found) + 5 * disk_is_nearly_full
 
 
 def test_the_end_of_a_process_comes_right_behind_its_last_record_also_where_others_have_more_to_read(
