@@ -345,7 +345,8 @@ def reduce_reports(
     who: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The row of a step's reports, each as `log` takes it. For the rules see `backbone.reduction.reduce_reports`."""
-    taken = [values.as_report(report, report.get("step", 0)) for report in reports]
+    steps = [report.get("step") or 0 if isinstance(report, Mapping) else 0 for report in reports]
+    taken = [values.unpack(values.pack(values.as_report(*each))) for each in zip(reports, steps, strict=True)]
     return reducing.reduce_reports(taken, reduction, warn, who)
 
 

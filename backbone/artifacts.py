@@ -1,6 +1,7 @@
-"""Artifacts: a worker brings their files to the run's folder, the pipeline actor has a queue of them in its state.
+"""Artifacts: a worker brings their files to the run's folder, the pipeline actor logs them.
 
-It has threads of their own: wandb blocks when the server is away, and one that is used may still be on its way there.
+The actor has a queue of them in its state, and threads for them alone. wandb blocks while the server is away, and an
+artifact that is used may still be on its way there.
 """
 
 from __future__ import annotations

@@ -216,5 +216,5 @@ def move_in(letter: Letter) -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it takes a third of the time of `run.log`
     os.environ.setdefault("WANDB_PROGRAM", letter.argv[0])
     sys.argv = letter.argv  # wandb records it; that of a Ray worker is Ray's own, addresses and all
-    # Where that is gone, this process may be in the same, and wandb starts in none.
+    # If the owner's directory is gone, this process may be in it, too, and wandb can't start there.
     os.chdir(letter.directory if os.path.isdir(letter.directory) else letter.address.folder)

@@ -15,7 +15,7 @@ import ray
 from ray.runtime_context import get_runtime_context
 
 from . import exits, ray_internals, recover, wandb_internals
-from .files import move_in, read_letter
+from .files import LEDGERS, move_in, read_letter
 from .inbox import GONE, HOME
 from .ledger import Ledgers, RunFinishedError, account, line
 from .page import is_alive
@@ -126,7 +126,7 @@ class Host:
         if exit_code and (folder / exits.STOP).exists():
             exit_code = exits.INTERRUPTED
         if prefix is None:
-            if (folder / recover.LEDGERS).exists():  # another process was quicker
+            if (folder / LEDGERS).exists():  # another process was quicker
                 return recover.read_ledgers(folder)
             threading.Thread(target=self._watch_owner, daemon=True).start()
         try:

@@ -129,7 +129,8 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
         content = {}
         for pipeline in pipelines:
             row_reports = {number: reports for number, reports, _ in rows_of(state, pipeline)}
-            more = {"row_reports": row_reports, "totals": pipeline.totals, "best": pipeline.best}  # for the next life
+            more = {"row_reports": row_reports, "first": state.facts.get("first", 0)}
+            more |= {"totals": pipeline.totals, "best": pipeline.best}  # for the next life
             content[pipeline.prefix] = dataclasses.asdict(ledgers[pipeline.prefix]) | more
         if paths := state.facts.get("paths"):
             written = Path(paths[-1], f"{FILE}.tmp")
@@ -137,13 +138,18 @@ def conclude(state: State, writer: Writer, pipelines: Sequence[Pipeline]) -> Non
             written.rename(Path(paths[-1], FILE))
 
 
-def kept(folders: Sequence[Path]) -> dict[str, Any]:
-    """What the ledgers in a run's folders, oldest first, say of each pipeline at last, by prefix."""
-    found = {}
+def kept(folders: Sequence[Path]) -> tuple[dict[str, Any], list[Path]]:
+    """What the ledgers in a run's folders, oldest first, say of each pipeline at last, by prefix.
+
+    And the folders of which no ledger knows.
+    """
+    found, known = {}, set()
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
-            found |= json.loads((folder / FILE).read_text())
-    return found
+            ledgers = json.loads((folder / FILE).read_text())
+            known.update(Path(path).name for each in ledgers.values() for path in each["paths"])
+            found |= ledgers
+    return found, [folder for folder in folders if folder.name not in known]
 
 
 def count(folder: Path) -> Ledgers:

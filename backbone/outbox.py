@@ -68,7 +68,7 @@ class Outbox:
         """Opens the files, or waits for the reader, where that is necessary. Returns whether there is room then."""
         if not (files := self._files):
             return self.open()
-        while (may_write := files.may_write(size)) is None and not files.is_closed:
+        while (may_write := files.may_write(size)) is None and not files.is_closed and not self.is_finished:
             self.keep_reachable(time.monotonic())
             time.sleep(0.002)
             files = self._files or files

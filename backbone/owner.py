@@ -25,7 +25,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import arguments, exits, process, ray_internals, recover
 from .actor import NAMESPACE, ActorGoneError, call
-from .files import NETWORK, Address, Letter, make_runs_folder, this_machine, this_view, write_letter, write_private
+from .files import (
+    LEDGERS,
+    NETWORK,
+    Address,
+    Letter,
+    make_runs_folder,
+    this_machine,
+    this_view,
+    write_letter,
+    write_private,
+)
 from .ledger import Ledger, Ledgers, line
 from .reduction import Reduction
 from .run import Started
@@ -197,19 +207,12 @@ def finish_without_actor(run: Owned, why: Exception, begun: Ledger) -> Ledgers:
     seconds = 30 + upload if upload else None
     with contextlib.suppress(subprocess.TimeoutExpired):  # then it goes on
         _, stderr = finishing.communicate(timeout=seconds)
-    if (folder / recover.LEDGERS).exists():
+    if (folder / LEDGERS).exists():
         ledgers = recover.read_ledgers(folder)
         forget(letter.address)
         return ledgers
     process.forget(letter.address)  # the folder stays, so that somebody can try again
-    problem = _reason(stderr, folder) or f"that takes more than {seconds} s"
+    problem = recover.reason(stderr, folder) or f"that takes more than {seconds} s"
     told = [f"the pipeline actor can't be reached: {line(why)}", f"the run could not be finished: {problem}"]
     lost = dataclasses.replace(begun, unheard=["all places"], warnings=told)
     return {prefix: dataclasses.replace(lost, prefix=prefix) for prefix in run.prefixes}
-
-
-def _reason(stderr: bytes, folder: Path) -> str:
-    """Why `recover` could not finish the run of a folder. Other libraries may have written to stderr behind it."""
-    lines = stderr.decode(errors="replace").strip().splitlines()
-    reasons = [each for each in lines if each.startswith(f"{folder}: ")] or lines
-    return reasons[-1] if reasons else ""

@@ -61,8 +61,8 @@ class Pipeline:
             key = name.removeprefix(self.prefix).removesuffix("_total")
             if name == f"{self.prefix}{key}_total" and isinstance(value, int | float) and math.isfinite(value):
                 on_server[key] = value
-        is_ahead = max(map(int, kept.get("row_reports", ())), default=-1) > summary.get("_step", -1)  # of the server
-        known = on_server | here if is_ahead else here | on_server
+        newest = max(map(int, kept.get("row_reports", ())), default=kept.get("first", 0) - 1)  # row here
+        known = on_server | here if newest > summary.get("_step", -1) else here | on_server
         self.totals = {key: value for key, value in known.items() if reduction.rule(key).total} | self.totals
         self._improve(kept.get("best", {}))
         for key, op in reduction.best.items():
@@ -101,7 +101,7 @@ class Pipeline:
         added = _add_to_totals(row, self.totals, self.reduction)
         for key in row.keys() & added.keys():
             self._warn("logged and computed", f"{key!r} is logged, and a running sum as well: the sum is kept")
-        row |= added | {"step": step, "workers": len(finished.speakers)}
+        row |= added | {"step": step, "workers": len(finished.workers)}
         self._remember(step, row)
         self.counts.update(rows=1, partial=finished.partial)
         fitting, packed = self._fit({self.prefix + key: value for key, value in row.items()})

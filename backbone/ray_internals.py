@@ -1,4 +1,4 @@
-"""Every interface of Ray that this project uses without its being public, what a process may ask Ray safely, its nodes.
+"""Every interface of Ray that this project uses without its being public, what may be asked safely, nodes.
 
 `ray.get_runtime_context` and its like start a Ray where there is none; what is asked here doesn't.
 """

@@ -35,17 +35,18 @@ def recover(folder: Path, wait: bool = False) -> Ledgers:
     Raises OSError where that is not possible.
     """
     letter = read_letter(folder)
-    state = _open_state(letter, wait)
-    if state:
+    if state := _open_state(letter, wait):
         move_in(letter)
         run = Run(state, letter.init, letter.address, letter.process, threading.RLock())
         if not state.is_finished:
             _finish(run)
-        write_ledgers(folder, state.facts["ledgers"])
+        ledgers = state.facts["ledgers"]
+        write_ledgers(folder, ledgers)
         if earlier := state.facts.get("earlier"):  # whose rows these are, too
             shutil.rmtree(earlier.folder, ignore_errors=True)
         state.remove()
-    ledgers = read_ledgers(folder)
+    else:
+        ledgers = read_ledgers(folder)
     clean(letter)
     return ledgers
 
@@ -120,6 +121,13 @@ def start(folder: Path, orphan: bool = False) -> subprocess.Popen:
     )
 
 
+def reason(stderr: bytes, folder: Path) -> str:
+    """Why this could not finish the run of a folder. Other libraries may have written to stderr after it."""
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    reasons = [each for each in lines if each.startswith(f"{folder}: ")] or lines
+    return reasons[-1] if reasons else ""
+
+
 def abandoned() -> list[Path]:
     """The private folders on this node whose runs nobody finishes any more."""
     return [*filter(_is_abandoned, Path(tempfile.gettempdir()).glob("wandb-run-*"))]
@@ -139,8 +147,9 @@ def main(arguments: list[str]) -> int:
     folders = [Path(argument).absolute() for argument in arguments if argument != "--wait"]
     folders = folders or abandoned()
     if len(folders) > 1:  # each in a process of its own: where a wandb-core dies, only a new process gets a new one
-        command = [sys.executable, "-m", __spec__.name]
-        codes = [subprocess.run([*command, str(each)]).returncode for each in folders if each.exists()]
+        command, found = [sys.executable, "-m", __spec__.name], [folder for folder in folders if folder.exists()]
+        left = (folder for folder in folders if folder.exists() or folder not in found)  # others may be at it, too
+        codes = [subprocess.run([*command, str(folder)]).returncode for folder in left]
         return int(any(codes))
     for folder in folders:
         try:

@@ -65,17 +65,15 @@ class Said:
         facts = self._state.facts
         if kind == "log_line":
             self._lines.append(f"{who}: {value}")
-        elif kind == "log_artifact":
+        elif kind in ("log_artifact", "use_artifact"):
             self._state.do("INSERT INTO artifacts (task) VALUES (?)", content)
-        elif kind == "use_artifact":
-            self._state.do("INSERT INTO artifacts (task) VALUES (?)", content)
-            if value["name"] not in (used := facts.get("used_artifacts", [])):
+            if kind == "use_artifact" and value["name"] not in (used := facts.get("used_artifacts", [])):
                 self._state.note(used_artifacts=[*used, value["name"]])
                 self._tell("used_artifacts", [value["name"]])
         elif kind == "alert":
             if not self._is_repeated(value, wall_time):
                 self._tell(kind, value)
-        else:
+        elif kind in ("config", "summary"):
             self._state.note(**{kind: facts.get(kind, {}) | value})
             self._tell(kind, value)
 

@@ -44,7 +44,7 @@ class OpenStep:
     """A step that has no row yet."""
 
     reports: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # worker -> the ids of its reports
-    speakers: set[str] = dataclasses.field(default_factory=set)  # whom these workers are counted as
+    workers: set[str] = dataclasses.field(default_factory=set)  # whom these workers are counted as
     busy: int = 0  # how many of these workers are not done with it
     heard: float = 0.0
     first_death: float = math.inf  # among its workers, as `Worker.end`
@@ -53,7 +53,7 @@ class OpenStep:
 
     def add(self, worker: Worker, report_id: int, now: float) -> None:
         if worker.name not in self.reports:
-            self.speakers.add(worker.counted_as)
+            self.workers.add(worker.counted_as)
             self.busy += 1
             if worker.task:
                 self.tasks[worker.task] = worker.name
@@ -107,7 +107,7 @@ class Steps:
         self._waiting += 1
         if commit:
             self._done(worker)
-        self._close_complete([stood, step], now)
+        self._close_complete([step] if stood == step else [stood, step], now)
         while self._waiting > self.MAX_WAITING:
             self._close(next(iter(self.open)))  # rule 4
 
@@ -142,7 +142,7 @@ class Steps:
         heard = [worker for worker in self.known.values() if not worker.end and now - worker.heard < slow]
         for step, open_step in [*self.open.items()]:
             behind = (each for each in heard if each.step < step and each.name not in open_step.reports)
-            if len(open_step.speakers) >= self.workers:
+            if len(open_step.workers) >= self.workers:
                 if now - open_step.heard >= self.MINUTE:
                     self._close(step)
             elif now - open_step.heard >= slow and not any(behind):
@@ -150,7 +150,7 @@ class Steps:
                 self._close(step)
 
     def finish(self) -> None:
-        most = max((len(each.speakers) for each in self.open.values()), default=self.workers)
+        most = max((len(each.workers) for each in self.open.values()), default=self.workers)
         if self._newest < 0 and most < self.workers:  # in a short run nothing has been said before
             self.warnings.append(("few workers", f"no step had {self.workers} workers: pass workers={most}"))
         for step in sorted(self.open):
@@ -166,7 +166,7 @@ class Steps:
         for step in steps:
             if not (open_step := self.open.get(step)) or open_step.busy:
                 continue
-            missing = self.workers - len(open_step.speakers)
+            missing = self.workers - len(open_step.workers)
             if missing <= 0 or (missing <= len(self._ended) and missing <= self._excused(open_step, now)):
                 since = 0.0 if math.isnan(self._last) else now - self._last
                 self._usual, self._last = 0.8 * self._usual + 0.2 * since, now
@@ -177,8 +177,8 @@ class Steps:
         open_step = self.open.pop(step)
         self._waiting -= sum(map(len, open_step.reports.values()))
         if open_step.tasks:
-            self._warn_of_many(len(open_step.speakers))
-        open_step.partial = len(open_step.speakers) < self.workers
+            self._warn_of_many(len(open_step.workers))
+        open_step.partial = len(open_step.workers) < self.workers
         self._newest = max(self._newest, -1 if open_step.partial else step)
         self.over.append((step, open_step))
         for name in open_step.reports:
@@ -208,7 +208,7 @@ class Steps:
 
 def _few(step: int, open_step: OpenStep, steps: Steps) -> str:
     """What is said of a row that the clock has made."""
-    n, silent = len(open_step.speakers), [name for name in steps.known if name not in open_step.reports]
+    n, silent = len(open_step.workers), [name for name in steps.known if name not in open_step.reports]
     of = f"; nothing was heard of {', '.join(silent[:3])}{' and others' if silent[3:] else ''}" if silent else ""
     return f"step {step} stands on {n} of {steps.workers} workers{of}: pass workers={n} if no more log"
 

@@ -56,8 +56,8 @@ def open_run(
     state = State(state_path(folder, init["project"], init["id"], address.folder.parent))
     before = state.facts.get("address")
     if not before and ((address.folder / LEDGERS).exists() or not is_private_folder(address.folder)):
-        state.remove()  # it has just been made anew: who had the other one has removed it behind the ledgers
-        raise GivenUpError("another process has finished the run")
+        state.remove()  # it is new: whoever has finished the run has written the ledgers, and then removed the old one
+        raise GivenUpError("another process has finished the run, or its private folder is gone")
     if before and before.nonce == address.nonce:
         run = Run(state, init, address, owner, lock)
         _count_restart(run)

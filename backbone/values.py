@@ -44,7 +44,7 @@ def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
         raise TypeError(f"metrics must be a mapping from key to value, not {shown(metrics)}")
     are_known = _KNOWN_KEYS.issuperset(metrics) and _TEXTS.issuperset(map(type, metrics))
     if are_known and _FLOATS.issuperset(map(type, metrics.values())):  # as most reports are: this is quicker
-        return metrics
+        return metrics if type(metrics) is dict else dict(metrics)
     report: dict[str, Any] = {}
     for key, value in metrics.items():
         if type(value) is float and type(key) is str and key in _KNOWN_KEYS and key not in report:
@@ -199,7 +199,7 @@ def pack(report: Mapping[str, Any], what: str = "metric") -> bytes:
 
 
 def pack_report(report: Mapping[str, Any], what: str = "metric") -> tuple[bytes, list[media.Increment]]:
-    """A report as bytes, and the growing tables in it. Call `note` of each when the report is written."""
+    """A report as bytes, and the growing tables in it. Call `note()` of each table when the report is written."""
     if "wandb" not in sys.modules or _PLAIN.issuperset(map(type, report.values())):
         return pickle.dumps(report, pickle.HIGHEST_PROTOCOL), []
     return _dumps(report, what), [value for value in report.values() if isinstance(value, media.Increment)]

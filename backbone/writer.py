@@ -88,10 +88,13 @@ class Writer:
             self.log(row)
 
     def resumed(self, prefix: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """What there was of a pipeline before, if the run is resumed: in its last folder here, and on the server."""
+        """What there was of a pipeline before, if the run is resumed: by its last ledger here, and on the server."""
         if not (self._init.get("resume") or os.environ.get("WANDB_RESUME")):
             return {}, {}
-        return kept(self._before).get(prefix, {}), dict(self.run.summary) if self.run.resumed else {}
+        ledgers, unknown = kept(self._before)
+        if self._state.facts["mode"] == "offline" and TransactionLogs(unknown).numbers:
+            self._state.warn("totals", f"totals and best values lack the rows of {unknown[0].name}: no ledger has them")
+        return ledgers.get(prefix, {}), dict(self.run.summary) if self.run.resumed else {}
 
     # Rows
 

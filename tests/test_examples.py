@@ -126,7 +126,7 @@ def test_the_readmes_worked_example_of_four_workers_is_what_the_rule_does():
 
     def look(now: int) -> None:
         steps.tick(now)
-        rows.extend((now, step, len(being.speakers)) for step, being in steps.over)
+        rows.extend((now, step, len(being.workers)) for step, being in steps.over)
         steps.over.clear()
 
     def log(workers: str, step: int, now: int) -> None:
@@ -161,5 +161,5 @@ def test_what_workers_that_are_too_few_or_too_many_do_is_what_the_readme_says():
     many.tick(60.0)
     assert not many.over
     many.tick(61.0)
-    assert [len(being.speakers) for _, being in many.over] == [4] * 3
+    assert [len(being.workers) for _, being in many.over] == [4] * 3
     assert ["pass workers=4" in told for _, told in (few.warnings[-1], many.warnings[-1])] == [True, True]

@@ -4,7 +4,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,11 +189,11 @@ def test_nothing_is_left_of_a_state_that_is_removed(path):
 
 OPEN = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import tempfile
+import os
 from pathlib import Path
 from backbone.files import state_path
 from backbone.state import State
-path = state_path(Path(sys.argv[1]), "p", "run", Path(tempfile.gettempdir()))
+path = state_path(Path(sys.argv[1]), "p", "run", Path(os.environ.get("OWNERS", "")))
 state = State(path, patience=float(sys.argv[2]))
 state.note(name="n")
 state.commit()
@@ -289,7 +288,7 @@ def without_locks(tmp_path) -> dict[str, str]:
     temporary.mkdir()
     compiler = ["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-", "-ldl"]
     subprocess.run(compiler, input=NO_LOCKS, text=True, check=True)
-    return dict(LD_PRELOAD=str(library), FOLDER=str(folder), TMPDIR=str(temporary))
+    return dict(LD_PRELOAD=str(library), FOLDER=str(folder), OWNERS=str(temporary))
 
 
 def test_where_a_folder_has_no_locks_the_state_is_in_the_temporary_folder(tmp_path, without_locks):
@@ -325,7 +324,7 @@ def test_a_folder_that_has_locks_holds_the_state(tmp_path):
     assert has_locks(tmp_path)
     assert state_path(tmp_path, "p", "run", tmp_path).parent == tmp_path
     assert state_path(tmp_path, "p", "run", tmp_path).match(".run.*.state")
-    assert state_path(tmp_path, "p", "run", tmp_path) != state_path(tmp_path, "q", "run", Path(tempfile.gettempdir()))
+    assert state_path(tmp_path, "p", "run", tmp_path) != state_path(tmp_path, "q", "run", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

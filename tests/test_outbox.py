@@ -1051,6 +1051,18 @@ def test_a_process_that_reads_where_it_logs_keeps_its_own_lock(address, child):
     assert not is_alive(address.folder, name)
 
 
+def test_what_is_lost_with_a_folder_counts_for_the_pipeline_that_was_logged_to(address, child):
+    def work(pipe, box: Outbox) -> None:
+        for number in range(3):
+            box.put(REPORT, 1, number, b"")
+        shutil.rmtree(address.folder / OUTBOXES)
+        box.flush(0.0)
+        box.keep_reachable(time.monotonic() + 2)
+        pipe.send(box._lost)
+
+    assert child(work).told() == {1: 3}
+
+
 def test_where_somebody_cleans_the_temporary_folder_logging_goes_on_and_what_could_not_be_read_is_counted(
     address, child
 ):

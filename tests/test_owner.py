@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arguments import parse_args
-from backbone import exits, owner, recover
+from backbone import exits, recover
 from common import PipelineActor, WandbRun, pipeline_actor
 
 import pytest
@@ -376,9 +376,9 @@ def test_each_of_the_runs_that_are_left_is_finished_as_far_as_it_can_be(run, cap
 
 def test_the_reason_why_a_run_could_not_be_finished_is_found_among_what_others_say(tmp_path):
     said = f"wandb: a line\n{tmp_path}: database or disk is full\n--- Logging error ---\nArguments: ()\n".encode()
-    assert owner._reason(said, tmp_path) == f"{tmp_path}: database or disk is full"
-    assert owner._reason(b"Killed\n", tmp_path) == "Killed"
-    assert owner._reason(b"", tmp_path) == ""
+    assert recover.reason(said, tmp_path) == f"{tmp_path}: database or disk is full"
+    assert recover.reason(b"Killed\n", tmp_path) == "Killed"
+    assert recover.reason(b"", tmp_path) == ""
 
 
 def test_where_the_working_directory_is_gone_that_is_said_before_anything_starts(run, tmp_path, monkeypatch):

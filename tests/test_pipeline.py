@@ -213,6 +213,15 @@ def test_totals_of_a_server_are_those_of_the_pipeline_s_own_keys(kept):
     assert pipeline.totals == {"tokens": 5, "other": 1}
 
 
+@pytest.mark.parametrize(("step", "total"), [(2, 9), (5, 3), (8, 3)], ids=["behind", "level", "ahead"])
+@pytest.mark.parametrize("rows", [{"5": 1}, {}], ids=["with rows", "without"])
+def test_whoever_is_ahead_of_server_and_folder_has_the_totals(kept, step, total, rows):
+    pipeline = kept("").run.pipeline("")
+    before = {"totals": {"n": 9}, "row_reports": rows, "first": 6}
+    pipeline.begin(Reduction(totals=("n",)), 1, before, {"n_total": 3, "_step": step})
+    assert pipeline.totals == {"n": total}
+
+
 def test_a_missing_weight_is_warned_of_once_with_its_count(kept):
     made = kept(reduction=Reduction(weights={"loss": "tokens"}), workers=2)
     for step in range(3):

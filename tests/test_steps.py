@@ -72,7 +72,7 @@ class Pipeline:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Each row's step and how many workers it stands on."""
-        return [(step, len(being.speakers)) for step, being in self.steps.over]
+        return [(step, len(being.workers)) for step, being in self.steps.over]
 
     @property
     def made(self) -> list[int]:

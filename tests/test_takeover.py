@@ -18,6 +18,7 @@ from backbone import recover as recovering
 from backbone.files import Address, Letter, state_path, write_letter
 from backbone.page import is_alive
 from backbone.run import Run
+from backbone.said import KNOWN
 from backbone.state import State
 from backbone.steps import Steps
 from backbone.takeover import GivenUpError, open_run
@@ -29,6 +30,7 @@ import wandb
 from conftest import ONE_EACH, ROOT, Log, folders, read_rows, wait_for
 from processes import below, check_ledger, everything, pipeline_process
 from ray._private import state
+from rooms import QUIET
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,7 @@ def program(tmp_path: Path, body: str, run: bool = True) -> str:
         from common import WandbRun
         import ray
         from ray._private import state
+from rooms import QUIET
         def actor():
             return state.actors(run._owned.actor._actor_id.hex())["Pid"]
         if __name__ == "__main__":
@@ -132,6 +135,7 @@ def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, env
     """Also where the actor has too much to do yet for the time that Ray leaves it, and in the middle of `finish`."""
     made = f"""
         from backbone.run import Run
+from backbone.said import KNOWN
         from common import PipelineActor, TrainingPipelineActor, pipeline_actor
 
         @pipeline_actor
@@ -241,6 +245,34 @@ def test_an_actor_that_comes_back_when_its_run_has_been_finished_goes_and_leaves
     with pytest.raises(GivenUpError, match="another process has finished the run"):
         open_run(told.init, told.address, "owner", threading.RLock())
     assert [*(tmp_path / "wandb").iterdir()] == []
+
+
+def test_an_actor_whose_private_folder_is_gone_leaves_no_state(tmp_path):
+    told = letter(tmp_path / "private")
+    shutil.rmtree(told.address.folder)
+    with pytest.raises(GivenUpError, match="its private folder is gone"):
+        open_run(told.init, told.address, "owner", threading.RLock())
+    assert [*(tmp_path / "wandb").iterdir()] == []
+
+
+def test_with_a_run_that_took_up_an_earlier_one_that_one_s_folder_goes(tmp_path, environment):
+    earlier = letter(tmp_path / "earlier").address
+    told = letter(tmp_path / "private", settings=QUIET)
+    (tmp_path / "wandb").mkdir()
+    state = State(state_path(tmp_path / "wandb", "p", "r", tmp_path))
+    state.note(address=told.address, earlier=earlier, deaths=0, begun=False, end=None, **KNOWN)
+    state.commit()
+    state.close()
+    done = recover(str(told.address.folder), **environment)
+    assert done.returncode == 0, done.stderr
+    assert not earlier.folder.exists()
+    assert not told.address.folder.exists()
+
+
+def test_folders_that_are_not_there_are_named(tmp_path):
+    done = recover(str(tmp_path / "a"), str(tmp_path / "b"), **os.environ)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 2)
+    assert all(str(tmp_path / name) in done.stderr for name in "ab")
 
 
 def test_whoever_runs_a_run_is_somewhere_even_if_the_owner_s_directory_is_gone(tmp_path):

@@ -8,9 +8,10 @@ import os
 import pickle
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 
 from backbone import values
 from backbone.values import as_step, pack, pack_report, unpack
@@ -892,3 +893,9 @@ assert "wandb" not in sys.modules
     packed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
     numbers = pytest.approx([1, 2])
     assert pickle.loads(packed) == {"a": 1.5, "b": numbers, "c": "text", "d": numbers, "e": numbers}
+
+
+@pytest.mark.parametrize("make", [type("Mine", (dict,), {}), MappingProxyType, UserDict, OrderedDict])
+def test_a_mapping_is_sent_as_a_plain_dict_each_time(make):
+    for _ in range(2):  # the second time its keys are known
+        assert type(values.as_report(make({"plain/a": 1.0, "plain/b": 2.0}), 0)) is dict
