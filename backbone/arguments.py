@@ -17,6 +17,7 @@ from .values import shown
 
 LONGEST, LONGEST_TAG = 128, 64  # characters that the server takes
 MODES = ("online", "offline", "disabled", "dryrun", "run")  # of which the last two are old names
+RESUMES = ("allow", "must", "never", "auto", True)
 SAME = {"run_id": "id", "root_dir": "dir", "run_name": "name", "run_group": "group", "run_job_type": "job_type"}
 SAME |= {"run_tags": "tags", "run_notes": "notes"}  # settings -> arguments
 SAME |= {name: name for name in ("entity", "mode", "resume")}
@@ -58,6 +59,8 @@ def complete(init: Mapping[str, Any], own: Mapping[str, Any], environ: Mapping[s
         raise ValueError(
             "resume='auto' goes on with the last run of a folder, whichever it was: use id= and resume='allow'"
         )
+    if (resume := given("resume")) and resume not in RESUMES:
+        raise ValueError(f"resume {shown(resume)} must be allow, must or never")
     if (mode := given("mode")) and mode not in MODES:
         raise ValueError(f"mode {shown(mode)} must be online, offline or disabled")
     _check_names({"name": variables.get("name"), "group": variables.get("run_group")} | from_environment | init)

@@ -53,7 +53,7 @@ class Outbox:
         with self._lock:
             now, files = time.monotonic(), self._files  # another thread may have replaced them
             is_written = files.write(kind, pipeline, step, content, now, label) if may_write and files else False
-            if not is_written and not self.is_closed:
+            if not is_written and not (self.is_finished or self.is_closed):
                 self._lose(pipeline if kind in (REPORT, COMMIT) else OTHER, 1)
             # Only after the record is written: a relay that goes marks the page first, and then reads once more. So
             # either it finds this record, or this finds its mark.

@@ -43,7 +43,7 @@ def recover(folder: Path, wait: bool = False) -> Ledgers:
         ledgers = state.facts["ledgers"]
         write_ledgers(folder, ledgers)
         if earlier := state.facts.get("earlier"):  # whose rows these are, too
-            shutil.rmtree(earlier.folder, ignore_errors=True)
+            shutil.rmtree(earlier["address"].folder, ignore_errors=True)
         state.remove()
     else:
         ledgers = read_ledgers(folder)

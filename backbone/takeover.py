@@ -2,7 +2,7 @@
 
 Besides tables a state has these facts of the run, by name:
 
-address                         of its private folder; `earlier`: of the earlier run, until this one has started
+address                         of its private folder; `earlier`: facts of the earlier run, until this one has started
 id, name, mode, url, paths      of the W&B run, with all its folders; `begun`: it was started in this life of the id
 first                           the lowest number that a row may have, because W&B has the ones below
 clock                           of the steps, in seconds
@@ -34,6 +34,7 @@ from .said import KNOWN
 from .state import State
 
 DEATHS = 3  # of a pipeline actor in a row; after more it is given up
+GIVEN_BACK = ("address", "begun", "deaths", "end", "owner_end", *KNOWN)  # facts of an earlier run, if this can't start
 PLACES = "places"  # a file in the private folder: other places that have outboxes, as far as the owner knows
 
 
@@ -67,7 +68,6 @@ def open_run(
             state = State(state.path)
         elif before:
             _end_earlier(Run(state, init, before, owner, lock))
-            state.note(earlier=before)
         run = Run(state, init, address, owner, lock)
         _begin(run)
     state.commit()
@@ -79,14 +79,14 @@ def open_run(
         raise
     if earlier := state.facts.get("earlier"):
         state.note(earlier=None)
-        shutil.rmtree(earlier.folder, ignore_errors=True)
+        shutil.rmtree(earlier["address"].folder, ignore_errors=True)
     return run
 
 
 def _give_back(run: Run) -> None:
     """It could not start. What there was before belongs to whoever had it."""
     if earlier := run.state.facts.get("earlier"):
-        run.state.note(address=earlier, earlier=None)
+        run.state.note(**earlier, earlier=None)
         run.state.commit()
     if run.pipelines or run.state.facts.get("restarts"):  # somebody has logged
         run.state.close()
@@ -119,7 +119,7 @@ def _end_earlier(run: Run) -> None:
     """Makes rows of all that is left of an earlier run, whose process did not finish it. This one goes on with them."""
     read_what_is_left(run, time.monotonic() + 10)
     run.state.do("DELETE FROM outboxes")
-    run.state.note(owner_end=None)
+    run.state.note(earlier={name: run.state.facts.get(name) for name in GIVEN_BACK}, owner_end=None)
     run.state.commit()
 
 

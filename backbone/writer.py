@@ -89,7 +89,7 @@ class Writer:
 
     def resumed(self, prefix: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """What there was of a pipeline before, if the run is resumed: by its last ledger here, and on the server."""
-        if not (self._init.get("resume") or os.environ.get("WANDB_RESUME")):
+        if (self._init.get("resume") or os.environ.get("WANDB_RESUME") or "never") == "never":
             return {}, {}
         ledgers, unknown = kept(self._before)
         if self._state.facts["mode"] == "offline" and TransactionLogs(unknown).numbers:

@@ -63,6 +63,7 @@ def refused(run, ray_here, tmp_path_factory, monkeypatch) -> Callable[..., None]
         (dict(), dict(RESUME_FROM="a?_step=80"), "resume_from"),
         (dict(fork_from="a?_step=80"), {}, "fork_from"),
         (dict(resume=True), {}, "resume"),
+        (dict(resume="alow"), {}, "resume 'alow' must be allow, must or never"),
         (dict(), dict(RESUME="auto"), "resume"),
     ],
 )

@@ -1051,6 +1051,24 @@ def test_a_process_that_reads_where_it_logs_keeps_its_own_lock(address, child):
     assert not is_alive(address.folder, name)
 
 
+def test_what_comes_when_the_run_is_found_to_be_finished_is_not_called_lost(address, child):
+    def work(pipe, box: Outbox) -> None:
+        put(box, 0)
+        told = warnings()
+
+        def may_write(size: int) -> bool:  # another thread finds that out, in between
+            box.close(finished=True)
+            return True
+
+        box._may_write = may_write
+        with contextlib.suppress(RunFinishedError):
+            put(box, 1)
+            told.append("it returned")
+        pipe.send((told, box._lost))
+
+    assert child(work).told() == ([], {})
+
+
 def test_what_is_lost_with_a_folder_counts_for_the_pipeline_that_was_logged_to(address, child):
     def work(pipe, box: Outbox) -> None:
         for number in range(3):

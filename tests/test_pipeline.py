@@ -1079,6 +1079,32 @@ def test_an_earlier_life_of_the_id_that_was_not_finished_is_finished_first(opene
     ]  # fmt: skip
 
 
+def test_a_start_that_fails_gives_back_all_that_is_known_of_the_earlier_life(opened):
+    made = opened(life="first")
+    made.join()
+    made.say(0, {"a": 1.0})
+    made.tell("config", later=5)
+    made.state.note(end=(3, "why"))
+    made.state.commit()
+    made.abandon()
+    with pytest.raises(Exception, match="no_such_setting"):
+        opened(life="second", settings=QUIET | {"no_such_setting": 1})
+    again = opened(life="first")
+    assert again.address == again.state.facts["address"]
+    assert (again.state.facts["config"], again.state.facts["end"]) == ({"later": 5}, (3, "why"))
+    assert again.finish()[""].lost == 0
+
+
+def test_with_resume_never_totals_begin_anew(opened):
+    for life in range(2):
+        made = opened(life=str(life), **{"resume": "never"} if life else {})
+        made.join("", Reduction(totals=("n",)))
+        made.say(0, {"n": 1})
+        assert made.run.pipeline("").totals == {"n": 1}
+        made.finish()
+        made.close()
+
+
 def test_an_earlier_life_that_is_finished_leaves_nothing_to_the_next(opened):
     made = opened(life="one")
     made.join()

@@ -69,7 +69,6 @@ def program(tmp_path: Path, body: str, run: bool = True) -> str:
         from common import WandbRun
         import ray
         from ray._private import state
-from rooms import QUIET
         def actor():
             return state.actors(run._owned.actor._actor_id.hex())["Pid"]
         if __name__ == "__main__":
@@ -135,7 +134,6 @@ def test_a_driver_that_is_killed_with_its_ray_leaves_finished_runs(tmp_path, env
     """Also where the actor has too much to do yet for the time that Ray leaves it, and in the middle of `finish`."""
     made = f"""
         from backbone.run import Run
-from backbone.said import KNOWN
         from common import PipelineActor, TrainingPipelineActor, pipeline_actor
 
         @pipeline_actor
@@ -260,7 +258,7 @@ def test_with_a_run_that_took_up_an_earlier_one_that_one_s_folder_goes(tmp_path,
     told = letter(tmp_path / "private", settings=QUIET)
     (tmp_path / "wandb").mkdir()
     state = State(state_path(tmp_path / "wandb", "p", "r", tmp_path))
-    state.note(address=told.address, earlier=earlier, deaths=0, begun=False, end=None, **KNOWN)
+    state.note(address=told.address, earlier=dict(address=earlier), deaths=0, begun=False, end=None, **KNOWN)
     state.commit()
     state.close()
     done = recover(str(told.address.folder), **environment)
