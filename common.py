@@ -31,7 +31,7 @@ from backbone import reduction as reducing
 from backbone.actor import ActorGoneError, PipelineActor, call, pipeline_actor
 from backbone.files import Address
 from backbone.ledger import Ledger, Ledgers, RunFinishedError, line, run_is_finished
-from backbone.ray_internals import node_metrics
+from backbone.nodes import node_metrics
 from backbone.reduction import Reduction
 from backbone.run import Started
 
@@ -345,8 +345,7 @@ def reduce_reports(
     who: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The row of a step's reports, each as `log` takes it. For the rules see `backbone.reduction.reduce_reports`."""
-    steps = [report.get("step") or 0 if isinstance(report, Mapping) else 0 for report in reports]
-    taken = [values.unpack(values.pack(values.as_report(*each))) for each in zip(reports, steps, strict=True)]
+    taken = [values.unpack(values.pack(values.as_report(report))) for report in reports]
     return reducing.reduce_reports(taken, reduction, warn, who)
 
 

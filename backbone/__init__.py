@@ -72,8 +72,8 @@ What else workers log: said.py has alerts, config, summary and log lines. A new 
 in `KNOWN` if it is to be told again after a restart, and a method of `Handle`. artifacts.py brings an artifact's
 files to the run's folder, and logs them. media.py knows W&B's data types.
 
-What these share: ledger.py is the account. What is not public is in ray_internals.py, wandb_internals.py,
-transaction_log.py and media.py.
+What these share: ledger.py is the account. nodes.py knows the nodes. What is not public is in ray_internals.py,
+wandb_internals.py, transaction_log.py and media.py.
 """
 
 import os

@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 from ray.runtime_context import get_runtime_context
 
-from . import exits, ray_internals, recover, wandb_internals
+from . import exits, nodes, recover, wandb_internals
 from .files import LEDGERS, move_in, read_letter
 from .inbox import GONE, HOME
 from .ledger import Ledgers, RunFinishedError, account, line
@@ -56,7 +56,7 @@ class Host:
         """Starts the run, or goes on with what a dead actor has left."""
         address, init = self._letter.address, self._letter.init
         stop = dict(stop_fn=(address.folder / exits.STOP).touch)  # called when "Stop run" is pressed
-        settings = wandb_internals.with_endpoints(init["settings"], *ray_internals.node_metrics())
+        settings = wandb_internals.with_endpoints(init["settings"], *nodes.node_metrics())
         run = open_run(init | dict(settings=settings | stop), address, self._letter.process, self.lock, self._hear)
         self.run, self._relays = run, Relays(address, run.inbox.positions, run.inbox.place_is_gone)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ray.runtime_context import get_runtime_context  # `ray.get_runtime_context` starts a Ray where there is none
 
-from . import ray_internals
+from . import nodes, ray_internals
 from .files import CLOSED_FOLDER, OUTBOXES, Address, digest, fcntl, make_private_folder, this_machine, this_view
 from .ledger import RunFinishedError, run_is_finished
 from .outbox import Outbox
@@ -123,7 +123,7 @@ class RayProcess(Process):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not link.is_symlink():
                 link.symlink_to(self.node)
-            elif os.readlink(link) != self.node and not ray_internals.node_is_alive(os.readlink(link)):
+            elif os.readlink(link) != self.node and not nodes.is_alive(os.readlink(link)):
                 link.unlink()
                 link.symlink_to(self.node)
             return os.readlink(link)

@@ -144,11 +144,11 @@ def _is_abandoned(folder: Path) -> bool:
 
 def main(arguments: list[str]) -> int:
     wait = "--wait" in arguments  # and absolute, because the run's own directory becomes this process's
-    folders = [Path(argument).absolute() for argument in arguments if argument != "--wait"]
-    folders = folders or abandoned()
+    given = [Path(argument).absolute() for argument in arguments if argument != "--wait"]
+    folders = given or abandoned()
     if len(folders) > 1:  # each in a process of its own: where a wandb-core dies, only a new process gets a new one
-        command, found = [sys.executable, "-m", __spec__.name], [folder for folder in folders if folder.exists()]
-        left = (folder for folder in folders if folder.exists() or folder not in found)  # others may be at it, too
+        command = [sys.executable, "-m", __spec__.name]
+        left = (folder for folder in folders if given or folder.exists())  # another call may be at it, too
         codes = [subprocess.run([*command, str(folder)]).returncode for folder in left]
         return int(any(codes))
     for folder in folders:

@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from . import page, ray_internals
+from . import nodes, page, ray_internals
 from .files import Address, is_private_folder
 from .page import Position
 from .reading import Reader, Reading
@@ -166,7 +166,7 @@ class Relays:
         self.places[name].relay = None
         if isinstance(error, ray.exceptions.RayActorError) and "creation task" in str(error):
             self.give_up(name, str(error).strip().rpartition("\n")[2])
-        elif ray_internals.ray_answers() and not ray_internals.node_is_alive(_node(name)):
+        elif ray_internals.ray_answers() and not nodes.is_alive(_node(name)):
             self.give_up(name, "it is dead")
         # else its process was killed, and another one is started
 

@@ -35,10 +35,10 @@ def as_step(step: Any) -> int:
     return step
 
 
-def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
+def as_report(metrics: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
     """What is sent for `metrics`: nested mappings as paths, without None, tensors and the like as numbers or arrays.
 
-    step: which the metrics may have as well, as `step`; it is left out. Raises TypeError or ValueError naming the key.
+    step: which the metrics may have, too, as `step`; that is left out. Raises TypeError or ValueError naming the key.
     """
     if type(metrics) is not dict and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics must be a mapping from key to value, not {shown(metrics)}")
@@ -50,7 +50,7 @@ def as_report(metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
         if type(value) is float and type(key) is str and key in _KNOWN_KEYS and key not in report:
             report[key] = value
         elif key == "step" and not isinstance(value, Mapping):
-            if value is not None and as_step(value) != step:
+            if value is not None and as_step(value) != step and step is not None:
                 raise ValueError(f"metric 'step' is {shown(value)}, but log was called for step {step}")
         else:
             _add(report, key, value)

@@ -7,8 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from backbone import ray_internals, transaction_log, wandb_internals
-from backbone.ray_internals import METRICS
+from backbone import nodes, transaction_log, wandb_internals
+from backbone.nodes import METRICS
 
 import pytest
 import wandb
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("nodes")  # in one process, for they share 
 # Runs on a cluster of two nodes, which last until they have system metrics of the endpoints that they read.
 RUNS = """
 import os, sys, time
-from backbone import ray_internals, transaction_log
+from backbone import nodes, transaction_log
 from common import WandbRun
 import ray
 from ray.cluster_utils import Cluster
@@ -27,7 +27,7 @@ from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
 cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-found, _ = ray_internals.node_metrics()
+found, _ = nodes.node_metrics()
 print(*found)
 
 def start(name, **settings):
@@ -140,4 +140,4 @@ def test_who_sets_endpoints_or_filters_has_those(monkeypatch):
 
 def test_a_cluster_that_exports_nothing_changes_no_setting(ray_here):
     assert [node["MetricsExportPort"] for node in ray_here.nodes()] == [-1]
-    assert wandb_internals.with_endpoints({"silent": True}, *ray_internals.node_metrics()) == {"silent": True}
+    assert wandb_internals.with_endpoints({"silent": True}, *nodes.node_metrics()) == {"silent": True}

@@ -388,3 +388,4 @@ def test_the_public_function_takes_reports_as_log_does():
     assert row == {"a/mean": 2.5, "a/min": 1.0, "a/max": 4.0} | slowest
     with pytest.raises(ValueError, match="metric key '_x'"):
         common.reduce_reports([{"_x": 1}], Reduction())
+    assert common.reduce_reports([{"step": 7, "a": 1}, {"step": 8, "a": 3}], Reduction()) == {"a": 2}
